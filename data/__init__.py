@@ -1,0 +1,1 @@
+"""File or bytes in, views out: decoding, preprocessing, datasets, crops and batches."""

@@ -1,0 +1,38 @@
+"""What went wrong, in one line: the error types every room raises, and how a command line reports them.
+
+Exit status of every command: 0 done, 2 bad input, 3 a check failed, 130 stopped by Ctrl-C.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """Something given from outside (a file, a flag, a request) cannot be used.
+
+    The message is one line that says what came, what was wanted and what to do.
+    """
+
+
+class CheckFailed(RuntimeError):
+    """A verification (parity, drift, sanity) did not hold; the message gives the figure and its bound."""
+
+
+def run_cli(main: Callable[[], object]) -> NoReturn:
+    """Run `main` and end the process with the exit status of this module's table; errors become one stderr line."""
+    try:
+        main()
+    except InputError as error:
+        _fail(error, 2)
+    except CheckFailed as error:
+        _fail(error, 3)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)

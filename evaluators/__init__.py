@@ -1,0 +1,1 @@
+"""Features in, numbers out: measurements of a frozen network, one file each."""

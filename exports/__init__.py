@@ -1,0 +1,1 @@
+"""A backbone in, an artifact out."""
