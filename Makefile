@@ -1,0 +1,58 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. Both work offline once installed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# GPU=1 installs onnxruntime-gpu instead of onnxruntime (never both: they overwrite each other).
+ENGINE := $(if $(GPU),gpu,cpu)
+BIN := .venv/bin
+RUN_STAMP := .venv/.installed-$(ENGINE)
+TEST_STAMP := .venv/.installed-$(ENGINE)-test
+export GRADIO_ANALYTICS_ENABLED := False
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format lint types bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(RUN_STAMP)  ## install, start the server with the bundled checkpoint and the demo page, print the URLs
+	$(BIN)/python app.py $(DEMO_ARGS)
+
+test: $(TEST_STAMP) lint types  ## install, then everything CI runs: lint, import direction, types, tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(TEST_STAMP)  ## the long checks that `make test` leaves out
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(TEST_STAMP)  ## formatting, then everything `make test` does
+	$(BIN)/ruff format --check .
+	$(MAKE) test
+
+format: $(TEST_STAMP)  ## rewrite the sources in the common format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(TEST_STAMP)  ## ruff, and the check that imports point up the stream
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(TEST_STAMP)  ## mypy over all rooms
+	$(BIN)/mypy
+
+bench: $(TEST_STAMP)  ## every performance figure of the README, as ratios measured in one run
+	$(BIN)/python -m benchmarks.runtimes
+	$(BIN)/python -m benchmarks.serving
+
+clean:  ## remove the virtual environment and all caches
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+$(RUN_STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(ENGINE)]"
+	@touch $@
+
+$(TEST_STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(ENGINE),test,dev]"
+	@touch $(RUN_STAMP) $@
