@@ -1,0 +1,206 @@
+"""A measurement in, one JSON file and a readable table out: the result format shared by all evaluators.
+
+The file holds one object (DESIGN: `metrics: {top1: {value, ci95, n}, ...}`, values as fractions of 1 unless a metric
+names a unit). Predictions, one row per test item, lie beside it as `NAME.predictions.npz`, readable without pickle,
+so that intervals and paired comparisons can be computed later without the network.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import InputError
+
+SCHEMA = "dinoscope.result/1"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a result."""
+
+    value: float
+    ci95: tuple[float, float] | None
+    """95 % interval; None where it cannot be estimated."""
+    n: int
+    """Test items behind the figure."""
+    unit: str | None = None
+    """None: a fraction of 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a pure evaluator returns: figures and how they were chosen; nothing about files or machines."""
+
+    evaluator: str
+    protocol: str
+    """What was done, in words that let someone else repeat it."""
+    version: int
+    """Raised whenever the same features would give another figure."""
+    metrics: dict[str, Metric]
+    headline: str
+    """Name of the metric to quote."""
+    selected_on: str
+    """The data on which free choices (k, learning rate) behind the headline were made."""
+    chosen: dict[str, Any]
+    """The values of these choices."""
+    grid: list[dict[str, Any]]
+    """Every choice tried, with its figures."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    """Arrays with one row per test item (`names`, `labels`, `predicted`, ...)."""
+    learned: dict[str, np.ndarray] = field(default_factory=dict)
+    """Weights that the evaluator fitted; they go into a head file, not into the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a measurement was made on: the rest of the result file."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    preprocess: dict[str, Any]
+    timing: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def describe_environment(device: str, threads: int | None) -> dict[str, Any]:
+    """Versions and machine behind a figure."""
+    packages = {name: version(name) for name in ("torch", "numpy", "onnxruntime", "opencv-python-headless", "pillow")}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "threads": threads,
+    }
+
+
+def result_json(
+    measurement: Measurement, context: Context, baselines: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The result file as a plain object."""
+    return {
+        "schema": SCHEMA,
+        "evaluator": measurement.evaluator,
+        "protocol": measurement.protocol,
+        "version": measurement.version,
+        "metrics": metrics_json(measurement.metrics),
+        "headline": measurement.headline,
+        "selected_on": measurement.selected_on,
+        "chosen": measurement.chosen,
+        "grid": measurement.grid,
+        "settings": measurement.settings,
+        "baselines": dict(baselines or {}),
+        "notes": measurement.notes,
+        **asdict(context),
+    }
+
+
+def metrics_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Metrics as the file holds them; `unit` is written only where there is one."""
+    return {
+        name: {key: value for key, value in asdict(metric).items() if key != "unit" or value is not None}
+        for name, metric in metrics.items()
+    }
+
+
+def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.ndarray]) -> None:
+    """Write `out` and, beside it, its predictions; each file appears whole or not at all. Raises InputError."""
+    if out.suffix != ".json":
+        raise InputError(f"--out {out}: a result file ends in .json; name it {out.with_suffix('.json').name}")
+    body = dict(result)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if predictions:
+            beside = out.with_suffix(".predictions.npz")
+            body["predictions_file"] = beside.name
+            with _replacing(beside) as path, path.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **dict(predictions))
+        with _replacing(out) as path:
+            path.write_text(json.dumps(body, indent=1, ensure_ascii=False, default=_plain, allow_nan=False) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another place") from error
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Read a result file back. Raises InputError when it is none, or of another schema."""
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: no readable result file ({type(error).__name__})") from error
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+        came = body.get("schema") if isinstance(body, dict) else type(body).__name__
+        raise InputError(f"{path}: schema {came!r}, wanted {SCHEMA!r}; run the evaluator again to remake it")
+    return body
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary path beside the target that takes its place once the block ends without an error."""
+    path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield path
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(path, target)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _plain(value: object) -> object:
+    """What json cannot write by itself: numpy scalars and paths."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a result holds a {type(value).__name__}, which JSON has no form for")
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """The result as lines for a terminal: one row a metric, one column a network."""
+    baselines: Mapping[str, Any] = result["baselines"]
+    rows = [["metric", "value", "95 % interval", "n", *baselines]]
+    for name, metric in result["metrics"].items():
+        mark = "*" if name == result["headline"] else " "
+        others = [_figure(baseline["metrics"].get(name)) for baseline in baselines.values()]
+        rows.append([f"{name}{mark}", _figure(metric), _interval(metric), str(metric["n"]), *others])
+    lines = _columns(rows)
+    lines.append(f"* headline; chosen {_chosen(result['chosen'])} on {result['selected_on']}")
+    lines.extend(_difference_line(result["headline"], name, baseline) for name, baseline in baselines.items())
+    lines.extend(f"note: {note}" for note in result["notes"])
+    return "\n".join(lines)
+
+
+def _figure(metric: Mapping[str, Any] | None) -> str:
+    if metric is None:
+        return "-"
+    unit = f" {metric['unit']}" if metric.get("unit") else ""
+    return f"{metric['value']:.4f}{unit}"
+
+
+def _interval(metric: Mapping[str, Any]) -> str:
+    return "-" if metric["ci95"] is None else f"{metric['ci95'][0]:.4f} .. {metric['ci95'][1]:.4f}"
+
+
+def _chosen(chosen: Mapping[str, Any]) -> str:
+    words = (f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in chosen.items())
+    return ", ".join(words) or "nothing"
+
+
+def _difference_line(headline: str, name: str, baseline: Mapping[str, Any]) -> str:
+    difference = baseline["difference"]
+    return f"{headline} minus {name}: {_figure(difference)} (95 % {_interval(difference)}, paired)"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,125 @@
+"""The cache holds what was finished, goes on where a killed extraction stopped, and trusts nothing that is damaged."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from evaluators.feature_cache import FeatureStore, cache_key, open_store
+
+KEY = "k"
+
+
+def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+    values = np.arange(start, stop, dtype=np.float32)
+    return {"embedding": np.stack([values, values + 0.5], axis=1), "patch_mean": values[:, None]}
+
+
+def fill(root: Path, stop_after: int | None = None) -> None:
+    with open_store(root, KEY, 10) as store:
+        while store.next_item < 10:
+            if stop_after is not None and store.next_item >= stop_after:
+                raise KeyboardInterrupt
+            store.append(rows(store.next_item, store.next_item + 2), 2, {})
+        store.finish()
+
+
+def test_key_changes_with_any_part_and_not_with_their_order() -> None:
+    parts = {"weights": "a", "preprocess": {"size_px": 224}, "data": "d"}
+    assert cache_key(parts) == cache_key(dict(reversed(parts.items())))
+    others = [parts | {"weights": "b"}, parts | {"preprocess": {"size_px": 225}}, parts | {"data": "e"}]
+    assert len({cache_key(p) for p in [parts, *others]}) == 4
+
+
+def test_a_finished_entry_is_read_back_memory_mapped_and_read_only(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with open_store(tmp_path, KEY, 10) as store:
+        assert store.complete
+        embedding = store.columns()["embedding"]
+    np.testing.assert_array_equal(embedding, rows(0, 10)["embedding"])
+    assert isinstance(embedding, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        embedding[0] = 0
+
+
+def test_a_stopped_extraction_goes_on_where_it_was(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, stop_after=4)
+    with open_store(tmp_path, KEY, 10) as store:
+        assert not store.complete
+        assert store.next_item == 4
+    fill(tmp_path)
+    with open_store(tmp_path, KEY, 10) as store:
+        np.testing.assert_array_equal(store.columns()["patch_mean"], rows(0, 10)["patch_mean"])
+
+
+def test_rows_written_after_the_last_note_are_written_again(tmp_path: Path) -> None:
+    store = FeatureStore(10, tmp_path / KEY)
+    store.append(rows(0, 2), 2, {})
+    store.save_progress()
+    store.append({name: values * 0 - 1 for name, values in rows(2, 4).items()}, 2, {})
+    del store  # killed: no note about rows 2 and 3
+    fill(tmp_path)
+    with open_store(tmp_path, KEY, 10) as store:
+        np.testing.assert_array_equal(store.columns()["embedding"], rows(0, 10)["embedding"])
+
+
+def test_skipped_rows_leave_no_gap_and_are_remembered(tmp_path: Path) -> None:
+    with open_store(tmp_path, KEY, 4) as store:
+        store.append({name: values[[0, 2]] for name, values in rows(0, 3).items()}, 3, {1: "corrupt"})
+        store.append(rows(3, 4), 1, {})
+        store.finish()
+    with open_store(tmp_path, KEY, 4) as store:
+        assert store.skipped == {1: "corrupt"}
+        assert store.columns()["patch_mean"][:, 0].tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["meta", "array", "missing"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+    fill(tmp_path)
+    array = tmp_path / KEY / "embedding.npy"
+    if damage == "meta":
+        (tmp_path / KEY / "meta.json").write_text("{")
+    elif damage == "array":
+        array.write_bytes(array.read_bytes()[:-8])
+    else:
+        array.unlink()
+    fill(tmp_path)
+    with open_store(tmp_path, KEY, 10) as store:
+        np.testing.assert_array_equal(store.columns()["embedding"], rows(0, 10)["embedding"])
+
+
+def test_a_second_process_waits_for_the_first_and_finds_its_work_done(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def slow() -> None:
+        with open_store(tmp_path, KEY, 10) as store:
+            entered.set()
+            time.sleep(0.3)
+            store.append(rows(0, 10), 10, {})
+            store.finish()
+
+    worker = threading.Thread(target=slow)
+    worker.start()
+    entered.wait()
+    with open_store(tmp_path, KEY, 10) as store:
+        assert store.complete
+    worker.join()
+
+
+def test_without_a_root_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_store(None, KEY, 2) as store:
+        store.append(rows(0, 2), 2, {})
+        store.finish()
+        assert store.columns()["embedding"].shape == (2, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--cache-dir"), open_store(tmp_path / "file", KEY, 2):
+        pass
