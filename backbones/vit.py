@@ -1,0 +1,321 @@
+"""One Vision Transformer for DINOv1 and DINOv2: pixels in, features out.
+
+Read in this order: ViTSpec, the parts of a block, ViT. Parameter names are those of the published weights, blocks unchunked.
+
+Axes: B images, T tokens (CLS, registers, patches), R registers, N patches (N = h * w, row-major), D feature size, M side of the table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.position import resample_table
+from data.errors import InputError
+
+NORM_EPS = 1e-6
+VIT_SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "giant2": (1536, 40, 24),
+}
+"""Width, depth and heads by name (Caron et al. 2021, table 1; Oquab et al. 2023, table 17)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSpec:
+    """The architecture of a ViT; stored in every checkpoint."""
+
+    patch_px: int
+    width: int
+    depth: int
+    heads: int
+    img_px: int = 224
+    """Side of the square image that the position table was made for."""
+    registers: int = 0
+    """Extra tokens after CLS (Darcet et al. 2023)."""
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    layer_scale: float | None = None
+    """Initial gain of each residual branch; None leaves LayerScale out."""
+    qkv_bias: bool = True
+    pos_offset: float = 0.1
+    """Added to the grid size when encodings are resampled by scale factor; 0 resamples by size."""
+    pos_antialias: bool = False
+    mask_token: bool = False
+    drop_path: float = 0.0
+    """Share of samples that skip a residual branch in training; grows linearly over the depth."""
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("patch_px", "width", "depth", "heads", "img_px", "in_channels"):
+            if getattr(self, name) < 1:
+                raise InputError(f"ViT {name} is {getattr(self, name)}; want at least 1")
+        if self.width % self.heads:
+            raise InputError(f"ViT width {self.width} does not divide into {self.heads} heads; change one of them")
+        if self.img_px < self.patch_px:
+            raise InputError(f"ViT img_px {self.img_px} is smaller than one patch of {self.patch_px} px")
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"ViT drop_path is {self.drop_path}; want 0 <= drop_path < 1")
+
+    @property
+    def grid(self) -> int:
+        """Side of the position table, in patches."""
+        return self.img_px // self.patch_px
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the last block gives; all but `prenorm` have passed the final norm."""
+
+    cls: Tensor
+    """[B, D]"""
+    registers: Tensor
+    """[B, R, D]"""
+    patches: Tensor
+    """[B, N, D]"""
+    prenorm: Tensor
+    """[B, T, D], before the final norm"""
+
+
+class PatchEmbed(nn.Module):
+    """Pixels [B, C, H, W] to patches [B, N, D]; rows and columns beyond the last whole patch are dropped."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(spec.in_channels, spec.width, spec.patch_px, stride=spec.patch_px)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.proj(pixels_BCHW).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `qkv` holds all of q, then k, then v, each head-major."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        self.scale = (spec.width // spec.heads) ** -0.5
+        self.qkv = nn.Linear(spec.width, 3 * spec.width, bias=spec.qkv_bias)
+        self.proj = nn.Linear(spec.width, spec.width)
+
+    def split(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, heads, T, D / heads]."""
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend and project: [B, T, D]."""
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.mix(*self.split(x_BTD))
+
+    def weights(self, x_BTD: Tensor) -> Tensor:
+        """Softmax weights of every query, [B, heads, T, T]; costs O(T^2) memory."""
+        q, k, _ = self.split(x_BTD)
+        return torch.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)
+
+    def cls_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Softmax weights of the CLS query over all tokens, [B, heads, T]; costs O(T)."""
+        return torch.softmax((q[:, :, :1] * self.scale) @ k.transpose(-2, -1), dim=-1).squeeze(2)
+
+
+class Mlp(nn.Module):
+    """Two linears with the exact GELU between, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def swiglu_hidden(width: int) -> int:
+    """Hidden width of the fused SwiGLU: two thirds of 4 * width, rounded up to a multiple of 8."""
+    return (int(4 * width * 2 / 3) + 7) // 8 * 8
+
+
+class SwiGLU(nn.Module):
+    """silu(a) * b of one fused linear, then a projection (Shazeer 2020)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = swiglu_hidden(width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each feature of a residual branch (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x)); a branch is skipped per sample with `drop_path`."""
+
+    def __init__(self, spec: ViTSpec, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.attn = Attention(spec)
+        self.norm2 = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.mlp = Mlp(spec.width) if spec.ffn == "mlp" else SwiGLU(spec.width)
+        scaled = spec.layer_scale is not None
+        self.ls1 = LayerScale(spec.width, spec.layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
+        self.ls2 = LayerScale(spec.width, spec.layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
+        self.drop_path = drop_path
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self._drop(self.ls1(self.attn(self.norm1(x_BTD))))
+        return x_BTD + self._drop(self.ls2(self.mlp(self.norm2(x_BTD))))
+
+    def forward_with_cls_weights(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output [B, T, D] and the CLS query's softmax weights [B, heads, T]; for evaluation."""
+        q, k, v = self.attn.split(self.norm1(x_BTD))
+        x_BTD = x_BTD + self.ls1(self.attn.mix(q, k, v))
+        return x_BTD + self.ls2(self.mlp(self.norm2(x_BTD))), self.attn.cls_weights(q, k)
+
+    def _drop(self, branch_BTD: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): zero the branch of some samples, scale up the others."""
+        if not self.training or self.drop_path == 0:
+            return branch_BTD
+        keep = 1 - self.drop_path
+        kept_B11 = torch.rand(len(branch_BTD), 1, 1, device=branch_BTD.device) < keep
+        return branch_BTD * kept_B11.to(branch_BTD.dtype) / keep
+
+
+class ViT(nn.Module):
+    """A Vision Transformer; see `ViTSpec`. Pixels are normalised floats [B, C, H, W], at least one patch on a side."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + spec.grid**2, spec.width))
+        self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.width)) if spec.registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, spec.width)) if spec.mask_token else None
+        self.patch_embed = PatchEmbed(spec)
+        rates = torch.linspace(0, spec.drop_path, spec.depth).tolist()
+        self.blocks = nn.ModuleList(Block(spec, rate) for rate in rates)
+        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.reset_parameters()
+
+    @property
+    def embed_dim(self) -> int:
+        """Size D of an embedding."""
+        return self.spec.width
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch, in pixels."""
+        return self.spec.patch_px
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: linears and tables truncated normal of std 0.02, biases 0, tokens tiny with registers, else 0.02."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02 if self.spec.layer_scale is None else 1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def position_encoding(self, H: int, W: int) -> Tensor:
+        """Encodings [1, 1 + N, D] for an image of H x W pixels, CLS row first; the CLS row never changes.
+
+        The table is used as it is when the patch count and the aspect are the table's own, and resampled otherwise.
+        """
+        side, h, w = self.spec.grid, H // self.spec.patch_px, W // self.spec.patch_px
+        table_MMD = self.pos_embed[0, 1:].reshape(side, side, -1)
+        # While a graph with dynamic sizes is traced H and W are symbols; there they are whole patches, so the grid alone decides.
+        square = H == W if isinstance(H, int) and isinstance(W, int) else True
+        patches_ND = resample_table(
+            table_MMD, h, w, square=square, offset=self.spec.pos_offset, antialias=self.spec.pos_antialias
+        )
+        return torch.cat([self.pos_embed[:, :1], patches_ND[None]], dim=1)
+
+    def tokens(self, pixels_BCHW: Tensor, masks_BN: Tensor | None = None) -> Tensor:
+        """What enters the first block, [B, T, D]: CLS, registers (without position), patches (masked ones replaced)."""
+        B, _, H, W = pixels_BCHW.shape
+        patches_BND = self.patch_embed(pixels_BCHW)
+        if masks_BN is not None:
+            if self.mask_token is None:
+                raise InputError("this backbone has no mask token; make it with ViTSpec(mask_token=True) to use masks")
+            patches_BND = torch.where(masks_BN[..., None], self.mask_token.to(patches_BND.dtype), patches_BND)
+        x_BTD = torch.cat([self.cls_token.expand(B, -1, -1), patches_BND], dim=1) + self.position_encoding(H, W)
+        if self.register_tokens is None:
+            return x_BTD
+        return torch.cat([x_BTD[:, :1], self.register_tokens.expand(B, -1, -1), x_BTD[:, 1:]], dim=1)
+
+    def features(self, pixels_BCHW: Tensor, masks: Tensor | None = None) -> Features:
+        """All tokens of the last block; `masks` [B, N] is True where a patch is hidden."""
+        x_BTD = self.tokens(pixels_BCHW, masks)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        normed_BTD, first = self.norm(x_BTD), 1 + self.spec.registers
+        return Features(normed_BTD[:, 0], normed_BTD[:, 1:first], normed_BTD[:, first:], x_BTD)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Embedding [B, D]: CLS after the final norm."""
+        return self.features(pixels_BCHW).cls
+
+    def outputs(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
+        """Served outputs: `embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w].
+
+        Attention is the last block's CLS row: softmax over all tokens, patch columns only, so that a row sums to less than 1.
+        """
+        h, w = (side // self.spec.patch_px for side in pixels_BCHW.shape[2:])
+        x_BTD = self.tokens(pixels_BCHW)
+        for block in self.blocks[:-1]:
+            x_BTD = block(x_BTD)
+        x_BTD, weights_BhT = self.blocks[-1].forward_with_cls_weights(x_BTD)  # type: ignore[operator]
+        normed_BTD, first = self.norm(x_BTD), 1 + self.spec.registers
+        attention = weights_BhT[:, :, first:].unflatten(2, (h, w))
+        return {"embedding": normed_BTD[:, 0], "patches": normed_BTD[:, first:], "attention": attention}
+
+    def last_selfattention(self, pixels_BCHW: Tensor) -> Tensor:
+        """Softmax weights of the last block, [B, heads, T, T]."""
+        x_BTD = self.tokens(pixels_BCHW)
+        for block in self.blocks[:-1]:
+            x_BTD = block(x_BTD)
+        last = self.blocks[-1]
+        return last.attn.weights(last.norm1(x_BTD))  # type: ignore[operator, union-attr]
+
+    def intermediate_layers(
+        self, pixels_BCHW: Tensor, n: int | Sequence[int] = 1, norm: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(patches [B, N, D], cls [B, D]) of the last `n` blocks, or of the blocks numbered in `n`, oldest first.
+
+        With `norm` the *final* norm is applied to each, as in the published code. Registers are dropped.
+        """
+        depth = self.spec.depth
+        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        if not wanted or min(wanted) < 0 or max(wanted) >= depth:
+            raise InputError(f"blocks {list(wanted)} were asked for; this backbone has blocks 0 to {depth - 1}")
+        x_BTD, found, first = self.tokens(pixels_BCHW), [], 1 + self.spec.registers
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD)
+            if i in wanted:
+                out_BTD = self.norm(x_BTD) if norm else x_BTD
+                found.append((out_BTD[:, first:], out_BTD[:, 0]))
+        return found
