@@ -1,0 +1,1 @@
+"""Claims in, ratios out: every performance figure of the README comes from a command here."""
