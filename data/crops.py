@@ -61,9 +61,7 @@ class CropSpec:
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise InputError(
-                    f"crops.{name} is {(low, high)}; wanted two rising shares in (0, 1]"
-                )
+                raise InputError(f"crops.{name} is {(low, high)}; wanted two rising shares in (0, 1]")
         for name in ("ratio", "blur_sigma_px"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -211,9 +209,6 @@ def to_batch(
     """
     stacked = views if isinstance(views, torch.Tensor) else torch.from_numpy(np.stack(list(views)))
     pixels_BCHW = stacked.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    scale = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device)).view(1, 3, 1, 1)
-    shift = -(torch.tensor(mean, dtype=torch.float32, device=device) / torch.tensor(std, device=device)).view(
-        1, 3, 1, 1
-    )
+    mean_C11, std_C11 = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
     out = torch.empty(pixels_BCHW.shape, dtype=torch.float32, device=device)
     return torch.addcmul(-mean_C11 / std_C11, pixels_BCHW, 1 / (255 * std_C11), out=out)

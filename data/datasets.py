@@ -1,0 +1,195 @@
+"""Any data set named on a command line in, one `Dataset` out: names, labels, splits, and bytes on demand.
+
+    photos/train/cat/1.jpg          folders of splits and classes, or of classes, or just images (recursive)
+    list.csv                        path,label,split and any more columns; paths relative to the list
+    shard-*.tar, a folder of tars   WebDataset: 000.jpg, 000.cls
+    NAME, NAME.csv or NAME.zip      a packed set: NAME.csv beside NAME.zip
+    a,b,c                           several of these in one, for training
+
+Nothing is decoded here before it is asked for. Every problem is an InputError of one line.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.decode import DEFAULT_LIMITS, DecodeError, DecodeLimits, decode_image
+from data.errors import InputError
+from data.listings import IMAGE, Item, Record, scan_csv, scan_folder, split_name
+from data.members import member_bytes, read_bytes
+from data.packs import scan_packed, scan_shards
+
+ACCEPTED_FORMS = (
+    "a folder of images, of classes, or with train/ and val/; a CSV with a column `path`; tar shards; "
+    "NAME.csv beside NAME.zip; or several of these with commas between"
+)
+_MAX_NAMED_SPLITS = 8
+
+
+class Dataset:
+    """Rows of a data set in a fixed order. Plain data: cheap to pass to worker processes, safe to share by threads."""
+
+    def __init__(self, records: Sequence[Record], classes: Sequence[str] | None = None, name: str = "the data") -> None:
+        self._records = list(records)
+        self.name = name
+        self.items: list[Item] = [record.item for record in self._records]
+        labels = {item.label for item in self.items if item.label is not None}
+        self.classes: list[str] = sorted(labels) if classes is None else list(classes)
+        """All labels of the whole set, sorted; parts of a set (splits, subsets) share them, so indices agree."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def labels(self) -> np.ndarray:
+        """Index of each item's label in `classes`, int64 [n]. Raises InputError where an item has no label."""
+        index = {label: k for k, label in enumerate(self.classes)}
+        for item in self.items:
+            if item.label is None:
+                raise InputError(f"{self.name}: {item.name} has no label; wanted class folders or a column `label`")
+        return np.array([index[str(item.label)] for item in self.items], np.int64)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of member that every item has: `image`, and in some sets `masks`, `depth_mm`, `sem`..."""
+        common = set(self._records[0].members) if self._records else set()
+        for record in self._records:
+            common &= set(record.members)
+        return tuple(sorted(common))
+
+    def read(self, i: int) -> bytes:
+        """The encoded image of item i."""
+        return self.read_member(i, IMAGE)
+
+    def read_member(self, i: int, kind: str) -> bytes:
+        """A further encoded file of item i. Raises InputError where it has none of that kind."""
+        record = self._records[i]
+        if kind not in record.members:
+            raise InputError(
+                f"{self.name}: {record.item.name} has no {kind!r}; it has {', '.join(sorted(record.members))}"
+            )
+        return read_bytes(record.members[kind])
+
+    def image(self, i: int, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
+        """The image of item i, uint8 [H,W,3]. Raises DecodeError, its message beginning with the item's name."""
+        try:
+            return decode_image(self.read(i), limits)
+        except DecodeError as error:
+            raise DecodeError(error.reason, f"{self.items[i].name}: {error}") from error
+
+    def subset(self, indices: Iterable[int]) -> "Dataset":
+        """The items of these indices, in this order, with the classes of the whole set."""
+        return Dataset([self._records[int(i)] for i in indices], self.classes, self.name)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over each item's name, label, split and size in bytes (and checksum where it is known)."""
+        digest = hashlib.sha256()
+        for item, record in zip(self.items, self._records, strict=True):
+            image = record.members[IMAGE]
+            fields = (item.name, item.label or "", item.split or "", member_bytes(image), image.crc32 or "")
+            digest.update("\0".join(map(str, fields)).encode("utf-8", "surrogateescape") + b"\n")
+        return digest.hexdigest()
+
+
+def open_dataset(data: str | Path, split: str | None = None) -> Dataset:
+    """Open a data set in any of the forms at the head of this file; `split` keeps one split's items, None all.
+
+    A set that names no splits counts as training data: asking it for `train` gives all of it. In a list of sets, those
+    without the split that is asked for contribute nothing. Raises InputError.
+    """
+    text = str(data)
+    if not text.strip():
+        raise InputError(f"no data was named; wanted {ACCEPTED_FORMS}")
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 1 and not _exists(Path(text)):
+        return _joined(text, [part for part in parts if part], split)
+    dataset = Dataset(_scan(Path(text)), name=text)
+    return dataset if split is None else _take(dataset, split)
+
+
+def _joined(text: str, parts: Sequence[str], split: str | None) -> Dataset:
+    records: list[Record] = []
+    prefixes: set[str] = set()
+    for part in parts:
+        prefix = base = Path(part).stem or part
+        while prefix in prefixes:
+            prefix = f"{base}#{len(prefixes) + 1}"
+        prefixes.add(prefix)
+        for record in _scan(Path(part)):
+            item = dataclasses.replace(record.item, name=f"{prefix}/{record.item.name}")
+            if item.split is None and split == "train":
+                item = dataclasses.replace(item, split="train")
+            records.append(Record(item, record.members))
+    joined = Dataset(records, name=text)
+    return joined if split is None else _take(joined, split)
+
+
+def _take(dataset: Dataset, split: str) -> Dataset:
+    wanted = split_name(split)
+    present = sorted({item.split for item in dataset.items if item.split is not None})
+    if not present and wanted == "train":
+        return dataset
+    chosen = [i for i, item in enumerate(dataset.items) if item.split == wanted]
+    if not chosen:
+        known = ", ".join(present[:_MAX_NAMED_SPLITS]) or "none (all of it is for training)"
+        raise InputError(f"{dataset.name}: no split {split!r}; its splits are: {known}")
+    return dataset.subset(chosen)
+
+
+def _scan(path: Path) -> list[Record]:
+    """Find out which form lies at `path` and list it."""
+    text = str(path)
+    if any(mark in text for mark in "*?[") and not _exists(path):
+        shards = [Path(found) for found in glob.glob(text) if found.endswith(".tar")]
+        if not shards:
+            raise InputError(f"{text}: no tar file matches; wanted shards such as shard-000.tar")
+        return scan_shards(shards)
+    if path.is_dir():
+        return _scan_directory(path)
+    suffix = path.suffix.lower()
+    manifest, archive = path.with_suffix(".csv"), path.with_suffix(".zip")
+    if not suffix or not _exists(path):
+        manifest, archive = Path(f"{text}.csv"), Path(f"{text}.zip")
+        if not (manifest.is_file() and archive.is_file()):
+            _refuse_missing(path)
+        return scan_packed(manifest, archive)
+    if suffix == ".csv":
+        return scan_packed(path, archive) if archive.is_file() and not _has_path_column(path) else scan_csv(path)
+    if suffix == ".zip":
+        if not manifest.is_file():
+            raise InputError(f"{path}: no manifest beside it; wanted {manifest.name} with a row an image, or unpack it")
+        return scan_packed(manifest, path)
+    if suffix == ".tar":
+        return scan_shards([path])
+    hint = "; tar shards must not be compressed: unpack it first" if ".tar" in path.name else ""
+    raise InputError(f"{path}: a {suffix or 'file without suffix'} is no data set{hint}; wanted {ACCEPTED_FORMS}")
+
+
+def _scan_directory(path: Path) -> list[Record]:
+    """A folder of images, or of tar shards (directly, or one folder a split)."""
+    shards = sorted(path.glob("*.tar")) or sorted(path.glob("*/*.tar"))
+    if not shards:
+        return scan_folder(path)
+    return scan_shards(shards)
+
+
+def _has_path_column(manifest: Path) -> bool:
+    with open(manifest, encoding="utf-8-sig", errors="replace") as file:
+        return "path" in file.readline().strip().split(",")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
+def _refuse_missing(path: Path) -> None:
+    if re.match(r"^[a-z0-9_]+:", str(path)) and not _exists(path):
+        raise InputError(f"{path}: benchmarks by name are not known here; wanted {ACCEPTED_FORMS}")
+    raise InputError(f"{path}: nothing there; wanted {ACCEPTED_FORMS}")
