@@ -1,0 +1,199 @@
+"""The checkpoint: one .safetensors file, weights of a backbone plus a JSON manifest in its metadata.
+
+Reading it never unpickles. Loading is strict: a missing, unknown or misshapen weight is an error that names it, and the stored content
+hash must match the weights.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from backbones.resnet import ResNet, ResNetSpec
+from backbones.vit import ViT, ViTSpec
+from data.errors import InputError
+from data.preprocess import Preprocess
+
+MANIFEST_KEY = "dinoscope"
+"""Metadata key of the manifest, in .safetensors and in .onnx files."""
+
+
+class CheckpointError(InputError):
+    """A weights file cannot be used: unreadable, of another architecture, or altered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is known of a backbone; travels with its weights through every format."""
+
+    architecture: dict[str, Any]
+    """`family` ("vit" or "resnet") and the fields of its spec."""
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    weights_sha256: str = ""
+    """Content hash of the weights, see `weights_sha256()`."""
+    kind: str = "backbone"
+    recipe: dict[str, Any] | None = None
+    step: int | None = None
+    source: str = ""
+    """Where the weights come from: a run, a published name, a file."""
+    revision: str = ""
+    """Source revision of the code that wrote them."""
+    data_fingerprint: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
+        return {**plain, "preprocess": self.preprocess.to_json()}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "Manifest":
+        """The inverse of `to_json`; CheckpointError names what is missing or unknown."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(plain, Mapping) or not {"architecture", "preprocess"} <= set(plain) or set(plain) - names:
+            found = sorted(plain) if isinstance(plain, Mapping) else type(plain).__name__
+            raise CheckpointError(f"this is not a backbone's manifest: it has {found}, want {sorted(names)}")
+        return cls(**{**plain, "preprocess": Preprocess.from_json(plain["preprocess"])})
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network in evaluation mode, float32, and its manifest."""
+
+    model: nn.Module
+    manifest: Manifest
+
+
+def make_backbone(architecture: Mapping[str, Any]) -> ViT | ResNet:
+    """An initialised network from a manifest's `architecture`. Raises CheckpointError where it names no network of ours."""
+    families = {"vit": (ViT, ViTSpec), "resnet": (ResNet, ResNetSpec)}
+    fields = dict(architecture)
+    family = fields.pop("family", None)
+    if family not in families:
+        raise CheckpointError(f"architecture family {family!r} is unknown; want one of {', '.join(families)}")
+    network, spec = families[family]
+    known = {f.name for f in dataclasses.fields(spec)}
+    if set(fields) - known:
+        raise CheckpointError(
+            f"architecture has unknown fields {sorted(set(fields) - known)}; {family} has {sorted(known)}"
+        )
+    try:
+        return network(spec(**fields))
+    except TypeError as error:
+        raise CheckpointError(f"architecture of family {family} is incomplete or mistyped: {error}") from error
+
+
+def describe_architecture(model: ViT | ResNet) -> dict[str, Any]:
+    """The `architecture` entry of a manifest, from which `make_backbone` makes the same network."""
+    family = "vit" if isinstance(model, ViT) else "resnet"
+    return {"family": family, **dataclasses.asdict(model.spec)}
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Content hash of named tensors: names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor], manifest_json: Mapping[str, Any]) -> None:
+    """Write tensors and a manifest to a .safetensors file in one atomic, durable step."""
+    path = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    data = safetensors.torch.save(state, metadata={MANIFEST_KEY: json.dumps(manifest_json, sort_keys=True)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and manifest of a .safetensors file; the manifest is None in a file that is not ours."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; give the path of a .safetensors checkpoint") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable .safetensors file ({error}); was it cut short?") from error
+    if MANIFEST_KEY not in metadata:
+        return state, None
+    try:
+        return state, json.loads(metadata[MANIFEST_KEY])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its manifest is not JSON ({error}); write the file anew") from error
+
+
+def load_state_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load weights into a network; CheckpointError counts and names what is missing, unknown or misshapen."""
+    wanted = model.state_dict()
+    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    misshapen = [
+        f"{name} is {list(state[name].shape)}, want {list(wanted[name].shape)}"
+        for name in sorted(set(wanted) & set(state))
+        if state[name].shape != wanted[name].shape
+    ]
+    problems = [
+        f"{len(names)} weights are {what}, first {names[0]}"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}. Was it saved by another architecture?")
+    model.load_state_dict(dict(state))
+
+
+def save_backbone(path: str | Path, model: ViT | ResNet, manifest: Manifest) -> Manifest:
+    """Write a checkpoint atomically; architecture and content hash are taken from `model`. Returns the manifest as written."""
+    state = model.state_dict()
+    manifest = dataclasses.replace(
+        manifest, architecture=describe_architecture(model), weights_sha256=weights_sha256(state)
+    )
+    save_tensors(Path(path), state, manifest.to_json())
+    return manifest
+
+
+def load_own_checkpoint(path: Path) -> Backbone:
+    """Read a checkpoint written by `save_backbone`."""
+    state, plain = load_tensors(path)
+    if plain is None:
+        raise CheckpointError(
+            f"{path}: has no manifest, so it is not a checkpoint of ours; give its Hugging Face folder instead"
+        )
+    if plain.get("kind") != "backbone":
+        raise CheckpointError(f"{path}: is a {plain.get('kind')}, not a backbone; give the backbone's checkpoint")
+    manifest = Manifest.from_json(plain)
+    model = make_backbone(manifest.architecture)
+    load_state_strictly(model, state, path)
+    if manifest.weights_sha256 != weights_sha256(state):
+        raise CheckpointError(
+            f"{path}: the weights do not match the content hash in their manifest; the file was altered"
+        )
+    return Backbone(model.float().eval(), manifest)
+
+
+def load_backbone(ckpt: str | Path) -> Backbone:
+    """The backbone that `--ckpt` names, in evaluation mode and float32. Raises CheckpointError."""
+    return load_own_checkpoint(Path(ckpt))

@@ -1,0 +1,162 @@
+"""Heads on a frozen backbone: a linear classifier, and a depth probe.
+
+A head is a .safetensors file whose manifest names the backbone it fits by content hash; loading it onto another backbone is an error.
+
+Axes: B images, N patches (N = h * w, row-major), D feature size, C classes, K depth bins, H W pixels.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.checkpoints import CheckpointError, load_state_strictly, load_tensors, save_tensors, weights_sha256
+from data.errors import InputError
+
+
+@dataclass(frozen=True)
+class LinearHeadSpec:
+    """Shape of a linear classifier."""
+
+    n_classes: int
+    width_in: int
+
+
+class LinearHead(nn.Module):
+    """Features [B, D] to logits [B, C]."""
+
+    def __init__(self, spec: LinearHeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(spec.width_in, spec.n_classes)
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        return self.linear(features_BD)
+
+
+@dataclass(frozen=True)
+class DepthHeadSpec:
+    """Shape and range of a depth probe."""
+
+    width_in: int
+    """Size of its input: patch features followed by CLS, so twice the backbone's."""
+    bins: int = 256
+    min_depth: float = 0.001
+    max_depth: float = 10.0
+    unit: str = "metre"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_depth < self.max_depth or self.bins < 2:
+            raise InputError(
+                f"depth head has {self.bins} bins from {self.min_depth} to {self.max_depth}; "
+                "want at least 2 bins over a rising, non-negative range"
+            )
+
+
+class DepthHead(nn.Module):
+    """Linear depth probe over uniform bins (Oquab et al. 2023, section 7.4; the "linear-1" head).
+
+    Logits of the bins at each patch are enlarged fourfold, turned into weights by relu(x) + 0.1, and the depth is the weighted mean of
+    the bins' centres. The linear layer runs before the enlargement, which is the same and costs a sixteenth.
+    """
+
+    ENLARGEMENT = 4
+    FLOOR = 0.1
+
+    def __init__(self, spec: DepthHeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(spec.width_in, spec.bins)
+
+    def forward(self, patches_BND: Tensor, cls_BD: Tensor, grid: tuple[int, int], out_hw: tuple[int, int]) -> Tensor:
+        """Depth [B, H, W] in `spec.unit`, from patches of an h x w `grid`, enlarged to `out_hw` pixels."""
+        h, w = grid
+        features = torch.cat([patches_BND, cls_BD[:, None].expand_as(patches_BND)], dim=-1)
+        logits_BKhw = self.linear(features).transpose(1, 2).unflatten(2, (h, w))
+        logits_BKhw = _enlarge(logits_BKhw, (self.ENLARGEMENT * h, self.ENLARGEMENT * w))
+        weights_BKhw = F.relu(logits_BKhw) + self.FLOOR
+        bins_K = torch.linspace(self.spec.min_depth, self.spec.max_depth, self.spec.bins, device=features.device)
+        depth_Bhw = torch.einsum("bkhw,k->bhw", weights_BKhw, bins_K) / weights_BKhw.sum(dim=1)
+        return _enlarge(depth_Bhw[:, None], out_hw)[:, 0]
+
+
+def _enlarge(map_BChw: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(map_BChw, size=size, mode="bilinear", align_corners=False)
+
+
+HEADS: dict[str, tuple[type, type]] = {"linear": (LinearHead, LinearHeadSpec), "depth": (DepthHead, DepthHeadSpec)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadManifest:
+    """What is known of a head; stored with its weights."""
+
+    kind: str
+    """A key of `HEADS`."""
+    backbone_sha256: str
+    """Content hash of the backbone that the head was trained on."""
+    spec: dict[str, Any]
+    weights_sha256: str = ""
+    features: str = ""
+    """Which features go in, in words that the evaluator which made the head defines."""
+    classes: tuple[str, ...] = ()
+    source: str = ""
+    data_fingerprint: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "classes": list(self.classes)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "HeadManifest":
+        """The inverse of `to_json`; CheckpointError names what is missing or unknown."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not {"kind", "backbone_sha256", "spec"} <= set(plain) or set(plain) - names:
+            raise CheckpointError(f"this is not a head's manifest: it has {sorted(plain)}, want {sorted(names)}")
+        return cls(**{**plain, "classes": tuple(plain.get("classes", ()))})
+
+
+def save_head(path: str | Path, head: LinearHead | DepthHead, manifest: HeadManifest) -> HeadManifest:
+    """Write a head atomically; kind, spec and content hash are taken from `head`. Returns the manifest as written."""
+    state = head.state_dict()
+    kind = next(name for name, (network, _) in HEADS.items() if isinstance(head, network))
+    manifest = dataclasses.replace(
+        manifest, kind=kind, spec=dataclasses.asdict(head.spec), weights_sha256=weights_sha256(state)
+    )
+    save_tensors(Path(path), state, manifest.to_json())
+    return manifest
+
+
+def load_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead | DepthHead, HeadManifest]:
+    """Read a head for the backbone with this content hash. Raises CheckpointError where it fits another one."""
+    state, plain = load_tensors(Path(path))
+    if plain is None or plain.get("kind") not in HEADS:
+        found = "has no manifest" if plain is None else f"is a {plain.get('kind')}"
+        raise CheckpointError(
+            f"{path}: {found}, not a head; want one of {', '.join(HEADS)} as the evaluators save them"
+        )
+    manifest = HeadManifest.from_json(plain)
+    if manifest.backbone_sha256 != backbone_sha256:
+        raise CheckpointError(
+            f"{path}: this head fits the backbone {manifest.backbone_sha256[:12]}, not {backbone_sha256[:12]}; "
+            "train it anew on the backbone at hand"
+        )
+    network, spec = HEADS[manifest.kind]
+    try:
+        head = network(spec(**manifest.spec))
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path}: the head's spec does not fit its kind ({error}); write the file anew"
+        ) from error
+    load_state_strictly(head, state, path)
+    if manifest.weights_sha256 != weights_sha256(state):
+        raise CheckpointError(
+            f"{path}: the weights do not match the content hash in their manifest; the file was altered"
+        )
+    return head.float().eval(), manifest
