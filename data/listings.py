@@ -187,7 +187,8 @@ def scan_csv(path: Path) -> list[Record]:
             f"{path}: no column `path` (it has {', '.join(rows[0])}); wanted path,label,split, "
             f"or {path.stem}.zip beside it"
         )
-    records, first_line = [], {}
+    records: list[Record] = []
+    first_line: dict[str, int] = {}
     for line, row in enumerate(rows, start=2):
         where = f"{path}, row {line}"
         members = {IMAGE: _listed_file(path.parent, row["path"], where)}

@@ -1,0 +1,65 @@
+"""What a trained backbone has to beat, as runtimes: raw pixels, and the same network before any training.
+
+Both see exactly the views the checkpoint sees, so a difference in accuracy is owed to the training and to nothing else.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+
+from backbones.checkpoints import Backbone, Manifest, make_backbone, weights_sha256
+from data.errors import InputError
+from runtimes.runtime import Runtime
+from runtimes.torch_runtime import TorchRuntime
+
+BaselineName = Literal["pixels", "untrained"]
+PIXELS_SIDE_PX = 32
+"""The pixel baseline is a 32 x 32 RGB thumbnail: 3,072 numbers."""
+
+
+class PixelRuntime(Runtime):
+    """The normalised view, area-averaged to 32 x 32 and flattened channel by channel: `embedding` [B, 3072]."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        what = f"pixels-{PIXELS_SIDE_PX}"
+        self.manifest = replace(
+            manifest,
+            architecture={"family": "pixels", "side_px": PIXELS_SIDE_PX},
+            weights_sha256=hashlib.sha256(what.encode()).hexdigest(),
+        )
+        self.name = "pixels"
+        self.device = "cpu"
+        self.outputs = ("embedding",)
+
+    def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
+        """Thumbnails of a batch [B, 3, H, W]."""
+        side = PIXELS_SIDE_PX
+        thumbnails = np.empty((len(pixels_NCHW), 3, side, side), dtype=np.float32)
+        for image, thumbnail in zip(pixels_NCHW, thumbnails, strict=True):
+            for channel in range(3):
+                thumbnail[channel] = cv2.resize(image[channel], (side, side), interpolation=cv2.INTER_AREA)
+        return {"embedding": thumbnails.reshape(len(thumbnails), -1)}
+
+
+def open_baseline(name: BaselineName, manifest: Manifest, device: str, seed: int) -> Runtime:
+    """The baseline beside a network with this manifest. Raises InputError where its architecture is not known."""
+    if name == "pixels":
+        return PixelRuntime(manifest)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = make_backbone(manifest.architecture).eval()
+    except ValueError as error:
+        raise InputError(
+            f"--baselines untrained: {error}; the network's manifest names no architecture to build, "
+            "use --baselines pixels"
+        ) from error
+    return TorchRuntime(
+        Backbone(model, replace(manifest, recipe=None, step=0, weights_sha256=weights_sha256(model.state_dict()))),
+        device=device,
+    )

@@ -1,0 +1,226 @@
+"""A network and labelled images in, one result out: what the k-NN and the linear command have in common.
+
+The network, then each baseline asked for, is run over the same two parts of the data; the evaluator, a function of two
+feature tables, is applied to each; differences are paired, image by image.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from backbones.checkpoints import Manifest
+from data.errors import InputError
+from evaluators.baselines import BaselineName, open_baseline
+from evaluators.bootstrap import mean_interval95
+from evaluators.extract import ExtractSpec, FeatureTable, extract
+from evaluators.results import (
+    Context,
+    Measurement,
+    Metric,
+    describe_environment,
+    metrics_json,
+    result_json,
+    result_table,
+    save_result,
+)
+from evaluators.splits import Splits, labelled, open_splits
+from runtimes.open import open_runtime
+from runtimes.runtime import Runtime
+
+Evaluate = Callable[[FeatureTable, FeatureTable], Measurement]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """What is measured, on what, and where the result goes."""
+
+    ckpt: str
+    """The network: a checkpoint, published weights, a Hugging Face folder, an .onnx, a catalog name, or a running server
+    (grpc://host:port, http://host:port)."""
+    data: str
+    """The images: a folder (train/CLASS/*, val/CLASS/*), a CSV, tar shards, or a packed set."""
+    out: Path | None = None
+    """Result file to write (.json); the predictions go beside it."""
+    device: str = "auto"
+    """Where the network runs: auto, cpu, cuda."""
+    threads: int | None = None
+    """CPU threads of the network."""
+    batch_size: int = 64
+    """Images that go through the network at a time."""
+    cache_dir: Path | None = Path(".cache/features")
+    """Root of the feature cache; None to do without."""
+    train_split: str | None = None
+    """Name of the training split; left out: `train`."""
+    val_split: str | None = None
+    """Name of the test split; left out: `val`, or `test` where there is none."""
+    group_by: str = "auto"
+    """Column that ties images together (views of one object); `auto`: instance, family, concept or group; `none`."""
+    seed: int = 0
+    """Of everything random: initial heads, the untrained baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRun(NetworkOptions):
+    """Options of the classification evaluators."""
+
+    baselines: tuple[BaselineName, ...] = ()
+    """Measured beside the network on the same images: pixels (32 x 32 RGB), untrained (same network, random weights)."""
+
+
+def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[dict[str, Any], Measurement]:
+    """Measure the network and its baselines; returns the result, written to `options.out`, and the measurement."""
+    splits = labelled(open_splits(options.data, options.train_split, options.val_split, options.group_by), options.data)
+    with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
+        manifest = runtime.manifest
+        measurement, timing, counts = measure(runtime, splits, options, evaluate)
+        context = Context(
+            model=describe_model(options.ckpt, runtime),
+            data=describe_data(options.data, splits, counts),
+            preprocess=manifest.preprocess.to_json() | {"view": "center"},
+            timing=timing,
+            environment=describe_environment(runtime.device, options.threads),
+        )
+    baselines = {
+        name: measure_baseline(name, manifest, splits, options, evaluate, measurement) for name in options.baselines
+    }
+    measurement.notes[:0] = splits.notes
+    result = result_json(measurement, context, baselines)
+    if options.out is not None:
+        save_result(options.out, result, measurement.predictions)
+    return result, measurement
+
+
+def measure(
+    runtime: Runtime, splits: Splits, options: NetworkOptions, evaluate: Evaluate
+) -> tuple[Measurement, dict[str, float], dict[str, Any]]:
+    """Extract both parts and evaluate; also returns seconds spent, and what was read."""
+    spec = ExtractSpec(batch_size=options.batch_size, cache_dir=options.cache_dir, group_column=splits.group_column)
+    started = time.perf_counter()
+    tables = []
+    for what, part in (("train", splits.train), ("val", splits.val)):
+        with progress_bar(f"{runtime.name}: {what}") as progress:
+            tables.append(extract(runtime, part, spec, progress))
+    extracted = time.perf_counter()
+    train, val = tables
+    measurement = evaluate(train, val)
+    for what, table in (("train", train), ("val", val)):
+        measurement.notes.extend(table_notes(what, table))
+    timing = {
+        "extract_s": round(extracted - started, 3),
+        "evaluate_s": round(time.perf_counter() - extracted, 3),
+        "features_from_cache": train.cached and val.cached,
+    }
+    classes = sorted({str(label) for label in (*train.labels, *val.labels)})
+    counts = {"n_train": len(train), "n_val": len(val), "n_classes": len(classes), "classes": classes}
+    counts["skipped"] = {name: reason for table in tables for name, reason in table.skipped}
+    return measurement, timing, counts
+
+
+def measure_baseline(
+    name: BaselineName,
+    manifest: Manifest,
+    splits: Splits,
+    options: ClassificationRun,
+    evaluate: Evaluate,
+    network: Measurement,
+) -> dict[str, Any]:
+    """One baseline's figures, and by how much the network is above it (paired over the same test images)."""
+    with open_baseline(name, manifest, options.device, options.seed) as runtime:
+        measurement, timing, _ = measure(runtime, splits, options, evaluate)
+    gain_N = network.predictions["score"] - measurement.predictions["score"]
+    groups_N = network.predictions["groups"]
+    difference = Metric(float(gain_N.mean()), mean_interval95(gain_N, groups_N), len(gain_N))
+    return {
+        "metrics": metrics_json(measurement.metrics),
+        "difference": metrics_json({network.headline: difference})[network.headline],
+        "chosen": measurement.chosen,
+        "architecture": runtime.manifest.architecture,
+        "weights_sha256": runtime.manifest.weights_sha256,
+        "seed": options.seed if name == "untrained" else None,
+        "timing": timing,
+    }
+
+
+def describe_model(ckpt: str, runtime: Runtime) -> dict[str, Any]:
+    """What was measured, for the result file."""
+    manifest = runtime.manifest
+    return {
+        "ckpt": str(ckpt),
+        "runtime": runtime.name,
+        "weights_sha256": manifest.weights_sha256,
+        "architecture": manifest.architecture,
+        "step": manifest.step,
+        "source": manifest.source,
+        "revision": manifest.revision,
+    }
+
+
+def describe_data(data: str, splits: Splits, counts: dict[str, Any]) -> dict[str, Any]:
+    """What it was measured on, for the result file."""
+    return {
+        "source": str(data),
+        "split": splits.how,
+        "grouped_by": splits.group_column,
+        "fingerprint": {"train": splits.train.fingerprint(), "val": splits.val.fingerprint()},
+        **counts,
+    }
+
+
+def table_notes(what: str, table: FeatureTable) -> list[str]:
+    """Oddities of a feature table, as lines for the user."""
+    notes = table.sanity.notes(what) if table.sanity else []
+    if table.skipped:
+        some = ", ".join(f"{name} ({reason})" for name, reason in table.skipped[:3])
+        more = f" and {len(table.skipped) - 3} more" if len(table.skipped) > 3 else ""
+        notes.append(f"{len(table.skipped)} {what} images could not be decoded and were left out: {some}{more}")
+    return notes
+
+
+def index_labels(train: FeatureTable, test: FeatureTable) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Class indices (int64) of both tables in the sorted union of their labels, and these labels.
+
+    Raises InputError where a row has no label.
+    """
+    for table in (train, test):
+        if None in table.labels:
+            raise InputError(f"{table.names[table.labels.index(None)]!r} has no label; wanted one for every image")
+    classes = sorted({str(label) for label in (*train.labels, *test.labels)})
+    index = {label: number for number, label in enumerate(classes)}
+    train_labels, test_labels = (
+        np.array([index[str(label)] for label in table.labels], dtype=np.int64) for table in (train, test)
+    )
+    return train_labels, test_labels, classes
+
+
+def index_groups(table: FeatureTable) -> np.ndarray:
+    """A number [n] per row, equal for rows that are tied together."""
+    return np.unique(np.array(table.groups), return_inverse=True)[1].astype(np.int64)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; in a log file one line every ten seconds at most."""
+    with tqdm(desc=title, unit="img", file=sys.stderr, mininterval=0.2 if sys.stderr.isatty() else 10.0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def print_result(result: dict[str, Any], out: Path | None) -> None:
+    """The table, and where the file is."""
+    data = result["data"]
+    print(f"{result['evaluator']}: {result['model']['ckpt']} ({result['model']['runtime']}) on {data['source']}")
+    print(f"{data['n_train']} training and {data['n_val']} test images, {data['n_classes']} classes; {data['split']}")
+    print(result_table(result))
+    if out is not None:
+        print(f"written: {out}")

@@ -1,0 +1,265 @@
+"""Rows of many requests in, batches out, and every answer back to the request that it belongs to.
+
+The batcher knows rows, deadlines and instances; it knows no model, no image and no wire. Whatever may share a batch has
+the same key. Read in this order: BatchSpec, Answer, _Entry, Batcher.
+Axes: R rows of one request, B rows of one batch; both come first in every array.
+"""
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from server.errors import Draining, EngineFailed, Expired
+
+Run = Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]
+"""(key, rows [B, ...]) -> named arrays [B, ...]; called in the thread of its instance, never twice at once."""
+
+PATIENCE_S = 30.0
+"""A request without a deadline is queued as if it had this one, so that urgent ones pass it but cannot starve it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """How rows are put together."""
+
+    max_rows: int = 8
+    """Largest batch. A larger request is split; its rows come back in order."""
+    max_delay_us: int = 0
+    """How long an idle instance waits for a fuller batch. 0 is right on a CPU, where batches gain little; 1000 to
+    2000 on a GPU."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One run of the network that a request took part in."""
+
+    batch_rows: int
+    run_ns: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one request: arrays [R, ...], how long its first row waited, and its runs."""
+
+    outputs: dict[str, np.ndarray]
+    queue_ns: int
+    executions: tuple[Execution, ...]
+
+
+@dataclass(eq=False)
+class _Entry:
+    rows: np.ndarray
+    due_s: float
+    deadline_s: float | None
+    arrived_s: float
+    order: int
+    future: asyncio.Future[Answer]
+    taken: int = 0
+    started_ns: int | None = None
+    arrived_ns: int = field(default_factory=time.perf_counter_ns)
+    parts: dict[int, tuple[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
+    executions: list[Execution] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return len(self.rows) - self.taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Rows [start, stop) of an entry, on their way through one batch."""
+
+    entry: _Entry
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class _Instance:
+    run: Run
+    thread: ThreadPoolExecutor
+
+
+class Batcher:
+    """Feeds one or more instances of the same network. Lives on one event loop; use it from there only."""
+
+    def __init__(self, runs: Sequence[Run], spec: BatchSpec) -> None:
+        self.spec = spec
+        self.executions = 0
+        self.expired_rows = 0
+        self.cancelled_rows = 0
+        self._idle = [
+            _Instance(run, ThreadPoolExecutor(1, thread_name_prefix=f"run-{i}")) for i, run in enumerate(runs)
+        ]
+        self._threads = [instance.thread for instance in self._idle]
+        self._buckets: dict[Hashable, list[_Entry]] = {}
+        self._order = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that no instance has begun yet."""
+        return sum(entry.left for bucket in self._buckets.values() for entry in bucket)
+
+    async def submit(self, key: Hashable, rows: np.ndarray, deadline_s: float | None = None) -> Answer:
+        """Queue rows [R, ...] under `key` and wait for their answer.
+
+        `deadline_s` is in the loop's own time. Raises Expired when it passes before the last row is taken, EngineFailed
+        when a batch with rows of this request fails, Draining after `close`. Cancelling the caller drops what is
+        not yet running.
+        """
+        if self._closed:
+            raise Draining("the server is shutting down")
+        if not len(rows):
+            raise ValueError("a request needs at least one row")
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        due = min(deadline_s if deadline_s is not None else math.inf, now + PATIENCE_S)
+        entry = _Entry(rows, due, deadline_s, now, next(self._order), loop.create_future())
+        self._buckets.setdefault(key, []).append(entry)
+        self._dispatch()
+        try:
+            return await entry.future
+        finally:
+            self._forget(key, entry)
+
+    async def close(self) -> None:
+        """Finish what is running, fail what is waiting, end the threads."""
+        self._closed = True
+        for bucket in self._buckets.values():
+            for entry in bucket:
+                _fail(entry, Draining("the server shut down before this request was run"))
+        self._buckets.clear()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for thread in self._threads:
+            thread.shutdown()
+
+    def _forget(self, key: Hashable, entry: _Entry) -> None:
+        """Take the entry of a caller who is gone (answered, expired or cancelled) out of its bucket at once."""
+        bucket = self._buckets.get(key, [])
+        if entry in bucket:
+            self._count_dropped(entry)
+            bucket.remove(entry)
+            if not bucket:
+                del self._buckets[key]
+
+    def _count_dropped(self, entry: _Entry) -> None:
+        if entry.future.cancelled() and not self._is_late(entry):
+            self.cancelled_rows += entry.left
+        elif self._is_late(entry):
+            self.expired_rows += entry.left
+
+    def _is_late(self, entry: _Entry) -> bool:
+        return entry.deadline_s is not None and asyncio.get_running_loop().time() >= entry.deadline_s
+
+    def _dispatch(self) -> None:
+        """Give idle instances the most urgent ripe batches, and wake up again when the next one ripens."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._idle and self._buckets:
+            self._drop_late()
+            ripe = [key for key, bucket in self._buckets.items() if self._ripe_at(bucket) <= loop.time()]
+            if not ripe:
+                break
+            key = min(ripe, key=lambda key: min((entry.due_s, entry.order) for entry in self._buckets[key]))
+            task = loop.create_task(self._execute(self._idle.pop(), key, self._take(key)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if self._idle and self._buckets:
+            self._timer = loop.call_at(min(map(self._ripe_at, self._buckets.values())), self._dispatch)
+
+    def _ripe_at(self, bucket: list[_Entry]) -> float:
+        if sum(entry.left for entry in bucket) >= self.spec.max_rows:
+            return -math.inf
+        return min(entry.arrived_s for entry in bucket) + self.spec.max_delay_us / 1e6
+
+    def _drop_late(self) -> None:
+        for key, bucket in list(self._buckets.items()):
+            for entry in [entry for entry in bucket if entry.future.done() or self._is_late(entry)]:
+                _fail(entry, Expired("the deadline passed before the request was run"))
+                self._forget(key, entry)
+
+    def _take(self, key: Hashable) -> list[_Piece]:
+        """Rows for one batch, the earliest deadline first, rows of one request in order."""
+        bucket = sorted(self._buckets[key], key=lambda entry: (entry.due_s, entry.order))
+        pieces: list[_Piece] = []
+        room = self.spec.max_rows
+        for entry in bucket:
+            stop = min(len(entry.rows), entry.taken + room)
+            if stop > entry.taken:
+                pieces.append(_Piece(entry, entry.taken, stop))
+                room -= stop - entry.taken
+                entry.taken = stop
+                entry.started_ns = entry.started_ns or time.perf_counter_ns()
+        left = [entry for entry in bucket if entry.left]
+        if left:
+            self._buckets[key] = left
+        else:
+            del self._buckets[key]
+        return pieces
+
+    async def _execute(self, instance: _Instance, key: Hashable, pieces: list[_Piece]) -> None:
+        """Run one batch. Its failure reaches each of its waiters, and the instance goes on."""
+        loop = asyncio.get_running_loop()
+        try:
+            outputs, run_ns = await loop.run_in_executor(instance.thread, _run_pieces, instance.run, key, pieces)
+            self.executions += 1
+            _hand_out(pieces, outputs, run_ns)
+        except BaseException as error:
+            for piece in pieces:
+                _fail(piece.entry, EngineFailed("the batch failed"), cause=error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._idle.append(instance)
+            if not self._closed:
+                self._dispatch()
+
+
+def _run_pieces(run: Run, key: Hashable, pieces: list[_Piece]) -> tuple[dict[str, np.ndarray], int]:
+    """Join the pieces, run them, check that each output has a row for each row. In the instance's thread."""
+    parts = [piece.entry.rows[piece.start : piece.stop] for piece in pieces]
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    began = time.perf_counter_ns()
+    outputs = dict(run(key, rows))
+    run_ns = time.perf_counter_ns() - began
+    wrong = {name: array.shape for name, array in outputs.items() if len(array) != len(rows)}
+    if wrong:
+        raise ValueError(f"{len(rows)} rows went in, and the outputs have the shapes {wrong}")
+    return outputs, run_ns
+
+
+def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int) -> None:
+    """Cut the batch's outputs [B, ...] back into pieces; answer each request whose last piece this was."""
+    total = sum(piece.stop - piece.start for piece in pieces)
+    offset = 0
+    for piece in pieces:
+        size, entry = piece.stop - piece.start, piece.entry
+        entry.parts[piece.start] = (size, {name: array[offset : offset + size] for name, array in outputs.items()})
+        entry.executions.append(Execution(total, run_ns))
+        offset += size
+        if sum(size for size, _ in entry.parts.values()) == len(entry.rows) and not entry.future.done():
+            entry.future.set_result(_join(entry))
+
+
+def _join(entry: _Entry) -> Answer:
+    parts = [outputs for _, (_, outputs) in sorted(entry.parts.items())]
+    joined = {n: parts[0][n] if len(parts) == 1 else np.concatenate([part[n] for part in parts]) for n in parts[0]}
+    return Answer(joined, (entry.started_ns or entry.arrived_ns) - entry.arrived_ns, tuple(entry.executions))
+
+
+def _fail(entry: _Entry, error: Exception, cause: BaseException | None = None) -> None:
+    if not entry.future.done():
+        error.__cause__ = cause
+        entry.future.set_exception(error)

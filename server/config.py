@@ -1,0 +1,120 @@
+"""Everything the operator can set: one frozen dataclass, which is also the command line."""
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Serve a backbone and its heads over gRPC and HTTP (KServe v2, and REST for people)."""
+
+    models: Path
+    """What to serve: one artifact (.safetensors, .onnx); a folder with one backbone and heads that fit it, such as
+    models/ (of the same weights in both forms the .onnx is taken where it has every output); or a Triton repository
+    with one NAME/VERSION/model.onnx, of whose versions the highest is taken."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but this machine's loopback needs --public."""
+    http_port: int = 8000
+    """Port of REST and KServe v2 over HTTP; 0 takes a free one and prints it, here and below."""
+    grpc_port: int = 8001
+    """Port of KServe v2 over gRPC."""
+    metrics_port: int = 8002
+    """Port of the Prometheus page (also at /metrics of the HTTP port)."""
+    public: bool = False
+    """Listen on other addresses although there are neither tokens nor TLS: whoever reaches the ports can do anything."""
+
+    collections: Path | None = None
+    """Folder of the collections and evaluation results, for one server at a time. Left out: dinoscope/server in
+    $XDG_DATA_HOME or ~/.local/share."""
+    samples: str | None = None
+    """Images of the collection `samples` that `knn` searches by default: anything that --data takes elsewhere, or `none`.
+    Left out: samples/samples.csv of this repository, where it exists."""
+    evaluation_data: tuple[str, ...] = ()
+    """Data sets that clients may evaluate the served network on, each as NAME=PATH."""
+
+    device: str = "auto"
+    """Where the network runs: auto, cpu, cuda."""
+    instances: int = 1
+    """Copies of the network that run at the same time."""
+    threads: int | None = None
+    """CPU threads of each copy. Left out: the cores of this machine, shared among the copies."""
+    decode_threads: int = 2
+    """Threads that decode and resize images."""
+    max_batch_rows: int = 8
+    """Largest batch that is put together; larger requests are split."""
+    batch_delay_us: int = 0
+    """How long a batch may wait for more rows while the network is idle: 0 on a CPU, 1000 to 2000 on a GPU."""
+
+    queue_rows: int = 256
+    """Rows that may be inside the server at once; more are refused (RESOURCE_EXHAUSTED, 429)."""
+    queue_mb: int = 1024
+    """Memory that these rows may need."""
+    max_message_mb: int = 64
+    """Largest request and reply."""
+    max_size_px: int = 1024
+    """Largest side that a request may ask the network to see."""
+
+    drain_delay_s: float = 0.0
+    """After SIGTERM: how long to go on serving while readiness already says no."""
+    grace_s: float = 30.0
+    """After that: how long accepted requests have to finish."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """At info every request is a line."""
+
+    def __post_init__(self) -> None:
+        at_least = {"instances": 1, "decode_threads": 1, "max_batch_rows": 1, "batch_delay_us": 0, "queue_rows": 1}
+        at_least |= {"queue_mb": 1, "max_message_mb": 1, "max_size_px": 1, "drain_delay_s": 0, "grace_s": 0}
+        for name, lowest in at_least.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least {lowest}")
+        for name in ("http_port", "grpc_port", "metrics_port"):
+            if not 0 <= getattr(self, name) < 1 << 16:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 to 65535")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"--threads {self.threads}: wanted at least 1")
+        if not self.public and not is_loopback(self.host):
+            raise InputError(
+                f"--host {self.host}: other machines could reach this server, which has no access control; "
+                "keep 127.0.0.1, or add --public if that is meant"
+            )
+
+    @property
+    def state_folder(self) -> Path:
+        """Where collections and results are kept."""
+        if self.collections is not None:
+            return self.collections
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "dinoscope" / "server"
+
+    @property
+    def sample_data(self) -> str | None:
+        """What the collection `samples` is built from."""
+        if self.samples is not None:
+            return None if self.samples == "none" else self.samples
+        bundled = REPOSITORY / "samples" / "samples.csv"
+        return str(bundled) if bundled.is_file() else None
+
+    @property
+    def allowed_data(self) -> dict[str, str]:
+        """--evaluation-data as name -> path. Raises InputError."""
+        pairs: dict[str, str] = {}
+        for text in self.evaluation_data:
+            name, equals, path = text.partition("=")
+            if not equals or not path or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+                raise InputError(f"--evaluation-data {text}: wanted NAME=PATH, NAME of letters, digits, '-' and '_'")
+            pairs[name] = path
+        return pairs
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,144 @@
+"""Encoded images -> views -> network outputs: the one way through which every served model reaches the backbone.
+
+The engine owns the instances of the network, their batcher and the decode pool. It knows no wire and no model name.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from runtimes.runtime import Runtime
+
+from data.decode import DecodeLimits, decode_image
+from data.errors import InputError
+from data.preprocess import Preprocess, center_view, whole_view
+from server.batcher import Batcher, BatchSpec
+from server.statistics import Times
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """How much of the machine the engine takes, and how large an image may be."""
+
+    batching: BatchSpec = field(default_factory=BatchSpec)
+    decode_threads: int = 2
+    max_size_px: int = 1024
+    """Largest side of what the network is given."""
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+
+
+class Engine:
+    """One backbone behind a batcher. Close it on the loop it was used on."""
+
+    def __init__(self, runtimes: Sequence[Runtime], spec: EngineSpec) -> None:
+        self.spec = spec
+        self.runtimes = tuple(runtimes)
+        self.manifest = runtimes[0].manifest
+        self.preprocess: Preprocess = self.manifest.preprocess
+        self.step_px = _step_px(self.manifest.architecture)
+        self.shapes = self._probe()
+        self.batcher = Batcher([_run_with(runtime) for runtime in runtimes], spec.batching)
+        self._pool = ThreadPoolExecutor(spec.decode_threads, thread_name_prefix="decode")
+
+    @property
+    def name(self) -> str:
+        """The kind of runtime: torch, onnxruntime, ..."""
+        return self.runtimes[0].name
+
+    @property
+    def width(self) -> int:
+        """Size D of an embedding."""
+        return self.shapes["embedding"][-1]
+
+    def has(self, output: str) -> bool:
+        """Whether the network computes this output."""
+        return output in self.shapes
+
+    def _probe(self) -> dict[str, tuple[int, ...]]:
+        """Run every instance once at its usual size: it warms up, and says what shapes its outputs have."""
+        side = self.preprocess.size_px
+        blank = np.zeros((1, 3, side, side), np.float32)
+        for runtime in self.runtimes:
+            shapes = {name: array.shape for name, array in runtime.run(blank, runtime.outputs).items()}
+        return shapes
+
+    def check_size(self, height_px: int, width_px: int, what: str) -> None:
+        """Raise InputError, naming the nearest good sizes, unless the network takes this size."""
+        step, largest = self.step_px, self.spec.max_size_px
+        for side in (height_px, width_px):
+            low = max(step, min(side, largest) // step * step)
+            good = [low] if low == side or low + step > largest else [low, low + step]
+            if side != low:
+                raise InputError(
+                    f"{what} {side} does not fit: sides are multiples of {step} from {step} to {largest} pixels; "
+                    f"nearest: {' or '.join(map(str, good))}"
+                )
+
+    async def off_loop(self, work: Callable[..., T], *args: Any) -> T:
+        """Do CPU work in the decode pool; work that has not begun is dropped with its caller."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    async def center_views(self, images: Sequence[bytes], times: Times) -> np.ndarray:
+        """Images as the evaluators see them: float32 [N,3,size,size]. Raises InputError naming the bad row."""
+        return await self._views(
+            images, lambda image: center_view(image, self.preprocess), self.preprocess.size_px, times
+        )
+
+    async def whole_views(self, images: Sequence[bytes], size_px: int, times: Times) -> np.ndarray:
+        """Whole images, squashed to [N,3,size_px,size_px]. Raises InputError naming the bad row."""
+        return await self._views(images, lambda image: whole_view(image, self.preprocess, size_px), size_px, times)
+
+    async def _views(
+        self, images: Sequence[bytes], view: Callable[[np.ndarray], np.ndarray], side_px: int, times: Times
+    ) -> np.ndarray:
+        began = time.perf_counter_ns()
+        pixels = np.empty((len(images), 3, side_px, side_px), np.float32)
+
+        def fill(row: int) -> None:
+            pixels[row] = view(decode_image(images[row], self.spec.limits))
+
+        results = await asyncio.gather(
+            *(self.off_loop(fill, row) for row in range(len(images))), return_exceptions=True
+        )
+        for row, error in enumerate(results):
+            if isinstance(error, InputError):
+                raise InputError(f"image[{row}]: {error}") from error
+            if isinstance(error, BaseException):
+                raise error
+        times.input_ns += time.perf_counter_ns() - began
+        return pixels
+
+    async def run(
+        self, pixels: np.ndarray, outputs: Sequence[str], times: Times, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        """Pixels float32 [N,3,H,W] through the batcher; only the outputs that are named are computed."""
+        key = (pixels.shape[2], pixels.shape[3], tuple(sorted(outputs)))
+        answer = await self.batcher.submit(key, pixels, deadline_s)
+        times.add(answer)
+        return answer.outputs
+
+    async def close(self) -> None:
+        """Finish what runs, then free the threads and the runtimes."""
+        await self.batcher.close()
+        self._pool.shutdown()
+        for runtime in self.runtimes:
+            runtime.close()
+
+
+def _run_with(runtime: Runtime) -> Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]:
+    def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
+        assert isinstance(key, tuple)
+        return runtime.run(pixels, key[2])
+
+    return run
+
+
+def _step_px(architecture: Mapping[str, Any]) -> int:
+    """What sides must be multiples of: the patch of a ViT, the total stride of a ResNet."""
+    return int(architecture.get("patch_px", 32))

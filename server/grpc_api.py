@@ -1,0 +1,202 @@
+"""KServe v2 over gRPC, on the stubs that come with tritonclient.
+
+Only translation: messages to InferRequest and back, errors to codes. What is not overridden here (shared memory, trace and
+log settings, load and unload, streams) answers UNIMPLEMENTED, which is the stubs' default.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import (
+    GRPCInferenceServiceServicer,
+    add_GRPCInferenceServiceServicer_to_server,
+)
+
+from data.errors import InputError
+from server import describe
+from server.errors import message, outcome, retry_after
+from server.service import InferReply, InferRequest, Service
+from server.tensors import Tensor, from_raw, from_values, to_raw
+
+SERVICE_NAME = "inference.GRPCInferenceService"
+_CONTENTS_OF = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+_UNSUPPORTED = ("shared_memory_region", "classification")
+
+Handler = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+def answering(handler: Handler) -> Handler:
+    """Wrap an RPC so that whatever it raises ends it with the code and message of the error table."""
+
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await handler(self, request, context)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await _abort(context, error, getattr(request, "id", ""))
+
+    return answer
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> NoReturn:
+    metadata = tuple(retry_after(error).items())
+    await context.abort(outcome(error).grpc_code, message(error, request_id), trailing_metadata=metadata)
+    raise AssertionError("abort always raises")
+
+
+class InferenceServicer(GRPCInferenceServiceServicer):
+    """The RPCs that real clients use."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    @answering
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        return pb.ServerLiveResponse(live=True)
+
+    @answering
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        return pb.ServerReadyResponse(ready=self.service.ready)
+
+    @answering
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        self.service.model(request.name, request.version)
+        return pb.ModelReadyResponse(ready=self.service.ready)
+
+    @answering
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return ParseDict(describe.server_metadata(), pb.ServerMetadataResponse())
+
+    @answering
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        return ParseDict(
+            describe.model_metadata(self.service, request.name, request.version), pb.ModelMetadataResponse()
+        )
+
+    @answering
+    async def ModelConfig(self, request: Any, context: Any) -> Any:
+        config = describe.model_config(self.service, request.name, request.version)
+        return ParseDict({"config": config}, pb.ModelConfigResponse())
+
+    @answering
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:
+        statistics = describe.model_statistics(self.service, request.name, request.version)
+        return ParseDict(statistics, pb.ModelStatisticsResponse())
+
+    @answering
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:
+        index = describe.repository_index(self.service, request.ready)
+        return ParseDict({"models": index}, pb.RepositoryIndexResponse())
+
+    @answering
+    async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        wanted = request_from(request, context.time_remaining())
+        return reply_message(await self.service.infer(wanted), request.id)
+
+
+def request_from(request: Any, timeout_s: float | None) -> InferRequest:
+    """The protocol's message as an InferRequest. Raises InputError where it contradicts itself."""
+    for part in (*request.inputs, *request.outputs):
+        for name in _UNSUPPORTED:
+            if name in part.parameters:
+                raise InputError(f"{part.name!r} asks for {name}, which this server does not have")
+    return InferRequest(
+        model=request.model_name,
+        version=request.model_version,
+        id=request.id or uuid.uuid4().hex[:12],
+        tensors=_tensors(request),
+        outputs=[output.name for output in request.outputs],
+        parameters=_parameters(request.parameters),
+        protocol="grpc",
+        timeout_s=timeout_s,
+    )
+
+
+def _tensors(request: Any) -> list[Tensor]:
+    raw = request.raw_input_contents
+    if not raw:
+        return [_typed(tensor) for tensor in request.inputs]
+    if len(raw) != len(request.inputs):
+        raise InputError(f"{len(request.inputs)} inputs and {len(raw)} raw_input_contents came; wanted one for each")
+    for tensor in request.inputs:
+        if tensor.HasField("contents"):
+            raise InputError(
+                f"input {tensor.name!r} has typed contents beside raw_input_contents; wanted one of the two"
+            )
+    return [from_raw(t.name, t.datatype, t.shape, content) for t, content in zip(request.inputs, raw, strict=True)]
+
+
+def _typed(tensor: Any) -> Tensor:
+    field = _CONTENTS_OF.get(tensor.datatype)
+    if field is None:
+        return from_raw(tensor.name, tensor.datatype, tensor.shape, b"")
+    return from_values(tensor.name, tensor.datatype, tensor.shape, getattr(tensor.contents, field))
+
+
+def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {name: parameter.WhichOneof("parameter_choice") for name, parameter in parameters.items()}
+    return {name: getattr(parameters[name], field) for name, field in chosen.items() if field}
+
+
+def reply_message(reply: InferReply, request_id: str) -> Any:
+    """The reply as the protocol's message: raw contents for every output, in the order of the outputs."""
+    response = pb.ModelInferResponse(model_name=reply.model, model_version=reply.version, id=request_id)
+    for spec, array in reply.outputs:
+        response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
+        response.raw_output_contents.append(to_raw(array))
+    return response
+
+
+class GrpcServer:
+    """The gRPC listener with the inference and the health service."""
+
+    def __init__(self, service: Service, host: str, port: int, max_message_bytes: int) -> None:
+        self._health = health.HealthServicer()
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        try:
+            self.port = self._server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{port}")
+        except RuntimeError as error:
+            raise InputError(f"--grpc-port {port}: cannot listen on {host}; name another port, or 0") from error
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        await self._server.start()
+
+    async def announce(self, serving: bool) -> None:
+        """What the health service says from now on."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, and give those that run `grace_s` to finish."""
+        await self._server.stop(grace_s)

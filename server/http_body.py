@@ -1,0 +1,194 @@
+"""HTTP bodies in and out: limits, compression, uploads, errors as JSON, and callers who leave before their answer."""
+
+import asyncio
+import gzip
+import json
+import re
+import uuid
+import zlib
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from data.errors import InputError
+from server.errors import Disconnected, TooLarge, message, outcome, retry_after
+
+T = TypeVar("T")
+
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+MAX_FILES = 1024
+MAX_FIELDS = 4096
+MIN_COMPRESSED_BYTES = 512
+
+
+class Guard:
+    """ASGI middleware around every route: names the request, bounds its body, and turns what it raises into a reply."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        started = False
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, self._bounded(scope, receive), named)
+        except Exception as error:
+            if started:
+                raise
+            await error_reply(error, request_id)(scope, receive, named)
+
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        seen = int(length) if length.isdigit() and int(length) > self.max_bytes else 0
+
+        async def bounded() -> Message:
+            nonlocal seen
+            if seen <= self.max_bytes:
+                message = await receive()
+                seen += len(message.get("body", b""))
+            if seen > self.max_bytes:
+                raise TooLarge(
+                    f"the request body is larger than {self.max_bytes >> 20} MB; send fewer images at a time"
+                )
+            return message
+
+        return bounded
+
+
+def _request_id(scope: Scope) -> str:
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:12]
+
+
+def error_reply(error: Exception, request_id: str) -> JSONResponse:
+    """The error as every route reports it: `{"error": one line}` with the status of the error table."""
+    return JSONResponse({"error": message(error, request_id)}, outcome(error).http_status, retry_after(error))
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, decompressed. Raises InputError for broken compression, TooLarge beyond `max_bytes`."""
+    body = await request.body()
+    coding = request.headers.get("content-encoding", "identity").lower()
+    if coding == "identity":
+        return body
+    if coding not in ("gzip", "deflate"):
+        raise InputError(f"Content-Encoding {coding!r:.40}: wanted gzip, deflate or none")
+    return await asyncio.to_thread(_decompress, body, coding, max_bytes)
+
+
+def _decompress(body: bytes, coding: str, max_bytes: int) -> bytes:
+    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    try:
+        plain = inflater.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise InputError(f"the body is not {coding}, as its Content-Encoding says ({error})") from error
+    if len(plain) > max_bytes:
+        raise TooLarge(f"the decompressed body is larger than {max_bytes >> 20} MB")
+    if not inflater.eof:
+        raise InputError(f"the {coding} body is cut short")
+    return plain
+
+
+def compressed(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
+    """The reply's body and headers, compressed where the client asks for exactly one coding that is known here.
+
+    A list of codings is what HTTP libraries send unasked; dense floats barely shrink, so such clients get plain bytes.
+    """
+    coding = request.headers.get("accept-encoding", "").strip().lower()
+    if coding not in ("gzip", "deflate") or len(body) < MIN_COMPRESSED_BYTES:
+        return body, {}
+    packed = gzip.compress(body, 1) if coding == "gzip" else zlib.compress(body, 1)
+    return packed, {"content-encoding": coding}
+
+
+def parse_json(body: bytes) -> Any:
+    """The body as JSON. Raises InputError with the place where it breaks."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the request is not JSON: {str(error) or type(error).__name__:.120}") from error
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, and cancel it as soon as the client is gone. The request's body must have been read."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected("the client closed the connection")
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Images of one request with what came beside them."""
+
+    images: tuple[bytes, ...]
+    names: tuple[str, ...]
+    """File names as the client gave them; for showing only, never a path."""
+    fields: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+class _MemoryParser(MultiPartParser):
+    spool_max_size = 1 << 62
+    """Never to disk: the body is bounded already."""
+
+
+async def read_upload(request: Request, max_bytes: int) -> Upload:
+    """Images from a multipart form (any file fields, in order) or from a raw image body. Raises InputError."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        upload = await _read_form(request)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        body = await read_body(request, max_bytes)
+        upload = Upload((body,) if body else (), ("image",))
+    else:
+        raise InputError(
+            f"Content-Type {kind or 'is missing'}: wanted multipart/form-data with image files, or image/*"
+        )
+    if not upload.images:
+        raise InputError("no image came: send one or more files in a multipart form, or an image as the body")
+    return upload
+
+
+async def _read_form(request: Request) -> Upload:
+    parser = _MemoryParser(request.headers, request.stream(), max_files=MAX_FILES, max_fields=MAX_FIELDS)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        raise InputError(f"the multipart form is broken: {getattr(error, 'message', error)}") from error
+    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    fields: dict[str, tuple[str, ...]] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            fields[name] = (*fields.get(name, ()), value)
+    images = tuple([await file.read() for file in files])
+    return Upload(images, tuple(file.filename or "image" for file in files), fields)

@@ -1,0 +1,256 @@
+"""KServe v2 over HTTP: the REST twins of the RPCs, with JSON or binary tensors, plain or compressed.
+
+Only translation, as in `grpc_api`. Binary tensors: a body may be a JSON header and then the raw bytes of its tensors; the
+header `Inference-Header-Content-Length` says where the JSON ends, each tensor's parameter `binary_data_size` how
+long it is. (Triton, extension_binary_data.)
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from data.errors import InputError
+from server import describe
+from server.errors import Draining
+from server.http_body import compressed, parse_json, read_body, unless_disconnected
+from server.service import InferReply, InferRequest, Service
+from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
+
+HEADER_LENGTH = "inference-header-content-length"
+TIMEOUT_HEADER = "x-timeout-ms"
+
+
+def make_v2_routes(service: Service, max_body_bytes: int) -> APIRouter:
+    """All routes below /v2."""
+    router = APIRouter(tags=["KServe v2"])
+
+    @router.get("/v2", summary="Server name, version, extensions")
+    async def server_metadata() -> JSONResponse:
+        return JSONResponse(describe.server_metadata())
+
+    @router.get("/v2/health/live", summary="The process answers")
+    async def live() -> Response:
+        return Response()
+
+    @router.get("/v2/health/ready", summary="Requests are taken")
+    async def ready() -> Response:
+        return Response(status_code=200 if service.ready else 503)
+
+    @router.get("/v2/models/stats", summary="Statistics of all models")
+    async def all_statistics() -> JSONResponse:
+        return JSONResponse(describe.model_statistics(service))
+
+    @router.post("/v2/repository/index", summary="The models and their state")
+    async def index(request: Request) -> JSONResponse:
+        body = await read_body(request, max_body_bytes)
+        wanted = parse_json(body) if body.strip() else {}
+        only_ready = _object(wanted, "the request").get("ready", False)
+        return JSONResponse(describe.repository_index(service, bool(only_ready)))
+
+    _add_model_routes(router, service, max_body_bytes)
+    return router
+
+
+def _add_model_routes(router: APIRouter, service: Service, max_body_bytes: int) -> None:
+    """Each route of a model, with and without a version."""
+
+    async def metadata(request: Request) -> Response:
+        return JSONResponse(describe.model_metadata(service, *_model_of(request)))
+
+    async def config(request: Request) -> Response:
+        return JSONResponse(describe.model_config(service, *_model_of(request)))
+
+    async def statistics(request: Request) -> Response:
+        return JSONResponse(describe.model_statistics(service, *_model_of(request)))
+
+    async def ready(request: Request) -> Response:
+        service.model(*_model_of(request))
+        if not service.ready:
+            raise Draining("the server is not ready")
+        return Response()
+
+    async def infer(request: Request) -> Response:
+        return await _infer(request, service, max_body_bytes)
+
+    routes: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
+        ("GET", "", "Inputs and outputs of a model", metadata),
+        ("GET", "/config", "Configuration of a model", config),
+        ("GET", "/stats", "Statistics of a model", statistics),
+        ("GET", "/ready", "The model takes requests", ready),
+        ("POST", "/infer", "Run a model", infer),
+    )
+    for method, tail, summary, endpoint in routes:
+        for middle in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            name = f"{endpoint.__name__}{'_version' if 'version' in middle else ''}"
+            extra = _path_parameters(middle) | (_INFER_BODY if tail == "/infer" else {})
+            router.add_api_route(
+                middle + tail,
+                endpoint,
+                methods=[method],
+                summary=summary,
+                name=name,
+                operation_id=f"v2_{name}",
+                openapi_extra=extra,
+                response_model=None,
+            )
+
+
+def _path_parameters(path: str) -> dict[str, Any]:
+    names = [name for name in ("model", "version") if f"{{{name}}}" in path]
+    return {
+        "parameters": [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names],
+    }
+
+
+_INFER_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Open Inference Protocol v2 request; `application/octet-stream` with binary tensors",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["inputs"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "parameters": {"type": "object"},
+                        "inputs": {"type": "array", "items": {"type": "object"}},
+                        "outputs": {"type": "array", "items": {"type": "object"}},
+                    },
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def _model_of(request: Request) -> tuple[str, str]:
+    return request.path_params["model"], request.path_params.get("version", "")
+
+
+async def _infer(request: Request, service: Service, max_body_bytes: int) -> Response:
+    name, version = _model_of(request)
+    service.model(name, version)
+    body = await read_body(request, max_body_bytes)
+    header, binary = _split(body, request.headers.get(HEADER_LENGTH))
+    wanted = _request(header, binary, name, version, request)
+    reply = await unless_disconnected(request, service.infer(wanted))
+    return _response(request, reply, header)
+
+
+def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
+    if header_length is None:
+        return _object(parse_json(body), "the request"), memoryview(b"")
+    if not header_length.isdigit() or int(header_length) > len(body):
+        raise InputError(f"Inference-Header-Content-Length is {header_length!r:.40}, the body has {len(body)} bytes")
+    length = int(header_length)
+    return _object(parse_json(body[:length]), "the request"), memoryview(body)[length:]
+
+
+def _request(header: dict[str, Any], binary: memoryview, name: str, version: str, request: Request) -> InferRequest:
+    outputs = _list(header, "outputs")
+    parameters = dict(_object(header.get("parameters", {}), "'parameters'"))
+    return InferRequest(
+        model=name,
+        version=version,
+        id=str(header.get("id") or request.state.request_id)[:128],
+        tensors=_tensors(_list(header, "inputs"), binary),
+        outputs=[_text(output, "name") for output in outputs],
+        parameters=parameters,
+        protocol="http",
+        timeout_s=timeout_of(request),
+    )
+
+
+def _tensors(inputs: list[dict[str, Any]], binary: memoryview) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    at = 0
+    for one in inputs:
+        name, datatype, shape = _text(one, "name"), _text(one, "datatype"), _shape(one)
+        parameters = _object(one.get("parameters", {}), f"'parameters' of input {name!r}")
+        if "shared_memory_region" in parameters:
+            raise InputError(f"input {name!r} asks for shared_memory_region, which this server does not have")
+        size = parameters.get("binary_data_size")
+        if size is None:
+            if "data" not in one:
+                raise InputError(f"input {name!r} has neither 'data' nor the parameter 'binary_data_size'")
+            tensors.append(from_json(name, datatype, shape, one["data"], parameters.get("content_type")))
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary) - at:
+            raise InputError(
+                f"input {name!r}: binary_data_size is {size!r:.40}, and {len(binary) - at} bytes follow the JSON header; "
+                "is Inference-Header-Content-Length set?"
+            )
+        tensors.append(from_raw(name, datatype, shape, binary[at : at + size]))
+        at += size
+    if at != len(binary):
+        raise InputError(f"{len(binary) - at} bytes are left over after the last binary input")
+    return tensors
+
+
+def _response(request: Request, reply: InferReply, header: Mapping[str, Any]) -> Response:
+    """The reply as JSON, or as a JSON header and raw bytes where an output was asked for in binary."""
+    everything = bool(header.get("parameters", {}).get("binary_data_output", False))
+    asked = {output["name"]: output.get("parameters", {}) for output in header.get("outputs", [])}
+    outputs, raw = [], []
+    for spec, array in reply.outputs:
+        entry: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": list(array.shape)}
+        if asked.get(spec.name, {}).get("binary_data", everything):
+            raw.append(to_raw(array))
+            entry["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            entry["data"] = to_json(array)
+        outputs.append(entry)
+    answer: dict[str, Any] = {"model_name": reply.model, "model_version": reply.version, "outputs": outputs}
+    if "id" in header:
+        answer["id"] = header["id"]
+    text = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+    headers = {HEADER_LENGTH: str(len(text))} if raw else {}
+    body, coding = compressed(request, b"".join([text, *raw]))
+    return Response(
+        body, headers=headers | coding, media_type="application/octet-stream" if raw else "application/json"
+    )
+
+
+def timeout_of(request: Request) -> float | None:
+    """Seconds that the client allows, from the header X-Timeout-Ms. Raises InputError."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    if not given.isdigit() or int(given) == 0:
+        raise InputError(f"X-Timeout-Ms is {given!r:.40}; wanted milliseconds as a whole number above 0")
+    return int(given) / 1000
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{what} is a JSON {type(value).__name__}; wanted an object")
+    return value
+
+
+def _list(header: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    values = header.get(name, [])
+    if not isinstance(values, list):
+        raise InputError(f"{name!r} is a JSON {type(values).__name__}; wanted a list of objects")
+    for value in values:
+        _object(value, f"an element of {name!r}")
+        _object(value.get("parameters", {}), f"'parameters' of an element of {name!r}")
+    return values
+
+
+def _text(value: Mapping[str, Any], name: str) -> str:
+    if not isinstance(value.get(name), str):
+        raise InputError(f"a tensor's {name!r} is {value.get(name)!r:.40}; wanted text")
+    return str(value[name])
+
+
+def _shape(value: Mapping[str, Any]) -> list[int]:
+    shape = value.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+        raise InputError(f"a tensor's 'shape' is {shape!r:.40}; wanted a list of whole numbers")
+    return shape

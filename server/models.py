@@ -1,0 +1,238 @@
+"""The served models: for each, what goes in and out, and how a checked request becomes arrays.
+
+Names, types and shapes are those of an exported Triton repository. Read in this order: ServedModel, then one class a
+model, then `make_models`. Axes: N rows, D feature size, H and W pixels, h and w patches, k neighbours.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data.errors import InputError
+from server.collections import Collections
+from server.engine import Engine
+from server.options import AttentionOptions, EmbeddingOptions, KnnOptions, MapOptions, NoOptions, read_options
+from server.statistics import Times
+from server.tensors import TensorSpec, object_array
+
+IMAGE = TensorSpec("image", "BYTES", (-1,))
+"""Encoded JPEG, PNG, WebP, BMP or TIFF, one image a row."""
+
+
+class ServedModel(ABC):
+    """One name of the protocol. Inputs arrive checked against `inputs`; outputs are those of `outputs` asked for."""
+
+    name: ClassVar[str]
+    options_kind: ClassVar[type] = NoOptions
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def options(self, parameters: Mapping[str, Any]) -> Any:
+        """The request parameters as this model's typed options. Raises InputError."""
+        return read_options(self.options_kind, parameters, self.name)
+
+    @abstractmethod
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        """Pixels that one row of this request puts into the network: what admission reckons memory with.
+
+        Raises InputError when the size does not fit.
+        """
+
+    @abstractmethod
+    async def infer(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Sequence[str],
+        options: Any,
+        times: Times,
+        deadline_s: float | None,
+    ) -> dict[str, np.ndarray]:
+        """Answer one request. Raises InputError and the errors of `server.errors`."""
+
+    def _center_pixels(self) -> int:
+        return self.engine.preprocess.size_px**2
+
+    def _side(self, options: MapOptions) -> int:
+        """The side that the whole image is squashed to, checked."""
+        side = self.engine.preprocess.whole_px if options.size is None else options.size
+        self.engine.check_size(side, side, "parameter 'size'")
+        return side
+
+
+class BackboneModel(ServedModel):
+    """The network itself: normalised pixels in, its raw outputs out."""
+
+    name = "backbone"
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.inputs = (TensorSpec("pixels", "FP32", (-1, 3, -1, -1)),)
+        shapes = {"embedding": (-1, engine.width), "patches": (-1, -1, engine.width)}
+        if engine.has("attention"):
+            shapes["attention"] = (-1, engine.shapes["attention"][1], -1, -1)
+        self.outputs = tuple(TensorSpec(name, "FP32", shape) for name, shape in shapes.items())
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        height, width = inputs["pixels"].shape[2:]
+        self.engine.check_size(height, width, "input 'pixels': side")
+        return height * width
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = inputs["pixels"]
+        finite = np.isfinite(pixels).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise InputError(f"input 'pixels': row {int(np.argmin(finite))} holds values that are not finite")
+        return await self.engine.run(pixels, outputs, times, deadline_s)
+
+
+class EmbeddingModel(ServedModel):
+    """Images in, one vector each, seen as the evaluators see them."""
+
+    name = "embedding"
+    options_kind = EmbeddingOptions
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.inputs = (IMAGE,)
+        self.outputs = (TensorSpec("embedding", "FP32", (-1, engine.width)),)
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        return self._center_pixels()
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = await self.engine.center_views(inputs["image"], times)
+        embedding_ND = (await self.engine.run(pixels, ["embedding"], times, deadline_s))["embedding"]
+        return {"embedding": unit_rows(embedding_ND) if options.normalize else embedding_ND}
+
+
+class AttentionModel(ServedModel):
+    """Images in, the last block's CLS attention out, over the whole image, and the patches that hold most of it."""
+
+    name = "attention"
+    options_kind = AttentionOptions
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        heads = engine.shapes["attention"][1]
+        self.inputs = (IMAGE,)
+        self.outputs = (
+            TensorSpec("attention", "FP32", (-1, heads, -1, -1)),
+            TensorSpec("mask", "UINT8", (-1, heads, -1, -1)),
+        )
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        return self._side(options) ** 2
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = await self.engine.whole_views(inputs["image"], self._side(options), times)
+        attention = (await self.engine.run(pixels, ["attention"], times, deadline_s))["attention"]
+        began = time.perf_counter_ns()
+        answers = {"attention": attention}
+        if "mask" in outputs:
+            answers["mask"] = top_mass(attention, options.mass)
+        times.output_ns += time.perf_counter_ns() - began
+        return {name: answers[name] for name in outputs}
+
+
+class KnnModel(ServedModel):
+    """Images or embeddings in, the nearest items of a collection out."""
+
+    name = "knn"
+    options_kind = KnnOptions
+
+    def __init__(self, engine: Engine, collections: Collections) -> None:
+        super().__init__(engine)
+        self.collections = collections
+        self.inputs = (
+            TensorSpec("image", "BYTES", (-1,), optional=True),
+            TensorSpec("embedding", "FP32", (-1, engine.width), optional=True),
+        )
+        self.outputs = (
+            TensorSpec("ids", "BYTES", (-1, -1)),
+            TensorSpec("labels", "BYTES", (-1, -1)),
+            TensorSpec("scores", "FP32", (-1, -1)),
+        )
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        if len(inputs) != 1:
+            raise InputError(f"model 'knn' wants either 'image' or 'embedding'; {len(inputs)} inputs came")
+        return self._center_pixels() if "image" in inputs else 0
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        snapshot = await self.engine.off_loop(self.collections.snapshot, options.collection)
+        k = snapshot.check_k(options.k)
+        queries_ND = inputs.get("embedding")
+        if queries_ND is None:
+            pixels = await self.engine.center_views(inputs["image"], times)
+            queries_ND = (await self.engine.run(pixels, ["embedding"], times, deadline_s))["embedding"]
+        began = time.perf_counter_ns()
+        found = await self.engine.off_loop(snapshot.search, queries_ND, k)
+        times.output_ns += time.perf_counter_ns() - began
+        shape = (len(queries_ND), k)
+        answers = {
+            "ids": object_array([snapshot.ids[i].encode() for i in found.rows.flat], shape),
+            "labels": object_array([(snapshot.labels[i] or "").encode() for i in found.rows.flat], shape),
+            "scores": found.scores,
+        }
+        return {name: answers[name] for name in outputs}
+
+
+class DepthModel(ServedModel):
+    """Images in, one depth map each out, at the size the network saw; the unit is in the model's configuration."""
+
+    name = "depth"
+    options_kind = MapOptions
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.inputs = (IMAGE,)
+        self.outputs = (TensorSpec("depth", "FP32", (-1, -1, -1)),)
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        return self._side(options) ** 2
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = await self.engine.whole_views(inputs["image"], self._side(options), times)
+        return await self.engine.run(pixels, ["depth"], times, deadline_s)
+
+
+def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, ServedModel], dict[str, str]]:
+    """Every model that this backbone and its heads allow, and for each of the others why it is absent."""
+    models: list[ServedModel] = [BackboneModel(engine), EmbeddingModel(engine), KnnModel(engine, collections)]
+    absent = {"segmentation": "no segmentation head is loaded"}
+    if engine.has("attention"):
+        models.append(AttentionModel(engine))
+    else:
+        absent["attention"] = "this backbone has no attention"
+    if engine.has("depth"):
+        models.append(DepthModel(engine))
+    else:
+        absent["depth"] = "no depth head is loaded"
+    return {model.name: model for model in models}, absent
+
+
+def unit_rows(rows_ND: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1; a row of zeros stays as it is."""
+    length = np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    return (rows_ND / np.maximum(length, 1e-12)).astype(np.float32)
+
+
+def top_mass(attention: np.ndarray, mass: float) -> np.ndarray:
+    """uint8 [N,heads,h,w]: 1 on the patches that together hold the top `mass` of each head's attention.
+
+    Patches are taken from the largest on, as long as those left out still hold more than 1 - mass (Caron et al. 2021,
+    fig. 3, as the authors' script computes it).
+    """
+    flat = attention.reshape(*attention.shape[:2], -1).astype(np.float64)
+    order = np.argsort(flat, axis=-1)
+    ascending = np.take_along_axis(flat, order, -1)
+    held = np.cumsum(ascending, -1) / np.sum(ascending, -1, keepdims=True)
+    mask = np.zeros(flat.shape, np.uint8)
+    np.put_along_axis(mask, order, (held > 1 - mass).astype(np.uint8), -1)
+    return mask.reshape(attention.shape)

@@ -1,0 +1,196 @@
+"""REST for people: images as uploads, JSON or pictures back. The same models through the same `Service.infer`.
+
+Read in this order: the shared dependencies, embeddings, attention, depth, segmentation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from data.decode import decode_image
+from data.errors import InputError
+from server.http_body import Upload, read_upload, unless_disconnected
+from server.http_v2 import timeout_of
+from server.models import top_mass
+from server.pictures import attention_overlay, depth_picture
+from server.service import InferReply, InferRequest, Service
+from server.tensors import Tensor, object_array
+
+Format = Literal["json", "png"]
+
+UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Image files (JPEG, PNG, WebP, BMP, TIFF) in a form, or one image as the body",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                }
+            },
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+PNG_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"application/json": {}, "image/png": {}},
+        "description": "Numbers, or a picture of the first image",
+    }
+}
+
+
+class Problem(BaseModel):
+    """What every route answers when it cannot do what was asked."""
+
+    error: str
+    """One line."""
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "The request or an image cannot be used",
+        404: "Unknown model, collection, item or evaluation",
+        409: "In the way: other weights, a taken id, a busy slot",
+        413: "Larger than this server ever takes",
+        429: "The queue is full; see Retry-After",
+        503: "The server is about to exit",
+        504: "The deadline passed (X-Timeout-Ms)",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What the routes for people need."""
+
+    service: Service
+    max_body_bytes: int
+
+    async def upload(self, request: Request) -> Upload:
+        """The images of a request."""
+        return await read_upload(request, self.max_body_bytes)
+
+    async def run(
+        self,
+        request: Request,
+        model: str,
+        images: Sequence[bytes],
+        parameters: dict[str, Any],
+        outputs: Sequence[str] = (),
+    ) -> InferReply:
+        """One model over the images, dropped when the caller leaves. Parameters that are None are left out."""
+        wanted = InferRequest(
+            model=model,
+            tensors=[Tensor("image", "BYTES", object_array(images))],
+            outputs=outputs,
+            parameters={name: value for name, value in parameters.items() if value is not None},
+            id=request.state.request_id,
+            protocol="rest",
+            timeout_s=timeout_of(request),
+        )
+        return await unless_disconnected(request, self.service.infer(wanted))
+
+
+def wants_png(request: Request, given: Format | None) -> bool:
+    """The query parameter decides; without it the Accept header does."""
+    return given == "png" if given else "image/png" in request.headers.get("accept", "")
+
+
+def make_rest_routes(rest: Rest) -> APIRouter:
+    """The routes that run one model on uploaded images."""
+    router = APIRouter(prefix="/v1", tags=["images"], responses=PROBLEMS)
+
+    @router.post("/embeddings", openapi_extra=UPLOAD_BODY, summary="One vector an image")
+    async def embeddings(
+        request: Request, normalize: Annotated[bool, Query(description="Scale to length 1")] = False
+    ) -> JSONResponse:
+        upload = await rest.upload(request)
+        reply = await rest.run(request, "embedding", upload.images, {"normalize": normalize})
+        vectors = reply["embedding"].tolist()
+        items = [{"name": n, "embedding": vector} for n, vector in zip(upload.names, vectors, strict=True)]
+        return JSONResponse({"dimension": rest.service.engine.width, "normalized": normalize, "items": items})
+
+    @router.post("/attention", openapi_extra=UPLOAD_BODY, responses=PNG_ANSWER, summary="Attention maps, or an overlay")
+    async def attention(
+        request: Request,
+        mass: Annotated[
+            float | None, Query(description="Share of attention that the mask holds; JSON default 0.6")
+        ] = None,
+        size: Annotated[int | None, Query(description="Side the image is squashed to")] = None,
+        head: Annotated[int | None, Query(description="One head for the picture; the mean of all without it")] = None,
+        format: Annotated[Format | None, Query(description="Overrides the Accept header")] = None,
+    ) -> Response:
+        rest.service.model("attention")
+        upload = await rest.upload(request)
+        png = wants_png(request, format)
+        images = upload.images[:1] if png else upload.images
+        _check_head(rest.service, head)
+        reply = await rest.run(request, "attention", images, {"mass": mass, "size": size})
+        if png:
+            return await _overlay(rest.service, images[0], reply, head, mass)
+        maps, masks = reply["attention"], reply["mask"]
+        if head is not None:
+            maps, masks = maps[:, head : head + 1], masks[:, head : head + 1]
+        items = [
+            {"name": name, "attention": maps[row].tolist(), "mask": masks[row].tolist()}
+            for row, name in enumerate(upload.names)
+        ]
+        return JSONResponse({"heads": maps.shape[1], "grid": list(maps.shape[2:]), "items": items})
+
+    @router.post("/depth", openapi_extra=UPLOAD_BODY, responses=PNG_ANSWER, summary="Depth maps, or a picture")
+    async def depth(
+        request: Request,
+        size: Annotated[int | None, Query(description="Side the image is squashed to")] = None,
+        format: Annotated[Format | None, Query(description="Overrides the Accept header")] = None,
+    ) -> Response:
+        rest.service.model("depth")
+        upload = await rest.upload(request)
+        png = wants_png(request, format)
+        images = upload.images[:1] if png else upload.images
+        reply = await rest.run(request, "depth", images, {"size": size})
+        if png:
+            picture = await rest.service.engine.off_loop(_depth_png, rest.service, images[0], reply["depth"][0])
+            return Response(picture, media_type="image/png")
+        items = [{"name": n, "depth": reply["depth"][row].tolist()} for row, n in enumerate(upload.names)]
+        return JSONResponse({"unit": rest.service.depth_unit, "size": list(reply["depth"].shape[1:]), "items": items})
+
+    @router.post("/segmentation", openapi_extra=UPLOAD_BODY, summary="Class of every pixel")
+    async def segmentation(request: Request) -> JSONResponse:
+        rest.service.model("segmentation")
+        upload = await rest.upload(request)
+        reply = await rest.run(request, "segmentation", upload.images, {})
+        items = [{"name": n, "classes": c.tolist()} for n, c in zip(upload.names, reply["classes"], strict=True)]
+        return JSONResponse({"items": items})
+
+    return router
+
+
+def _check_head(service: Service, head: int | None) -> None:
+    heads = service.engine.shapes["attention"][1]
+    if head is not None and not 0 <= head < heads:
+        raise InputError(f"parameter 'head' is {head}; this backbone has the heads 0 to {heads - 1}")
+
+
+async def _overlay(service: Service, image: bytes, reply: InferReply, head: int | None, mass: float | None) -> Response:
+    maps, masks = reply["attention"][0], reply["mask"][0]
+
+    def draw() -> bytes:
+        chosen = maps.mean(axis=0) if head is None else maps[head]
+        mask = None
+        if mass is not None:
+            mask = top_mass(chosen[None, None], mass)[0, 0] if head is None else masks[head]
+        return attention_overlay(decode_image(image, service.engine.spec.limits), chosen, mask)
+
+    return Response(await service.engine.off_loop(draw), media_type="image/png")
+
+
+def _depth_png(service: Service, image: bytes, depth_hw: Any) -> bytes:
+    return depth_picture(decode_image(image, service.engine.spec.limits), depth_hw)

@@ -1,0 +1,220 @@
+"""REST for collections: add, list, delete, search, classify.
+
+Images are embedded by the served `embedding` model through `Service.infer`, so that adding counts, queues and is refused
+like any other request.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from data.decode import decode_image
+from data.errors import InputError
+from server.collections import Item, NewItem, check_name
+from server.http_body import Upload, parse_json, read_body
+from server.pictures import thumbnail
+from server.rest import PROBLEMS, UPLOAD_BODY, Rest
+
+VOTE_TEMPERATURE = 0.07
+"""T of the vote exp(cosine / T) (Wu et al. 2018; DINO's k-NN protocol)."""
+MAX_PAGE = 1000
+
+_ADD_BODY: dict[str, Any] = {
+    "requestBody": {
+        **UPLOAD_BODY["requestBody"],
+        "description": "Image files in a form with the fields `id`, `label`, `metadata` (a JSON object), each once for all "
+        "files or once a file; or one image as the body; or JSON with finished embeddings",
+        "content": {
+            **UPLOAD_BODY["requestBody"]["content"],
+            "application/json": {"schema": {"$ref": "#/components/schemas/VectorItems"}},
+        },
+    }
+}
+
+
+class VectorItem(BaseModel):
+    """An item whose embedding the client has."""
+
+    embedding: list[float]
+    id: str | None = None
+    label: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class VectorItems(BaseModel):
+    """Items to add without images."""
+
+    items: list[VectorItem] = Field(min_length=1)
+
+
+class Added(BaseModel):
+    """What was added; it is on disk."""
+
+    ids: list[str]
+
+
+def make_collection_routes(rest: Rest) -> APIRouter:
+    """All routes below /v1/collections."""
+    router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=PROBLEMS)
+    engine, store = rest.service.engine, rest.service.collections
+
+    @router.get("", summary="All collections")
+    async def listing() -> JSONResponse:
+        infos = await engine.off_loop(store.infos)
+        return JSONResponse({"collections": [vars(info) for info in infos]})
+
+    @router.delete("/{name}", summary="Delete a collection", status_code=204)
+    async def drop(name: str) -> Response:
+        await engine.off_loop(store.delete, name)
+        return Response(status_code=204)
+
+    @router.post("/{name}/items", openapi_extra=_ADD_BODY, summary="Add items", status_code=201, response_model=Added)
+    async def add(name: str, request: Request) -> Any:
+        check_name(name)
+        is_json = request.headers.get("content-type", "").startswith("application/json")
+        new = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
+        return {"ids": await engine.off_loop(store.add, name, new)}
+
+    @router.get("/{name}/items", summary="List items in the order of adding")
+    async def items(
+        name: str,
+        after: Annotated[int, Query(ge=0, description="`next` of the page before")] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+        label: str | None = None,
+    ) -> JSONResponse:
+        page = await engine.off_loop(store.page, name, after, limit, label)
+        following = page[-1].sequence if len(page) == limit else None
+        return JSONResponse({"items": [_item_json(name, item) for item in page], "next": following})
+
+    @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204)
+    async def remove(name: str, item_id: str) -> Response:
+        await engine.off_loop(store.delete_item, name, item_id)
+        return Response(status_code=204)
+
+    @router.get("/{name}/items/{item_id}/thumbnail", summary="The item as a small JPEG", response_class=Response)
+    async def picture(name: str, item_id: str) -> Response:
+        return Response(await engine.off_loop(store.thumbnail, name, item_id), media_type="image/jpeg")
+
+    @router.post("/{name}/search", openapi_extra=UPLOAD_BODY, summary="The nearest items of each image")
+    async def search(name: str, request: Request, k: Annotated[int | None, Query()] = None) -> JSONResponse:
+        upload, neighbours = await _neighbours(rest, request, name, k)
+        wanted = sorted({one["id"] for row in neighbours for one in row})
+        details = await engine.off_loop(store.details, name, wanted)
+        results = [
+            {"name": image, "neighbours": [_item_json(name, details.get(one["id"])) | one for one in row]}
+            for image, row in zip(upload.names, neighbours, strict=True)
+        ]
+        return JSONResponse({"results": results})
+
+    @router.post("/{name}/classify", openapi_extra=UPLOAD_BODY, summary="A weighted vote of the nearest labelled items")
+    async def classify(name: str, request: Request, k: Annotated[int | None, Query()] = None) -> JSONResponse:
+        upload, neighbours = await _neighbours(rest, request, name, k)
+        results = [
+            {"name": image, "classes": vote([(one["label"], one["score"]) for one in row])}
+            for image, row in zip(upload.names, neighbours, strict=True)
+        ]
+        return JSONResponse({"results": results})
+
+    return router
+
+
+async def _neighbours(
+    rest: Rest, request: Request, name: str, k: int | None
+) -> tuple[Upload, list[list[dict[str, Any]]]]:
+    """id, label and score of the nearest items of each uploaded image, from the served model `knn`."""
+    check_name(name)
+    upload = await rest.upload(request)
+    reply = await rest.run(request, "knn", upload.images, {"collection": name, "k": k})
+    rows = zip(reply["ids"], reply["labels"], reply["scores"], strict=True)
+    found = [
+        [
+            {"id": item.decode(), "label": label.decode() or None, "score": float(score)}
+            for item, label, score in zip(*row, strict=True)
+        ]
+        for row in rows
+    ]
+    return upload, found
+
+
+def vote(neighbours: Sequence[tuple[str | None, float]]) -> list[dict[str, Any]]:
+    """Labels with their share of the votes exp(cosine / T), largest first; items without a label do not vote.
+
+    Raises InputError when nobody votes.
+    """
+    ballots = [(label, score) for label, score in neighbours if label]
+    if not ballots:
+        raise InputError(
+            "none of the nearest items has a label, so there is nothing to vote for; add labels, or raise k"
+        )
+    best = max(score for _, score in ballots)
+    weights: dict[str, float] = {}
+    for label, score in ballots:
+        weights[label] = weights.get(label, 0.0) + float(np.exp((score - best) / VOTE_TEMPERATURE))
+    total = sum(weights.values())
+    ranked = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [{"label": label, "share": weight / total} for label, weight in ranked]
+
+
+async def _vector_items(rest: Rest, request: Request) -> list[NewItem]:
+    given = VectorItems.model_validate(parse_json(await read_body(request, rest.max_body_bytes)))
+    return [
+        NewItem(vector=np.array(one.embedding, np.float32), id=one.id, label=one.label, metadata=one.metadata)
+        for one in given.items
+    ]
+
+
+async def _image_items(rest: Rest, request: Request) -> list[NewItem]:
+    upload = await rest.upload(request)
+    ids, labels, metadata = (_spread(upload, name) for name in ("id", "label", "metadata"))
+    reply = await rest.run(request, "embedding", upload.images, {})
+    pictures = await rest.service.engine.off_loop(_thumbnails, rest, upload.images)
+    return [
+        NewItem(
+            vector=reply["embedding"][row],
+            id=ids[row],
+            label=labels[row],
+            metadata=_metadata(metadata[row], upload.names[row]),
+            thumbnail=pictures[row],
+        )
+        for row in range(len(upload.images))
+    ]
+
+
+def _thumbnails(rest: Rest, images: Sequence[bytes]) -> list[bytes]:
+    return [thumbnail(decode_image(image, rest.service.engine.spec.limits)) for image in images]
+
+
+def _spread(upload: Upload, name: str) -> Sequence[str | None]:
+    """A form field for each image: one given once counts for all, but an id cannot."""
+    values, n = upload.fields.get(name, ()), len(upload.images)
+    if not values:
+        return [None] * n
+    if len(values) == n:
+        return values
+    if len(values) == 1 and name != "id":
+        return list(values) * n
+    raise InputError(
+        f"field {name!r} came {len(values)} times for {n} images; wanted {'once or ' * (name != 'id')}{n} times"
+    )
+
+
+def _metadata(text: str | None, file_name: str) -> dict[str, Any]:
+    if text is None:
+        return {"file": file_name}
+    value = parse_json(text.encode())
+    if not isinstance(value, dict):
+        raise InputError(f"field 'metadata' is a JSON {type(value).__name__}; wanted an object")
+    return value
+
+
+def _item_json(collection: str, item: Item | None) -> dict[str, Any]:
+    """An item as JSON; one that was deleted between search and look-up has only what the search knew."""
+    if item is None:
+        return {}
+    link = f"/v1/collections/{collection}/items/{item.id}/thumbnail" if item.has_thumbnail else None
+    return {"id": item.id, "label": item.label, "metadata": item.metadata, "thumbnail": link}

@@ -1,0 +1,248 @@
+"""The server's life: load, listen, get ready, serve, drain, leave.
+
+`serve` is the whole life on one event loop; `Running` is what a caller in the same process gets to see of it.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+
+import uvicorn
+from fastapi import FastAPI
+
+from data.errors import InputError
+from server.admission import AdmissionSpec
+from server.artifacts import Loaded, load_artifacts
+from server.batcher import BatchSpec
+from server.collections import Binding, Collections
+from server.config import ServerConfig, is_loopback
+from server.engine import Engine, EngineSpec
+from server.evaluations import Evaluations
+from server.grpc_api import GrpcServer
+from server.http_app import make_http_app, make_metrics_app
+from server.samples import build_samples
+from server.service import Service
+
+log = logging.getLogger("server")
+
+Load = Callable[[ServerConfig], Loaded]
+"""How the network is brought up; tests bring their own."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server listens."""
+
+    http: str
+    grpc: str
+    """host:port, as tritonclient wants it."""
+    metrics: str
+    pid: int = field(default_factory=os.getpid)
+
+
+@asynccontextmanager
+async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Service, Evaluations]]:
+    """Everything behind the wires, built from the inside out and closed in the opposite order."""
+    allowed = config.allowed_data
+    spec = EngineSpec(
+        batching=BatchSpec(max_rows=config.max_batch_rows, max_delay_us=config.batch_delay_us),
+        decode_threads=config.decode_threads,
+        max_size_px=config.max_size_px,
+    )
+    loaded = await asyncio.to_thread(load, config)
+    engine = Engine(loaded.runtimes, spec)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(engine.close)
+        preprocess = json.dumps(engine.manifest.preprocess.to_json(), sort_keys=True)
+        binding = Binding(engine.manifest.weights_sha256, preprocess, engine.width)
+        store = Collections(config.state_folder, binding)
+        stack.callback(store.close)
+        limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
+        service = Service(engine, store, limits, loaded.version, loaded.depth_unit)
+        evaluations = Evaluations(engine, allowed, config.state_folder / "evaluations")
+        stack.push_async_callback(evaluations.close)
+        if config.sample_data is not None:
+            await build_samples(engine, store, config.sample_data)
+        yield service, evaluations
+
+
+async def serve(
+    config: ServerConfig, stop: asyncio.Event, announce: Callable[[Addresses], None], load: Load = load_artifacts
+) -> None:
+    """Live until `stop` is set; `announce` is called once requests are answered. Raises InputError for what cannot be."""
+    max_bytes = config.max_message_mb << 20
+    with contextlib.ExitStack() as sockets:
+        http_socket = sockets.enter_context(_listen(config.host, config.http_port, "--http-port"))
+        metrics_socket = sockets.enter_context(_listen(config.host, config.metrics_port, "--metrics-port"))
+        async with assembled(config, load) as (service, evaluations):
+            grpc_server = GrpcServer(service, config.host, config.grpc_port, max_bytes)
+            http = [
+                _Http(make_http_app(service, evaluations, max_bytes), http_socket, config.grace_s),
+                _Http(make_metrics_app(service), metrics_socket, config.grace_s),
+            ]
+            for one in http:
+                await one.start()
+            await grpc_server.start()
+            service.state = "ready"
+            await grpc_server.announce(True)
+            announce(_addresses(config.host, http_socket, metrics_socket, grpc_server.port))
+            await _until_stopped(stop, http)
+            await _drain(config, service, grpc_server, http)
+
+
+async def _until_stopped(stop: asyncio.Event, http: "list[_Http]") -> None:
+    """Wait for `stop`, or for a listener that ends by itself, which is an error."""
+    stopping = asyncio.ensure_future(stop.wait())
+    listeners = [one.task for one in http]
+    await asyncio.wait([stopping, *listeners], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    for task in listeners:
+        if task.done():
+            task.result()
+            raise RuntimeError("an HTTP listener ended by itself")
+
+
+async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer, http: "list[_Http]") -> None:
+    """Say not ready, take no new work, finish what was accepted."""
+    log.info("leaving", extra={"fields": {"in_flight": service.in_flight}})
+    service.state = "leaving"
+    await grpc_server.announce(False)
+    await asyncio.sleep(config.drain_delay_s)
+    service.state = "closed"
+    await asyncio.gather(grpc_server.stop(config.grace_s), *(one.stop() for one in http))
+    log.info("left", extra={"fields": {"unanswered": service.in_flight}})
+
+
+class _Http(uvicorn.Server):
+    """uvicorn on a socket of ours, in a loop of ours; signals are none of its business."""
+
+    def __init__(self, app: FastAPI, listener: socket.socket, grace_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(grace_s)),
+            )
+        )
+        self._listener = listener
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        self.task = asyncio.ensure_future(self.serve([self._listener]))
+        while not self.started:
+            if self.task.done():
+                self.task.result()
+                raise RuntimeError("an HTTP listener could not start")
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Take no new requests, finish the others."""
+        self.should_exit = True
+        await self.task
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        """The signals stay with `main`."""
+        yield
+
+
+def _listen(host: str, port: int, flag: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise InputError(f"{flag} {port}: cannot listen on {host} ({reason}); name another port, or 0") from error
+    return listener
+
+
+def _addresses(host: str, http: socket.socket, metrics: socket.socket, grpc_port: int) -> Addresses:
+    shown = f"[{host}]" if ":" in host else host
+    return Addresses(
+        http=f"http://{shown}:{http.getsockname()[1]}",
+        grpc=f"{shown}:{grpc_port}",
+        metrics=f"http://{shown}:{metrics.getsockname()[1]}/metrics",
+    )
+
+
+def main(config: ServerConfig) -> None:
+    """Run in the foreground until SIGTERM or SIGINT; a second signal ends the process at once."""
+    asyncio.run(_main(config))
+
+
+async def _main(config: ServerConfig) -> None:
+    if not is_loopback(config.host):
+        log.warning("public", extra={"fields": {"host": config.host, "warning": "no access control, no TLS"}})
+    stop = asyncio.Event()
+
+    def leave() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, leave)
+    await serve(config, stop, print_ready)
+
+
+def print_ready(addresses: Addresses) -> None:
+    """Two lines on stdout: one for people, one for programs."""
+    print(f"ready: page and REST {addresses.http}/docs, gRPC {addresses.grpc}, metrics {addresses.metrics}")
+    print(json.dumps({"event": "ready", **asdict(addresses)}), flush=True)
+
+
+class Running:
+    """A server in a thread of this process, for tests and for programs that embed it."""
+
+    def __init__(self, config: ServerConfig, load: Load = load_artifacts) -> None:
+        self._config, self._load = config, load
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._live, name="server", daemon=True)
+        self.addresses: Addresses
+
+    def __enter__(self) -> "Running":
+        self._thread.start()
+        self._started.wait()
+        if self._error is not None:
+            raise self._error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+        self._thread.join()
+
+    def leave(self) -> None:
+        """Begin to drain, as SIGTERM does."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _live(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._started.set()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        await serve(self._config, self._stop, self._announced, self._load)
+
+    def _announced(self, addresses: Addresses) -> None:
+        self.addresses = addresses
+        self._started.set()

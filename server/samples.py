@@ -1,0 +1,68 @@
+"""The collection `samples`: a data set embedded by the served network when the server starts for the first time."""
+
+import logging
+from pathlib import Path
+
+from data.datasets import Dataset, open_dataset
+from data.errors import InputError
+from server.collections import SAMPLES, Collections, NewItem
+from server.engine import Engine
+from server.pictures import thumbnail
+from server.statistics import Times
+
+log = logging.getLogger("server")
+
+CHUNK = 32
+"""Images that are embedded at a time."""
+SHOWN_COLUMNS = ("title", "author", "licence", "license", "source")
+"""Columns of a CSV that become an item's metadata: what a reader must be told about an image."""
+
+
+async def build_samples(engine: Engine, store: Collections, data: str) -> int:
+    """Make the collection unless it is there already, of these images and this network. Returns its size.
+
+    Images that cannot be decoded are left out and logged; when none can, raises InputError.
+    """
+    dataset = await engine.off_loop(open_dataset, data)
+    fingerprint = await engine.off_loop(dataset.fingerprint)
+    if await engine.off_loop(store.source, SAMPLES) == fingerprint:
+        return len((await engine.off_loop(store.snapshot, SAMPLES)).ids)
+    log.info("building samples", extra={"fields": {"data": data, "images": len(dataset.items)}})
+    new: list[NewItem] = []
+    for start in range(0, len(dataset.items), CHUNK):
+        rows = range(start, min(start + CHUNK, len(dataset.items)))
+        new += await _embed(engine, dataset, rows)
+    if not new:
+        raise InputError(f"--samples {data}: none of its {len(dataset.items)} images can be used")
+    await engine.off_loop(store.replace, SAMPLES, new, fingerprint)
+    return len(new)
+
+
+async def _embed(engine: Engine, dataset: Dataset, rows: range) -> list[NewItem]:
+    kept: list[int] = []
+    images: list[bytes] = []
+    pictures: list[bytes] = []
+    for row in rows:
+        try:
+            pictures.append(await engine.off_loop(lambda row: thumbnail(dataset.image(row)), row))
+        except InputError as error:
+            log.warning("sample left out", extra={"fields": {"name": dataset.items[row].name, "error": str(error)}})
+            continue
+        images.append(await engine.off_loop(dataset.read, row))
+        kept.append(row)
+    if not kept:
+        return []
+    pixels = await engine.center_views(images, Times())
+    embedding_ND = (await engine.run(pixels, ["embedding"], Times()))["embedding"]
+    return [_item(dataset, row, embedding_ND[number], pictures[number]) for number, row in enumerate(kept)]
+
+
+def _item(dataset: Dataset, row: int, vector, picture: bytes) -> NewItem:  # type: ignore[no-untyped-def]
+    item = dataset.items[row]
+    metadata = {"file": item.name} | {name: item.row[name] for name in SHOWN_COLUMNS if item.row.get(name)}
+    return NewItem(vector=vector, id=_id(item.name), label=item.label, metadata=metadata, thumbnail=picture)
+
+
+def _id(name: str) -> str:
+    """An item's id from its image's name: the name without its ending, and without folders' slashes."""
+    return str(Path(name).with_suffix("")).replace("/", ":")

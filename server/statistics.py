@@ -1,0 +1,155 @@
+"""What the server counts: per model in Triton's terms, and as Prometheus text.
+
+Triton's `nv_*` names stand where the meaning is equal, so that its dashboards carry over; what Triton does not count is
+named `dinoscope_*`. Durations of `nv_*` are microseconds, summed over requests; those of `dinoscope_*` are seconds.
+"""
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server.batcher import Answer, Execution
+
+REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+
+
+@dataclass
+class Stage:
+    """How often something happened, and how long it took altogether."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        self.count += 1
+        self.ns += ns
+
+
+@dataclass
+class Times:
+    """Where one request spent its time, in ns; filled on its way through a model."""
+
+    input_ns: int = 0
+    queue_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+    executions: list[Execution] = field(default_factory=list)
+
+    def add(self, answer: Answer) -> None:
+        """Account for one trip through the batcher."""
+        self.queue_ns += answer.queue_ns
+        self.infer_ns += sum(execution.run_ns for execution in answer.executions)
+        self.executions.extend(answer.executions)
+
+
+@dataclass
+class ModelCounts:
+    """The counters of one served model since the server started."""
+
+    rows: int = 0
+    executions: int = 0
+    pending: int = 0
+    last_inference_ms: int = 0
+    success: Stage = field(default_factory=Stage)
+    fail: Stage = field(default_factory=Stage)
+    queue: Stage = field(default_factory=Stage)
+    compute_input: Stage = field(default_factory=Stage)
+    compute_infer: Stage = field(default_factory=Stage)
+    compute_output: Stage = field(default_factory=Stage)
+    failures: Tally[str] = field(default_factory=Tally)
+    batches: dict[int, Stage] = field(default_factory=dict)
+    """Runs of the network by batch size; a batch that several models share counts for each of them."""
+
+    def succeed(self, rows: int, total_ns: int, times: Times) -> None:
+        """Count an answered request of `rows` rows."""
+        self.rows += rows
+        self.executions += len(times.executions)
+        self.last_inference_ms = int(time.time() * 1000)
+        self.success.add(total_ns)
+        self.queue.add(times.queue_ns)
+        self.compute_input.add(times.input_ns)
+        self.compute_infer.add(times.infer_ns)
+        self.compute_output.add(times.output_ns)
+        for execution in times.executions:
+            self.batches.setdefault(execution.batch_rows, Stage()).add(execution.run_ns)
+
+    def failed(self, reason: str, total_ns: int) -> None:
+        """Count a request that was not answered."""
+        self.fail.add(total_ns)
+        self.failures[reason] += 1
+
+
+class Metrics:
+    """The Prometheus side: histograms of this server, and the counters above rendered as `nv_*`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+        self.request_s = Histogram(
+            "dinoscope_request_seconds", "Answered requests", ["model"], registry=self.registry, buckets=seconds
+        )
+        self.queue_s = Histogram(
+            "dinoscope_queue_seconds", "Wait for an instance", ["model"], registry=self.registry, buckets=seconds
+        )
+        self.decode_s = Histogram(
+            "dinoscope_decode_seconds", "Decode and preprocess", ["model"], registry=self.registry, buckets=seconds
+        )
+        self.batch_rows = Histogram(
+            "dinoscope_batch_rows",
+            "Rows per run of the network, weighted by requests in it",
+            registry=self.registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+        )
+        self.errors = Counter(
+            "dinoscope_errors",
+            "Requests that were not answered",
+            ["model", "code"],
+            registry=self.registry,
+        )
+
+    def gauge(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        """Show a number that something else keeps."""
+        Gauge(name, documentation, registry=self.registry).set_function(read)
+
+    def observe(self, model: str, total_ns: int, times: Times) -> None:
+        """Put one answered request into the histograms."""
+        self.request_s.labels(model).observe(total_ns / 1e9)
+        self.queue_s.labels(model).observe(times.queue_ns / 1e9)
+        self.decode_s.labels(model).observe(times.input_ns / 1e9)
+        for execution in times.executions:
+            self.batch_rows.observe(execution.batch_rows)
+
+    def exposition(self, counts: Mapping[tuple[str, str], ModelCounts]) -> bytes:
+        """The page that Prometheus reads. `counts` is keyed by (model, version)."""
+        return generate_latest(self.registry) + "\n".join([*_triton_lines(counts), ""]).encode()
+
+
+def _triton_lines(counts: Mapping[tuple[str, str], ModelCounts]) -> Iterable[str]:
+    """Triton's own names; written by hand because the client library would append `_total` to each."""
+    for name, kind, text, read in _TRITON:
+        yield f"# HELP {name} {text}"
+        yield f"# TYPE {name} {kind}"
+        for (model, version), count in counts.items():
+            yield f'{name}{{model="{model}",version="{version}"}} {read(count)}'
+    name = "nv_inference_request_failure"
+    yield f"# HELP {name} Failed requests by reason"
+    yield f"# TYPE {name} counter"
+    for (model, version), count in counts.items():
+        for reason in REASONS:
+            yield f'{name}{{model="{model}",version="{version}",reason="{reason}"}} {count.failures[reason]}'
+
+
+_TRITON: tuple[tuple[str, str, str, Callable[[ModelCounts], int]], ...] = (
+    ("nv_inference_request_success", "counter", "Answered requests", lambda c: c.success.count),
+    ("nv_inference_count", "counter", "Answered rows", lambda c: c.rows),
+    ("nv_inference_exec_count", "counter", "Runs of the network", lambda c: c.executions),
+    ("nv_inference_pending_request_count", "gauge", "Accepted and not yet answered", lambda c: c.pending),
+    ("nv_inference_request_duration_us", "counter", "End to end", lambda c: c.success.ns // 1000),
+    ("nv_inference_queue_duration_us", "counter", "Waiting for an instance", lambda c: c.queue.ns // 1000),
+    ("nv_inference_compute_input_duration_us", "counter", "Decode, preprocess", lambda c: c.compute_input.ns // 1000),
+    ("nv_inference_compute_infer_duration_us", "counter", "In the network", lambda c: c.compute_infer.ns // 1000),
+    ("nv_inference_compute_output_duration_us", "counter", "Making outputs", lambda c: c.compute_output.ns // 1000),
+)

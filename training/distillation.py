@@ -1,0 +1,129 @@
+"""One step of self-distillation: views and schedule values in, losses out; student, teacher, centre and optimiser change.
+
+Axes: V views, T teacher views (the two global ones), B images, D features, K prototypes.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backbones.resnet import ResNet
+from backbones.vit import ViT
+from training.losses import dino_cross_entropy, entropy, teacher_targets
+from training.optimizer import clip_each_, set_rates_
+from training.projection_head import HeadSpec, ProjectionHead
+
+
+class Learner(nn.Module):
+    """A backbone and its projection head."""
+
+    def __init__(self, backbone: ViT | ResNet, head: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [V, B, K] and features [V, B, D] of views [B, 3, h, w], those of one size in one pass through the backbone."""
+        features: list[Tensor] = []
+        start = 0
+        for end in range(1, len(views) + 1):
+            if end == len(views) or views[end].shape[-2:] != views[start].shape[-2:]:
+                features.append(self.backbone(torch.cat(list(views[start:end]))))
+                start = end
+        features_RD = torch.cat(features)
+        shape = (len(views), len(views[0]), -1)
+        return self.head(features_RD).view(shape), features_RD.view(shape)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Values of one step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temperature: float
+    freeze_last_layer: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """Constants of the step."""
+
+    student_temperature: float = 0.1
+    center_momentum: float = 0.9
+    clip_norm: float = 3.0
+    """Largest L2 norm of the gradient of each parameter tensor; 0 leaves gradients as they are."""
+
+
+@dataclass
+class State:
+    """All that a step changes."""
+
+    student: Learner
+    teacher: Learner
+    center_K: Tensor
+    optimizer: torch.optim.Optimizer
+
+
+def make_learners(backbone: ViT | ResNet, head: HeadSpec) -> tuple[Learner, Learner]:
+    """A student, and a teacher with the same weights that takes no gradients and drops no paths."""
+    student = Learner(backbone, ProjectionHead(backbone.embed_dim, head))
+    teacher = copy.deepcopy(student)
+    for module in teacher.modules():
+        if hasattr(module, "drop_path"):
+            module.drop_path = 0.0
+    return student.train(), teacher.requires_grad_(False).train()
+
+
+def train_step_(state: State, views: Sequence[Tensor], at: Schedule, spec: StepSpec) -> dict[str, float]:
+    """One step on views [B, 3, h, w], the two global ones first; returns what was optimised and what tells of collapse.
+
+    A loss that is not finite changes nothing; the caller sees it in `loss`.
+    """
+    set_rates_(state.optimizer, at.lr, at.weight_decay)
+    with torch.no_grad():
+        teacher_logits_TBK, teacher_features_TBD = state.teacher(views[:2])
+        targets_TBK = teacher_targets(teacher_logits_TBK, state.center_K, at.teacher_temperature)
+    student_logits_VBK, _ = state.student(views)
+    loss = dino_cross_entropy(student_logits_VBK, targets_TBK, spec.student_temperature)
+    state.optimizer.zero_grad(set_to_none=True)
+    if not torch.isfinite(loss):
+        return {"loss": loss.item()}
+    loss.backward()
+    grad_norm = clip_each_(state.student.parameters(), spec.clip_norm)
+    if at.freeze_last_layer:
+        for parameter in state.student.head.last_layer.parameters():
+            parameter.grad = None
+    state.optimizer.step()
+    ema_update_(state.teacher, state.student, at.momentum)
+    update_center_(state.center_K, teacher_logits_TBK, spec.center_momentum)
+    target_entropy = entropy(targets_TBK).item()
+    return {
+        "loss": loss.item(),
+        "grad_norm": grad_norm.item(),
+        "target_entropy_nats": target_entropy,
+        "kl_nats": loss.item() - target_entropy,
+        "feature_spread": feature_spread(teacher_features_TBD.flatten(0, 1)),
+    }
+
+
+@torch.no_grad()
+def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- m * teacher + (1 - m) * student, over all parameters, frozen ones too; buffers are left alone."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def update_center_(center_K: Tensor, teacher_logits_TBK: Tensor, momentum: float) -> None:
+    """centre <- m * centre + (1 - m) * mean of the raw teacher logits (Caron et al. 2021, eq. 4)."""
+    center_K.mul_(momentum).add_(teacher_logits_TBK.float().mean(dim=(0, 1)), alpha=1 - momentum)
+
+
+def feature_spread(features_BD: Tensor) -> float:
+    """Mean standard deviation over a batch of unit-length features, times sqrt(D): near 1 when spread out, 0 when collapsed."""
+    unit_BD = torch.nn.functional.normalize(features_BD.float(), dim=-1)
+    return (unit_BD.std(dim=0).mean() * features_BD.shape[-1] ** 0.5).item()

@@ -1,0 +1,305 @@
+"""The training loop: a recipe and a data set in, a run folder out.
+
+A run is exact: views depend on (seed, epoch, image) only, and the state holds weights, optimiser, centre, random state and position, so
+that a run interrupted anywhere and resumed ends, on a CPU, with the same bits as one that was never interrupted.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from backbones.checkpoints import Manifest, save_backbone
+from backbones.vit import ViT
+from data.datasets import Dataset
+from data.errors import CheckFailed, InputError
+from data.loader import ViewLoader
+from training.distillation import Schedule, State, make_learners, train_step_
+from training.optimizer import make_optimizer
+from training.picture import attention_picture
+from training.recipes import Recipe
+from training.run_folder import RunFolder
+from training.schedules import Cosine, LinearWarmup
+
+SAVE_EVERY_S = 120.0
+LINE_EVERY_S = 15.0
+PICTURE_IMAGES = 6
+MAX_BAD_STEPS = 5
+"""So many steps in a row without a finite loss end the run."""
+COLLAPSE_SPREAD = 0.05
+"""Features whose spread stays below this point all in one direction."""
+
+
+class Plan:
+    """Schedule values of every step of a run."""
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        optim, steps = recipe.optim, recipe.epochs * steps_per_epoch
+        peak = optim.lr_per_256_images * recipe.batch_size / 256
+        warmup = min(round(optim.warmup_epochs * steps_per_epoch), steps)
+        self.steps_per_epoch, self.steps = steps_per_epoch, steps
+        self.lr = Cosine(peak, min(optim.min_lr, peak), steps, warmup)
+        self.weight_decay = Cosine(*optim.weight_decay, steps)
+        self.momentum = Cosine(*optim.momentum, steps)
+        self.temperature = LinearWarmup(*optim.teacher_temperature, optim.teacher_warmup_epochs)
+        self.frozen_steps = round(optim.freeze_last_layer_epochs * steps_per_epoch)
+
+    def at(self, step: int) -> Schedule:
+        """Values of a step."""
+        return Schedule(
+            lr=self.lr.at(step),
+            weight_decay=self.weight_decay.at(step),
+            momentum=self.momentum.at(step),
+            teacher_temperature=self.temperature.at(step // self.steps_per_epoch),
+            freeze_last_layer=step < self.frozen_steps,
+        )
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    out: Path,
+    *,
+    recipe_name: str,
+    source: str,
+    revision: str,
+    seed: int = 0,
+    workers: int = 1,
+    device: torch.device | None = None,
+    stop_at_step: int | None = None,
+) -> Path:
+    """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
+
+    Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
+    """
+    device = device or torch.device("cpu")
+    if len(dataset) < 2:
+        raise InputError(
+            f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
+        )
+    loader = ViewLoader(dataset, recipe.crops, recipe.batch_size, seed, workers, device=device)
+    folder = RunFolder(out)
+    resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
+    resuming = folder.open(resolved)
+    plan = Plan(recipe, len(loader))
+    torch.manual_seed(seed)
+    state = make_state(recipe, device)
+    step = restore_(state, folder) if resuming else 0
+    folder.keep_log_until(step)
+    run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision})
+    with stop_signals() as stopped, SummaryWriter(str(out / "tensorboard"), purge_step=step) as curves:
+        run.go(step, min(plan.steps, stop_at_step or plan.steps), stopped, curves)
+    return folder.checkpoint
+
+
+def make_state(recipe: Recipe, device: torch.device) -> State:
+    """Freshly initialised student, teacher, centre and optimiser."""
+    student, teacher = make_learners(ViT(recipe.backbone), recipe.head)
+    student, teacher = student.to(device), teacher.to(device)
+    center_K = torch.zeros(recipe.head.prototypes, device=device)
+    return State(student, teacher, center_K, make_optimizer(student.named_parameters()))
+
+
+def restore_(state: State, folder: RunFolder) -> int:
+    """Load the saved state into `state` and the random generator; returns the step to take next."""
+    saved = folder.load_state()
+    try:
+        state.student.load_state_dict(saved["student"])
+        state.teacher.load_state_dict(saved["teacher"])
+        state.center_K.copy_(saved["center"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        return int(saved["step"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"{folder.state}: does not fit this recipe ({error}); choose another --out") from error
+
+
+class Run:
+    """A run under way: takes steps, writes the folder."""
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, folder: RunFolder, state: State, loader: ViewLoader, resolved: dict[str, Any]
+    ) -> None:
+        self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
+        self.resolved = resolved
+        self.bad_steps = 0
+        self.last: dict[str, Any] = {}
+
+    def go(self, step: int, end: int, stopped: Callable[[], int | None], curves: SummaryWriter) -> None:
+        """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
+        saved_at, waited_from = time.monotonic(), time.monotonic()
+        progress = Progress(step, end)
+        with self.folder.log.open("a", buffering=1) as log:
+            for views in self._batches(step, end):
+                began = time.monotonic()
+                record = self._step(step, views)
+                took = time.monotonic() - waited_from
+                record |= {
+                    "images_per_s": round(self.recipe.batch_size / took, 2),
+                    "data_wait": round((began - waited_from) / took, 4),
+                }
+                waited_from = time.monotonic()
+                log.write(json.dumps(record) + "\n")
+                step += 1
+                progress.show(step, record)
+                for name in (
+                    "loss",
+                    "lr",
+                    "momentum",
+                    "target_entropy_nats",
+                    "kl_nats",
+                    "feature_spread",
+                    "images_per_s",
+                ):
+                    if name in record and math.isfinite(record[name]):
+                        curves.add_scalar(name, record[name], step)
+                signal_number = stopped()
+                if signal_number or time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0:
+                    self.save(step)
+                    saved_at = time.monotonic()
+                if signal_number:
+                    progress.close()
+                    leave(signal_number, step, self.folder)
+        progress.close()
+        self.save(step)
+
+    def _batches(self, step: int, end: int) -> Iterator[list[torch.Tensor]]:
+        while step < end:
+            epoch, batch = divmod(step, self.plan.steps_per_epoch)
+            for views in self.loader.epoch(epoch, batch):
+                if step == end:
+                    return
+                yield views
+                step += 1
+
+    def _step(self, step: int, views: list[torch.Tensor]) -> dict[str, Any]:
+        at = self.plan.at(step)
+        found = train_step_(self.state, views, at, self.recipe.step)
+        if math.isfinite(found["loss"]):
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            tqdm.write(f"step {step}: the loss is {found['loss']}; the step changes nothing", file=sys.stderr)
+            if self.bad_steps >= MAX_BAD_STEPS:
+                raise CheckFailed(
+                    f"{MAX_BAD_STEPS} steps in a row without a finite loss, last step {step}; "
+                    "lower lr_per_256_images or the teacher temperature, and resume from the last state"
+                )
+        if step % self.plan.steps_per_epoch == self.plan.steps_per_epoch - 1:
+            self._warn_of_collapse(step, found)
+        return {"step": step, "epoch": step // self.plan.steps_per_epoch, **found, **asdict(at)}
+
+    def _warn_of_collapse(self, step: int, found: dict[str, float]) -> None:
+        prototypes = self.recipe.head.prototypes
+        if found.get("feature_spread", 1) < COLLAPSE_SPREAD:
+            warning = f"features of different images are nearly equal (spread {found['feature_spread']:.3f})"
+        elif found.get("target_entropy_nats", 0) > 0.99 * math.log(prototypes):
+            warning = f"the teacher's targets are uniform (entropy {found['target_entropy_nats']:.2f} of {math.log(prototypes):.2f})"
+        else:
+            return
+        tqdm.write(
+            f"step {step}: collapse? {warning}. Lower the teacher temperature, the learning rate or the number of prototypes.",
+            file=sys.stderr,
+        )
+
+    def save(self, step: int) -> None:
+        """Write state, checkpoint, picture and list of skipped images."""
+        state = self.state
+        self.folder.save_state(
+            {
+                "student": state.student.state_dict(),
+                "teacher": state.teacher.state_dict(),
+                "center": state.center_K,
+                "optimizer": state.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "step": step,
+            }
+        )
+        manifest = Manifest(
+            architecture={},
+            preprocess=self.recipe.preprocess,
+            recipe={"name": self.resolved["name"], "seed": self.resolved["seed"], **self.resolved["recipe"]},
+            step=step,
+            source=self.resolved["source"],
+            revision=self.resolved["revision"],
+            data_fingerprint=self.resolved["data"],
+        )
+        save_backbone(self.folder.checkpoint, state.teacher.backbone, manifest)
+        self._save_picture()
+        if self.loader.skipped:
+            self.folder.write_text("skipped.json", json.dumps(self.loader.skipped, indent=1))
+
+    def _save_picture(self) -> None:
+        dataset = self.loader.dataset
+        images = []
+        for i in range(len(dataset)):
+            if len(images) == PICTURE_IMAGES:
+                break
+            try:
+                images.append(dataset.image(i * max(len(dataset) // PICTURE_IMAGES, 1) % len(dataset)))
+            except InputError:
+                continue
+        if images and isinstance(self.state.teacher.backbone, ViT):
+            picture = attention_picture(self.state.teacher.backbone.cpu(), images, self.recipe.preprocess)
+            self.state.teacher.backbone.to(self.state.center_K.device)
+            scratch = self.folder.path / ".attention.part.png"
+            cv2.imwrite(str(scratch), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            scratch.replace(self.folder.picture)
+
+
+class Progress:
+    """A bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, step: int, end: int) -> None:
+        self.end, self.began, self.first, self.lined = end, time.monotonic(), step, time.monotonic()
+        self.bar = tqdm(total=end, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """Report that `step` steps are done."""
+        words = f"loss {record['loss']:.4f}, {record['images_per_s']:.1f} images/s"
+        self.bar.update(1)
+        self.bar.set_postfix_str(words)
+        if self.bar.disable and (time.monotonic() - self.lined > LINE_EVERY_S or step == self.end):
+            self.lined = time.monotonic()
+            left_s = (time.monotonic() - self.began) / (step - self.first) * (self.end - step)
+            print(f"step {step}/{self.end}, {words}, {left_s / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Within it SIGINT and SIGTERM are remembered, not obeyed; yields a function that tells which one came."""
+    seen: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen[0] if seen else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(signal_number: int, step: int, folder: RunFolder) -> None:
+    """End the process after a signal: all is saved. Ctrl-C gives status 130, SIGTERM 0."""
+    print(f"stopped after step {step}, saved to {folder.path}; the same command goes on from there", file=sys.stderr)
+    if signal_number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(0)

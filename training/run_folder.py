@@ -1,0 +1,99 @@
+"""The run folder: what a run leaves behind, and what it resumes from.
+
+recipe.json              the resolved recipe, the data and the seed
+log.jsonl                one line a step: what was optimised, schedule values, speed
+tensorboard/             the same as curves
+state.pt                 everything needed to go on, replaced atomically
+checkpoints/latest.safetensors   the teacher's backbone
+attention.png            its attention over a few training images
+skipped.json             images that could not be read, and why
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import InputError
+
+
+class RunFolder:
+    """Paths of a run and its atomic writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoints" / "latest.safetensors"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "attention.png"
+
+    def open(self, resolved: Mapping[str, Any]) -> bool:
+        """Make the folder, or check that it belongs to this run. True if there is a state to resume from."""
+        recipe = self.path / "recipe.json"
+        wanted = json.dumps(resolved, indent=1, sort_keys=True)
+        if recipe.is_file():
+            found = json.loads(recipe.read_text())
+            changed = [key for key in resolved if found.get(key) != json.loads(wanted)[key]]
+            if changed:
+                raise InputError(
+                    f"{self.path}: holds a run with another {', '.join(changed)}; go on with the same ones or choose another --out"
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: is not empty and holds no run; choose another --out")
+        else:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from error
+            self.write_text("recipe.json", wanted)
+        return self.state.is_file()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file atomically."""
+        scratch = self.path / f".{name}.part"
+        scratch.write_text(text)
+        os.replace(scratch, self.path / name)
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the resumable state, atomically and durably: a crash leaves the old one or the new one."""
+        scratch = self.path / ".state.pt.part"
+        with scratch.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, self.state)
+
+    def load_state(self) -> dict[str, Any]:
+        """The resumable state; plain tensors and numbers, never a pickle of code."""
+        try:
+            return torch.load(self.state, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{self.state}: cannot be read ({error}); remove it to start the run anew") from error
+
+    def keep_log_until(self, step: int) -> None:
+        """Drop log lines of steps that will be taken again."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a line cut short by a crash; whatever follows belongs to steps that will be taken again
+        self.write_text(self.log.name, "".join(f"{line}\n" for line in kept))
