@@ -1,0 +1,64 @@
+"""The one call that evaluators and servers know: normalised pixels in, named arrays out, whatever computes them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from backbones.checkpoints import Manifest
+from data.errors import InputError
+
+
+class Runtime(ABC):
+    """A network that can be run. Close it, or use it as a context manager."""
+
+    manifest: Manifest
+    """What is known of the backbone; its `preprocess` says how images become pixels."""
+    name: str
+    """The engine: torch, onnxruntime, remote."""
+    device: str
+    """Where it computes: cpu, cuda."""
+    outputs: tuple[str, ...]
+    """Names that `run` can give: `embedding`, `patches`, and where the network has them `attention` and `depth`."""
+
+    @abstractmethod
+    def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
+        """The named outputs, float32, of normalised pixels float32 [N, 3, H, W]; safe to call from several threads.
+
+        `embedding` [N, D], `patches` [N, h*w, D], `attention` [N, heads, h, w], `depth` [N, H, W]. H and W are multiples of the patch.
+        Raises InputError for an unknown output, or pixels of another shape or type.
+        """
+
+    def warm_up(self) -> None:
+        """Run once at the usual size, so that the first request does not pay for what is done only once."""
+        side = self.manifest.preprocess.size_px
+        self.run(np.zeros((1, 3, side, side), np.float32), self.outputs)
+
+    def close(self) -> None:  # noqa: B027 (nothing to free unless a runtime says so)
+        """Free what the runtime holds."""
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_call(self, pixels_NCHW: np.ndarray, outputs: Sequence[str]) -> None:
+        """Raise InputError unless `run` can answer this."""
+        unknown = [name for name in outputs if name not in self.outputs]
+        if unknown or not outputs:
+            wanted = f"output {unknown[0]!r}" if unknown else "no output"
+            raise InputError(f"{wanted} was asked for; this network has {', '.join(self.outputs)}")
+        step = step_px(self.manifest)
+        shape = pixels_NCHW.shape
+        if pixels_NCHW.dtype != np.float32 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
+            raise InputError(
+                f"pixels are {pixels_NCHW.dtype} {list(shape)}; wanted float32 [N, 3, H, W] with at least one image"
+            )
+        if shape[2] % step or shape[3] % step:
+            raise InputError(f"images are {shape[2]}x{shape[3]} pixels; wanted sides that are multiples of {step}")
+
+
+def step_px(manifest: Manifest) -> int:
+    """What the sides of an image must be multiples of: the patch of a ViT, the total stride of a ResNet."""
+    return int(manifest.architecture.get("patch_px", 32))

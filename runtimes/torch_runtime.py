@@ -1,0 +1,48 @@
+"""A checkpoint on torch."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from backbones.checkpoints import Backbone
+from backbones.heads import DepthHead
+from backbones.network import Network
+from data.errors import InputError
+from runtimes.runtime import Runtime
+
+
+class TorchRuntime(Runtime):
+    """A backbone and its heads in float32. Calls take turns: torch's thread count belongs to the process."""
+
+    def __init__(
+        self, backbone: Backbone, depth_head: DepthHead | None = None, *, device: str = "auto", threads: int | None = None
+    ) -> None:
+        self.manifest = backbone.manifest
+        self.name = "torch"
+        self.device = pick_device(device)
+        self._network = Network(backbone.model, depth_head).to(self.device).eval()  # type: ignore[arg-type]
+        self.outputs = self._network.output_names
+        self._threads = threads
+        self._lock = threading.Lock()
+
+    def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
+        self.check_call(pixels_NCHW, outputs)
+        with self._lock, torch.inference_mode():
+            if self._threads is not None and torch.get_num_threads() != self._threads:
+                torch.set_num_threads(self._threads)
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels_NCHW)).to(self.device)
+            # A depth map costs more than an embedding; it is left out unless it is wanted.
+            made = self._network(pixels) if "depth" in outputs else self._network.backbone.outputs(pixels)
+            return {name: made[name].float().cpu().numpy() for name in outputs}
+
+
+def pick_device(name: str) -> str:
+    """cpu or cuda, as `--device` asks. Raises InputError for a device that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name!r} is unknown; want auto, cpu or cuda")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise InputError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    return "cuda" if found and name != "cpu" else "cpu"
