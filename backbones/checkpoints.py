@@ -155,14 +155,36 @@ def load_state_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Pat
         for name in sorted(set(wanted) & set(state))
         if state[name].shape != wanted[name].shape
     ]
+    mistyped = [
+        f"{name} is {state[name].dtype}, want {wanted[name].dtype}"
+        for name in sorted(set(wanted) & set(state))
+        if state[name].is_floating_point() != wanted[name].is_floating_point()
+    ]
     problems = [
         f"{len(names)} weights are {what}, first {names[0]}"
-        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unknown", extra),
+            ("of another shape", misshapen),
+            ("of another type", mistyped),
+        )
         if names
     ]
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}. Was it saved by another architecture?")
-    model.load_state_dict(dict(state))
+    # A network without memory of its own takes the tensors themselves.
+    model.load_state_dict(dict(state), assign=any(tensor.is_meta for tensor in wanted.values()))
+
+
+def build_backbone(architecture: Mapping[str, Any], state: Mapping[str, Tensor], path: Path | str) -> ViT | ResNet:
+    """A network in evaluation mode and float32 with these weights. Raises CheckpointError as `load_state_strictly` does.
+
+    It is laid out on the meta device first, so that no memory is filled before the shapes are known to fit.
+    """
+    with torch.device("meta"):
+        model = make_backbone(architecture)
+    load_state_strictly(model, state, path)
+    return model.float().eval()
 
 
 def save_backbone(path: str | Path, model: ViT | ResNet, manifest: Manifest) -> Manifest:
@@ -185,13 +207,12 @@ def load_own_checkpoint(path: Path) -> Backbone:
     if plain.get("kind") != "backbone":
         raise CheckpointError(f"{path}: is a {plain.get('kind')}, not a backbone; give the backbone's checkpoint")
     manifest = Manifest.from_json(plain)
-    model = make_backbone(manifest.architecture)
-    load_state_strictly(model, state, path)
+    model = build_backbone(manifest.architecture, state, path)
     if manifest.weights_sha256 != weights_sha256(state):
         raise CheckpointError(
             f"{path}: the weights do not match the content hash in their manifest; the file was altered"
         )
-    return Backbone(model.float().eval(), manifest)
+    return Backbone(model, manifest)
 
 
 def load_backbone(ckpt: str | Path) -> Backbone:

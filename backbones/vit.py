@@ -213,7 +213,7 @@ class ViT(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.width)) if spec.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, spec.width)) if spec.mask_token else None
         self.patch_embed = PatchEmbed(spec)
-        rates = torch.linspace(0, spec.drop_path, spec.depth).tolist()
+        rates = torch.linspace(0, spec.drop_path, spec.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(spec, rate) for rate in rates)
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
         self.reset_parameters()
