@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from runtimes.runtime import Runtime
 
 from data.decode import DecodeLimits, decode_image
 from data.errors import InputError
 from data.preprocess import Preprocess, center_view, whole_view
+from runtimes.runtime import Runtime
 from server.batcher import Batcher, BatchSpec
 from server.statistics import Times
 

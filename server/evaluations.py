@@ -25,6 +25,7 @@ from evaluators.classification import describe_data, describe_model, table_notes
 from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.results import Context, Measurement, describe_environment, result_json
 from evaluators.splits import labelled, open_splits
+from runtimes.runtime import Runtime
 from server.engine import Engine
 from server.errors import Conflict, NotFound, ServerError
 from server.statistics import Times
@@ -64,7 +65,7 @@ class Evaluation:
         return {name: value for name, value in vars(self).items() if full or name != "result"}
 
 
-class EngineRuntime:
+class EngineRuntime(Runtime):
     """The engine as evaluators see a network: `run` from any thread goes through the batcher like every request."""
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, check: Callable[[], None]) -> None:

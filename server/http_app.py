@@ -1,6 +1,6 @@
 """All HTTP routes in one application: v2, the routes for people, their documentation, metrics."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -54,7 +54,7 @@ def make_metrics_app(service: Service) -> FastAPI:
     return app
 
 
-def _metrics(service: Service) -> Callable[[], Response]:
+def _metrics(service: Service) -> Callable[[], Awaitable[Response]]:
     async def metrics() -> Response:
         return Response(service.exposition(), media_type=METRICS_TYPE)
 
