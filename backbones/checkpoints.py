@@ -216,5 +216,25 @@ def load_own_checkpoint(path: Path) -> Backbone:
 
 
 def load_backbone(ckpt: str | Path) -> Backbone:
-    """The backbone that `--ckpt` names, in evaluation mode and float32. Raises CheckpointError."""
-    return load_own_checkpoint(Path(ckpt))
+    """The backbone that `--ckpt` names, in evaluation mode and float32. Raises CheckpointError.
+
+    A .safetensors checkpoint of ours, a published .pth file, a Hugging Face folder, or a catalog name such as `dinov2_vits14`.
+    """
+    # The readers of other formats build on this file.
+    from backbones.catalog import CATALOG, fetch
+    from backbones.huggingface import load_huggingface
+    from backbones.published import load_published
+
+    path = Path(ckpt)
+    if path.is_dir():
+        return load_huggingface(path)
+    if path.suffix in (".pth", ".pt"):
+        return load_published(path)
+    if str(ckpt) in CATALOG and not path.exists():
+        return load_published(fetch(str(ckpt)), source=str(ckpt))
+    if path.suffix == ".safetensors":
+        return load_own_checkpoint(path)
+    raise CheckpointError(
+        f"{ckpt}: is no backbone; want a .safetensors checkpoint, a .pth file, a Hugging Face folder, "
+        f"or one of {', '.join(CATALOG)}"
+    )

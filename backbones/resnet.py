@@ -89,7 +89,7 @@ class ResNet(nn.Module):
         """The last feature map, [B, D, h, w], each cell 32 pixels wide."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(pixels_BCHW))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = stage(x)  # type: ignore[operator]
         return x
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
