@@ -24,6 +24,7 @@ from evaluators.results import (
     Context,
     Measurement,
     Metric,
+    check_writable,
     describe_environment,
     metrics_json,
     result_json,
@@ -76,10 +77,12 @@ class ClassificationRun(NetworkOptions):
 
 def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[dict[str, Any], Measurement]:
     """Measure the network and its baselines; returns the result, written to `options.out`, and the measurement."""
+    if options.out is not None:
+        check_writable(options.out, "--out", ".json")
     splits = labelled(open_splits(options.data, options.train_split, options.val_split, options.group_by), options.data)
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
-        measurement, timing, counts = measure(runtime, splits, options, evaluate)
+        measurement, timing, counts = measure(runtime.name, runtime, splits, options, evaluate)
         context = Context(
             model=describe_model(options.ckpt, runtime),
             data=describe_data(options.data, splits, counts),
@@ -87,7 +90,7 @@ def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[
             timing=timing,
             environment=describe_environment(runtime.device, options.threads),
         )
-    baselines = {
+    baselines: dict[str, Any] = {
         name: measure_baseline(name, manifest, splits, options, evaluate, measurement) for name in options.baselines
     }
     measurement.notes[:0] = splits.notes
@@ -98,14 +101,14 @@ def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[
 
 
 def measure(
-    runtime: Runtime, splits: Splits, options: NetworkOptions, evaluate: Evaluate
+    title: str, runtime: Runtime, splits: Splits, options: NetworkOptions, evaluate: Evaluate
 ) -> tuple[Measurement, dict[str, float], dict[str, Any]]:
     """Extract both parts and evaluate; also returns seconds spent, and what was read."""
     spec = ExtractSpec(batch_size=options.batch_size, cache_dir=options.cache_dir, group_column=splits.group_column)
     started = time.perf_counter()
     tables = []
     for what, part in (("train", splits.train), ("val", splits.val)):
-        with progress_bar(f"{runtime.name}: {what}") as progress:
+        with progress_bar(f"{title}: {what}") as progress:
             tables.append(extract(runtime, part, spec, progress))
     extracted = time.perf_counter()
     train, val = tables
@@ -133,7 +136,7 @@ def measure_baseline(
 ) -> dict[str, Any]:
     """One baseline's figures, and by how much the network is above it (paired over the same test images)."""
     with open_baseline(name, manifest, options.device, options.seed) as runtime:
-        measurement, timing, _ = measure(runtime, splits, options, evaluate)
+        measurement, timing, _ = measure(name, runtime, splits, options, evaluate)
     gain_N = network.predictions["score"] - measurement.predictions["score"]
     groups_N = network.predictions["groups"]
     difference = Metric(float(gain_N.mean()), mean_interval95(gain_N, groups_N), len(gain_N))
@@ -216,11 +219,13 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def print_result(result: dict[str, Any], out: Path | None) -> None:
-    """The table, and where the file is."""
+def print_result(result: dict[str, Any], *written: Path | None) -> None:
+    """The table, and which files were written."""
     data = result["data"]
     print(f"{result['evaluator']}: {result['model']['ckpt']} ({result['model']['runtime']}) on {data['source']}")
-    print(f"{data['n_train']} training and {data['n_val']} test images, {data['n_classes']} classes; {data['split']}")
+    classes = f", {data['n_classes']} classes" if "n_classes" in data else ""
+    print(f"{data['n_train']} training and {data['n_val']} test images{classes}; {data['split']}")
     print(result_table(result))
-    if out is not None:
-        print(f"written: {out}")
+    for path in written:
+        if path is not None:
+            print(f"written: {path}")

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -101,7 +101,7 @@ class ExtractSpec:
 def extract(
     runtime: Runtime,
     dataset: Dataset,
-    spec: ExtractSpec = ExtractSpec(),  # noqa: B008 (frozen)
+    spec: ExtractSpec = ExtractSpec(),
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureTable:
     """Run the network over every image, or read what an earlier run left.

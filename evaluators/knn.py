@@ -149,7 +149,7 @@ def neighbour_counts(spec: KnnSpec, n_train: int) -> tuple[tuple[int, ...], list
     return ks, [f"k = {', '.join(map(str, cut))} cut to the {n_train} training images"] if cut else []
 
 
-def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec()) -> Measurement:  # noqa: B008 (frozen)
+def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec()) -> Measurement:
     """The k-NN accuracy of `test` against `train`, both with labels. Raises InputError for an impossible k."""
     ks, notes = neighbour_counts(spec, len(train))
     train_labels_n, test_labels_q, classes = index_labels(train, test)
@@ -215,7 +215,7 @@ def _leave_one_out(
     return [float(guesses[k].correct_N.mean()) for k in ks]
 
 
-def run(options: ClassificationRun, spec: KnnSpec = KnnSpec()) -> dict[str, Any]:  # noqa: B008 (frozen)
+def run(options: ClassificationRun, spec: KnnSpec = KnnSpec()) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
     result, _ = run_classification(options, lambda train, test: evaluate(train, test, spec))
     return result

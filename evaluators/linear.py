@@ -18,13 +18,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from backbones.heads import LinearHead, LinearHeadSpec, save_head
+from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, save_head
 from data.errors import InputError, run_cli
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
 from evaluators.classification import ClassificationRun, index_groups, index_labels, print_result, run_classification
 from evaluators.extract import FeatureTable
 from evaluators.linear_grid import Heads, train_heads
-from evaluators.results import Measurement
+from evaluators.results import Measurement, check_writable
 from evaluators.splits import hash_bucket
 
 VERSION = 1
@@ -118,7 +118,7 @@ def _train(features_nD: Tensor, labels_n: Tensor, n_classes: int, spec: LinearSp
 def evaluate(
     train: FeatureTable,
     test: FeatureTable,
-    spec: LinearSpec = LinearSpec(),  # noqa: B008 (frozen)
+    spec: LinearSpec = LinearSpec(),
     seed: int = 0,
 ) -> Measurement:
     """The linear accuracy of `test` after training on `train`; the chosen head is in `learned`."""
@@ -213,19 +213,36 @@ def _notes(grid: list[dict[str, Any]], chosen: int, spec: LinearSpec) -> list[st
     return notes
 
 
-def save_linear_head(path: Path, measurement: Measurement, result: Mapping[str, Any]) -> None:
-    """Write the chosen head for `--ckpt`'s backbone, in the head format of `backbones.heads`."""
+def save_linear_head(path: Path, measurement: Measurement, result: Mapping[str, Any]) -> HeadManifest:
+    """Write the chosen head, bound to the backbone that `result` is about; returns its manifest.
+
+    The manifest's `features` is a key of `combinations`: what the head wants of this backbone's centre views.
+    """
     weight_CD = torch.from_numpy(measurement.learned["weight"])
-    head = LinearHead(LinearHeadSpec(*weight_CD.shape))
-    raise SystemExit(head)
+    n_classes, width_in = weight_CD.shape
+    head = LinearHead(LinearHeadSpec(n_classes=n_classes, width_in=width_in))
+    head.load_state_dict({"linear.weight": weight_CD, "linear.bias": torch.from_numpy(measurement.learned["bias"])})
+    manifest = HeadManifest(
+        kind="linear",
+        backbone_sha256=result["model"]["weights_sha256"],
+        spec={},
+        features=measurement.chosen["features"],
+        classes=tuple(measurement.learned["classes"].tolist()),
+        source=f"evaluators.linear on {result['data']['source']}",
+        data_fingerprint=result["data"]["fingerprint"]["train"],
+        metrics=result["metrics"],
+    )
+    return save_head(path, head, manifest)
 
 
 def run(
     options: ClassificationRun,
-    spec: LinearSpec = LinearSpec(),  # noqa: B008 (frozen)
+    spec: LinearSpec = LinearSpec(),
     save_head_to: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
+    if save_head_to is not None:
+        check_writable(save_head_to, "--save-head", ".safetensors")
     result, measurement = run_classification(options, lambda train, test: evaluate(train, test, spec, options.seed))
     if save_head_to is not None:
         save_linear_head(save_head_to, measurement, result)
@@ -240,9 +257,9 @@ def main(
     """Accuracy of a linear classifier on the features of a frozen network.
 
     Args:
-        save_head: Write the chosen classifier to this .safetensors file.
+        save_head: Write the chosen classifier, bound to this network, to this .safetensors file.
     """
-    print_result(run(options, spec, save_head), options.out)
+    print_result(run(options, spec, save_head), options.out, save_head)
 
 
 if __name__ == "__main__":

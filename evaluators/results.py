@@ -8,6 +8,7 @@ so that intervals and paired comparisons can be computed later without the netwo
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -113,13 +114,23 @@ def metrics_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     }
 
 
+def check_writable(path: Path, flag: str, suffix: str) -> None:
+    """Make the folder of a file that will be written, before the work starts. Raises InputError where it cannot be."""
+    if path.suffix != suffix:
+        raise InputError(f"{flag} {path}: wanted a name that ends in {suffix}, such as {path.with_suffix(suffix).name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot write there ({error.strerror}); name another place") from error
+
+
 def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.ndarray]) -> None:
     """Write `out` and, beside it, its predictions; each file appears whole or not at all. Raises InputError."""
-    if out.suffix != ".json":
-        raise InputError(f"--out {out}: a result file ends in .json; name it {out.with_suffix('.json').name}")
+    check_writable(out, "--out", ".json")
     body = dict(result)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if predictions:
             beside = out.with_suffix(".predictions.npz")
             body["predictions_file"] = beside.name

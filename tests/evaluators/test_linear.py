@@ -1,0 +1,130 @@
+"""The linear evaluator: what it trains on, how it chooses, and the head it writes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backbones.checkpoints import CheckpointError
+from backbones.heads import LinearHead, load_head
+from data.errors import InputError
+from evaluators.classification import ClassificationRun
+from evaluators.extract import FeatureTable, extract
+from evaluators.linear import FOLDS, LinearSpec, combinations, evaluate, held_out_scores, run
+from evaluators.linear_grid import train_heads
+from evaluators.splits import hash_bucket, open_splits
+from runtimes.open import open_runtime
+from tests.evaluators.fakes import colour_folder, small_checkpoint
+
+QUICK = LinearSpec(lr=(1e-3, 1e-1), min_steps=40, epochs=1)
+
+
+def blobs(n: int, seed: int, groups: list[str] | None = None) -> FeatureTable:
+    """Three noisy classes; the CLS says little, the mean patch much."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    cls = np.eye(3)[labels] + rng.normal(scale=2.0, size=(n, 3))
+    patch_mean = np.eye(3)[labels] * 2 + rng.normal(scale=0.5, size=(n, 3))
+    names = tuple(f"image{seed}-{i}" for i in range(n))
+    columns = {"embedding": cls.astype(np.float32), "patch_mean": patch_mean.astype(np.float32)}
+    return FeatureTable(names, tuple(f"class {label}" for label in labels), tuple(groups or names), columns)
+
+
+def test_the_combinations_are_cls_alone_and_cls_followed_by_the_mean_patch() -> None:
+    table = blobs(6, 0)
+    combined = combinations(table)
+    assert list(combined) == ["cls", "cls+patch_mean"]
+    np.testing.assert_array_equal(combined["cls"], table.features)
+    np.testing.assert_array_equal(combined["cls+patch_mean"][:, :3], table.features)
+    np.testing.assert_array_equal(combined["cls+patch_mean"][:, 3:], table.columns["patch_mean"])
+
+
+def test_a_head_of_the_grid_is_the_head_trained_alone() -> None:
+    train, test = blobs(90, 0), blobs(60, 1)
+    together = evaluate(train, test, QUICK, seed=4)
+    for lr in QUICK.lr:
+        alone = evaluate(train, test, LinearSpec(lr=(lr,), min_steps=40, epochs=1), seed=4)
+        for entry in alone.grid:
+            (same,) = (e for e in together.grid if (e["features"], e["lr_per_256"]) == (entry["features"], lr))
+            assert {**same} == pytest.approx(entry)
+
+
+def test_the_head_is_chosen_on_training_images_it_did_not_see() -> None:
+    train, test = blobs(150, 0), blobs(90, 1)
+    found = evaluate(train, test, QUICK, seed=0)
+    assert found.chosen["features"] == "cls+patch_mean"
+    assert found.selected_on.startswith("train")
+    by_train = {(e["features"], e["lr_per_256"]): e["train_held_out_top1"] for e in found.grid}
+    assert by_train[found.chosen["features"], found.chosen["lr_per_256"]] == max(by_train.values())
+    shuffled = FeatureTable(test.names, test.labels[1:] + test.labels[:1], test.groups, test.columns)
+    assert evaluate(train, shuffled, QUICK, seed=0).chosen == found.chosen  # test labels have no say
+    published = evaluate(train, test, LinearSpec(lr=QUICK.lr, min_steps=40, epochs=1, select_on="val"), seed=0)
+    assert published.metrics["top1"].value == max(e["top1"] for e in published.grid)
+    assert published.metrics["top1"].value == found.metrics["top1_best_on_val"].value
+
+
+def test_held_out_scores_are_those_of_heads_trained_on_the_other_parts() -> None:
+    table = blobs(60, 0)
+    labels = torch.tensor([int(str(label)[-1]) for label in table.labels])
+    folds = np.array([hash_bucket(f"fold/{name}", FOLDS) for name in table.names])
+    features = {"cls": torch.tensor(table.features)}
+    spec = LinearSpec(lr=(0.02,), min_steps=30, epochs=1, held_out=2)
+    ((hits, losses),) = held_out_scores(features, labels, folds, 3, spec, seed=1).values()
+    right, cost = [], []
+    for fold in (0, 1):
+        out = torch.from_numpy(folds == fold)
+        n = int((~out).sum())
+        head = train_heads(features["cls"][~out], labels[~out], 3, [0.02 * n / 256], steps=30, batch=n, seed=1)
+        logits = head.logits(features["cls"][out])[:, 0]
+        right += (logits.argmax(dim=1) == labels[out]).tolist()
+        cost += torch.nn.functional.cross_entropy(logits, labels[out], reduction="none").tolist()
+    assert hits[0] == pytest.approx(np.mean(right))
+    assert losses[0] == pytest.approx(np.mean(cost), rel=1e-5)
+
+
+def test_images_of_one_group_cannot_choose_a_head() -> None:
+    table = blobs(30, 0, groups=["one"] * 30)
+    with pytest.raises(InputError, match=r"cannot be cut into parts.*--group-by none or --select-on val"):
+        evaluate(table, blobs(9, 1), QUICK)
+
+
+def test_the_saved_head_gives_the_reported_accuracy_and_fits_no_other_backbone(tmp_path: Path) -> None:
+    data = colour_folder(tmp_path / "data", n_val=12, contrast=1)
+    ckpt, other = small_checkpoint(tmp_path / "a.safetensors"), small_checkpoint(tmp_path / "b.safetensors", seed=1)
+    options = ClassificationRun(ckpt=str(ckpt), data=str(data), cache_dir=None, threads=1)
+    result = run(options, QUICK, tmp_path / "head.safetensors")
+    with open_runtime(ckpt) as runtime, open_runtime(other) as stranger:
+        head, manifest = load_head(tmp_path / "head.safetensors", runtime.manifest.weights_sha256)
+        test = extract(runtime, open_splits(data).val)
+        with pytest.raises(CheckpointError, match="fits the backbone"):
+            load_head(tmp_path / "head.safetensors", stranger.manifest.weights_sha256)
+    assert isinstance(head, LinearHead)
+    assert manifest.classes == ("blue", "green", "red")
+    assert manifest.metrics["top1"]["value"] == result["metrics"]["top1"]["value"]
+    with torch.inference_mode():
+        logits = head(torch.tensor(combinations(test)[manifest.features]))
+    guessed = [manifest.classes[i] for i in logits.argmax(dim=1).tolist()]
+    assert 0 < result["metrics"]["top1"]["value"] < 1
+    assert np.mean([a == b for a, b in zip(guessed, test.labels, strict=True)]) == result["metrics"]["top1"]["value"]
+
+
+def test_a_head_file_of_another_ending_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    options = ClassificationRun(ckpt="nowhere", data="nowhere")
+    with pytest.raises(InputError, match=r"--save-head .*head\.pt: wanted a name that ends in \.safetensors"):
+        run(options, QUICK, tmp_path / "head.pt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr": ()}, "--lr"),
+        ({"lr": (0.0,)}, "--lr"),
+        ({"epochs": 0}, "--epochs"),
+        ({"batch": 0}, "--batch"),
+        ({"held_out": 6}, "--held-out 6: wanted 1 to 5"),
+    ],
+)
+def test_impossible_settings_are_refused(flags: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LinearSpec(**flags)
