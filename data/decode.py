@@ -1,8 +1,8 @@
 """One safe decoder: the bytes of an image file in, an upright RGB array out, or a `DecodeError` with a reason.
 
 The size is read from the header and held against the limits before a pixel is decoded. JPEG goes through OpenCV (the
-fastest), everything else and the rare kinds of JPEG (CMYK, a lost end marker) through Pillow, which tells truncated
-files apart. No global setting of either library is touched and no state is kept, so any thread may decode.
+fastest), everything else and the rare kinds of JPEG (CMYK) through Pillow. A JPEG without its end marker counts as
+truncated: neither decoder can tell whether its last rows came. No global setting of either library is touched and no state is kept, so any thread may decode.
 
 What becomes of unusual files: EXIF orientation is applied; transparency is laid over white; gray, palette and CMYK
 become RGB; of 16-bit samples the high byte is kept; of an animation the first frame.
@@ -108,8 +108,9 @@ def _decode_jpeg(data: bytes, limits: DecodeLimits) -> np.ndarray:
         raise DecodeError("corrupt", f"this JPEG has {header.scans} scans, at most {MAX_JPEG_SCANS} make sense")
     if header.precision_bits != 8:
         raise DecodeError("unsupported", f"JPEG of {header.precision_bits} bits is not accepted; save it with 8 bits")
-    # Without its end marker a file may still hold every row; only Pillow says whether it does.
-    if header.complete and header.components in (1, 3):
+    if not header.complete:
+        raise DecodeError("truncated", "this JPEG has no end marker, so it ends early; send the whole file")
+    if header.components in (1, 3):
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is None or image.shape[:2] != (header.height, header.width):
