@@ -160,3 +160,11 @@ def load_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead | Dept
             f"{path}: the weights do not match the content hash in their manifest; the file was altered"
         )
     return head.float().eval(), manifest
+
+
+def load_depth_head(path: str | Path, backbone_sha256: str) -> tuple[DepthHead, HeadManifest]:
+    """Read a depth head; as `load_head`, and raises CheckpointError for a head of another kind."""
+    head, manifest = load_head(path, backbone_sha256)
+    if not isinstance(head, DepthHead):
+        raise CheckpointError(f"{path}: is a {manifest.kind} head; wanted a depth head")
+    return head, manifest

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from backbones.checkpoints import MANIFEST_KEY, Backbone, load_backbone
-from backbones.heads import DepthHead, HeadManifest, load_head
+from backbones.heads import DepthHead, HeadManifest, load_depth_head
 from backbones.network import Network
 from data.errors import CheckFailed, InputError, run_cli
 from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime
@@ -59,10 +59,7 @@ def export_onnx(ckpt: str | Path, out: str | Path, depth_head: str | Path | None
     head: DepthHead | None = None
     heads: dict[str, HeadManifest] = {}
     if depth_head is not None:
-        found, manifest = load_head(depth_head, backbone.manifest.weights_sha256)
-        if not isinstance(found, DepthHead):
-            raise InputError(f"{depth_head}: is a {manifest.kind} head; wanted a depth head")
-        head, heads["depth"] = found, manifest
+        head, heads["depth"] = load_depth_head(depth_head, backbone.manifest.weights_sha256)
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=out.parent, prefix=f".{out.stem}.", suffix=".onnx")
     os.close(handle)
@@ -78,9 +75,7 @@ def export_onnx(ckpt: str | Path, out: str | Path, depth_head: str | Path | None
     return parity
 
 
-def write_graph(
-    backbone: Backbone, head: DepthHead | None, heads: Mapping[str, HeadManifest], path: Path
-) -> None:
+def write_graph(backbone: Backbone, head: DepthHead | None, heads: Mapping[str, HeadManifest], path: Path) -> None:
     """Trace with symbolic sizes and write the file with its manifests."""
     step = step_px(backbone.manifest)
     network = Network(backbone.model, head).eval()  # type: ignore[arg-type]
@@ -133,7 +128,14 @@ def parity_cases(backbone: Backbone) -> tuple[tuple[int, int, int], ...]:
     step, preprocess = step_px(backbone.manifest), backbone.manifest.preprocess
     usual = max(step, preprocess.size_px // step * step)
     whole = max(step, preprocess.whole_px // step * step)
-    return ((1, usual, usual), (3, usual, usual), (2, whole, whole), (1, usual, 2 * usual), (2, 3 * step, step), (1, step, step))
+    return (
+        (1, usual, usual),
+        (3, usual, usual),
+        (2, whole, whole),
+        (1, usual, 2 * usual),
+        (2, 3 * step, step),
+        (1, step, step),
+    )
 
 
 def check_parity(backbone: Backbone, head: DepthHead | None, path: Path) -> Parity:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -48,7 +49,7 @@ class OnnxRuntime(Runtime):
         del self._session
 
 
-def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest, dict[str, dict]]:  # type: ignore[type-arg]
+def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest, dict[str, dict[str, Any]]]:
     """The backbone's manifest and those of the heads. Raises CheckpointError for a file that was not exported here."""
     if MANIFEST_KEY not in metadata:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from backbones.checkpoints import load_backbone
-from backbones.heads import DepthHead, load_head
+from backbones.heads import load_depth_head
 from data.errors import InputError
 from runtimes.onnx_runtime import OnnxRuntime
 from runtimes.remote import REMOTE_SCHEMES, RemoteRuntime
@@ -29,9 +29,5 @@ def open_runtime(
     if exported:
         return OnnxRuntime(name, device=device, threads=threads)
     backbone = load_backbone(ckpt)
-    head = None
-    if depth_head is not None:
-        head, manifest = load_head(depth_head, backbone.manifest.weights_sha256)
-        if not isinstance(head, DepthHead):
-            raise InputError(f"{depth_head}: is a {manifest.kind} head; wanted a depth head")
+    head = None if depth_head is None else load_depth_head(depth_head, backbone.manifest.weights_sha256)[0]
     return TorchRuntime(backbone, head, device=device, threads=threads)

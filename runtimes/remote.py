@@ -64,14 +64,19 @@ class RemoteRuntime(Runtime):
         self._client.close()
 
 
-def _manifest(config: Any, address: str) -> Manifest:
-    """The manifest in a model's configuration: JSON over HTTP, a message over gRPC."""
+def config_parameters(config: Any) -> dict[str, str]:
+    """The parameters in a model's configuration: JSON over HTTP, a message over gRPC."""
     if isinstance(config, dict):
-        text = config.get("parameters", {}).get("manifest", {}).get("string_value", "")
-    else:
-        text = config.config.parameters["manifest"].string_value
+        return {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
+    return {name: value.string_value for name, value in config.config.parameters.items()}
+
+
+def _manifest(config: Any, address: str) -> Manifest:
+    text = config_parameters(config).get("manifest")
     if not text:
-        raise InputError(f"{address}: the model `backbone` has no manifest in its parameters, so its preprocessing is unknown")
+        raise InputError(
+            f"{address}: the model `backbone` has no manifest in its parameters, so its preprocessing is unknown"
+        )
     try:
         return Manifest.from_json(json.loads(text))
     except json.JSONDecodeError as error:

@@ -17,7 +17,12 @@ class TorchRuntime(Runtime):
     """A backbone and its heads in float32. Calls take turns: torch's thread count belongs to the process."""
 
     def __init__(
-        self, backbone: Backbone, depth_head: DepthHead | None = None, *, device: str = "auto", threads: int | None = None
+        self,
+        backbone: Backbone,
+        depth_head: DepthHead | None = None,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
     ) -> None:
         self.manifest = backbone.manifest
         self.name = "torch"
@@ -32,7 +37,9 @@ class TorchRuntime(Runtime):
         with self._lock, torch.inference_mode():
             if self._threads is not None and torch.get_num_threads() != self._threads:
                 torch.set_num_threads(self._threads)
-            pixels = torch.from_numpy(np.ascontiguousarray(pixels_NCHW)).to(self.device)
+            # torch warns of arrays that it could not write to, such as those that lie in a received message.
+            writable = np.require(pixels_NCHW, requirements=["C", "W"])
+            pixels = torch.from_numpy(writable).to(self.device)
             # A depth map costs more than an embedding; it is left out unless it is wanted.
             made = self._network(pixels) if "depth" in outputs else self._network.backbone.outputs(pixels)
             return {name: made[name].float().cpu().numpy() for name in outputs}

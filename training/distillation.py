@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.resnet import ResNet
-from backbones.vit import ViT
+from backbones.vit import Block, ViT
 from training.losses import dino_cross_entropy, entropy, teacher_targets
 from training.optimizer import clip_each_, set_rates_
 from training.projection_head import HeadSpec, ProjectionHead
@@ -74,7 +74,7 @@ def make_learners(backbone: ViT | ResNet, head: HeadSpec) -> tuple[Learner, Lear
     student = Learner(backbone, ProjectionHead(backbone.embed_dim, head))
     teacher = copy.deepcopy(student)
     for module in teacher.modules():
-        if hasattr(module, "drop_path"):
+        if isinstance(module, Block):
             module.drop_path = 0.0
     return student.train(), teacher.requires_grad_(False).train()
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -243,7 +244,7 @@ class Run:
 
     def _save_picture(self) -> None:
         dataset = self.loader.dataset
-        images = []
+        images: list[np.ndarray] = []
         for i in range(len(dataset)):
             if len(images) == PICTURE_IMAGES:
                 break

@@ -1,6 +1,7 @@
 """Parameter groups, gradient clipping and the optimiser of DINO."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,12 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Ada
 
     Learning rate and weight decay are set at each step; see `set_rates_`.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
             (spared if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 

@@ -25,9 +25,7 @@ def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 
 class TestHead:
-    @pytest.mark.parametrize(
-        "name", ["v1_norm_last_layer_true", "v1_norm_last_layer_false", "v1_bn", "v1_nlayers1"]
-    )
+    @pytest.mark.parametrize("name", ["v1_norm_last_layer_true", "v1_norm_last_layer_false", "v1_bn", "v1_nlayers1"])
     def test_outputs_and_gradients(self, reference: Path, name: str) -> None:
         found = load_file(reference / "head" / f"{name}.safetensors")
         config = json.loads((reference / "head" / "config.json").read_text())
@@ -70,9 +68,7 @@ def test_loss_and_centre_over_six_steps(reference: Path) -> None:
         teacher_TBK = step["teacher"].view(2, config["batch"], -1)
         torch.testing.assert_close(center_K[None], step["center_before"], **FORWARD)
         targets = teacher_targets(teacher_TBK, center_K, temperature.at(int(step["epoch"])))
-        loss = dino_cross_entropy(
-            student.view(config["ncrops"], config["batch"], -1), targets, config["student_temp"]
-        )
+        loss = dino_cross_entropy(student.view(config["ncrops"], config["batch"], -1), targets, config["student_temp"])
         loss.backward()
         update_center_(center_K, teacher_TBK, config["center_momentum"])
         torch.testing.assert_close(loss.detach(), step["loss"], **FORWARD)
@@ -168,9 +164,7 @@ def test_two_whole_steps(reference: Path, variant: str) -> None:
     io, states = load_file(folder / "io.safetensors"), load_file(folder / "states.safetensors")
     student = learner_of(config, part(states, "student_0/"))
     teacher = learner_of(config, part(states, "teacher_0/")).requires_grad_(False)
-    state = State(
-        student, teacher, torch.zeros(config["head"]["out_dim"]), make_optimizer(student.named_parameters())
-    )
+    state = State(student, teacher, torch.zeros(config["head"]["out_dim"]), make_optimizer(student.named_parameters()))
     spec = StepSpec(clip_norm=config["clip_grad"] or 0.0)
     for i in range(config["steps"]):
         step = part(io, f"step{i}/")
@@ -201,5 +195,7 @@ def check_weights(
     for name, value in wanted.items():
         # Where the gradient was dropped, or is a thousandth of what rounding moves, only the bound of +-lr a step can be asked.
         sure = gradient[name].abs() > 1e-5 if name in gradient else torch.ones_like(value, dtype=torch.bool)
-        torch.testing.assert_close(got[name][sure], value[sure], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name][sure], value[sure], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
         torch.testing.assert_close(got[name], value, atol=4 * lr + 2e-6, rtol=1e-4)

@@ -1,0 +1,209 @@
+"""Runs: they resume with the same bits, stop when told, say what is wrong, and leave a folder that others can read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from backbones.checkpoints import load_backbone
+from data.datasets import open_dataset
+from data.errors import CheckFailed, InputError
+from training import loop
+from training.distillation import Schedule, StepSpec, train_step_
+from training.loop import Plan, train
+from training.recipes import RECIPES, Recipe, find_recipe
+
+WORDS = {"recipe_name": "smoke", "source": "test", "revision": "none"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty small images without labels, one of them broken."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        image = cv2.resize(rng.integers(0, 255, (5, 5, 3)).astype(np.uint8), (48, 40), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(root / f"{i:02d}.jpg"), image)
+    (root / "07.jpg").write_bytes(b"not a picture")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def smoke(**changes: object) -> Recipe:
+    return replace(RECIPES["smoke"], **changes)  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+    data = open_dataset(str(folder))
+    whole = train(smoke(), data, tmp_path / "whole", workers=0, **WORDS)
+    train(smoke(), data, tmp_path / "parts", workers=0, stop_at_step=1, **WORDS)
+    torch.rand(7)  # whatever happens between the two
+    parts = train(smoke(), data, tmp_path / "parts", workers=1, **WORDS)
+    one, other = load_backbone(whole), load_backbone(parts)
+    assert one.manifest.weights_sha256 == other.manifest.weights_sha256
+    assert one.manifest.step == other.manifest.step == 4
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_the_run_folder_holds_what_it_promises(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    checkpoint = train(smoke(), open_dataset(str(folder)), out, workers=0, **WORDS)
+    backbone = load_backbone(checkpoint)
+    assert backbone.manifest.preprocess == RECIPES["smoke"].preprocess
+    assert backbone.manifest.recipe is not None
+    assert backbone.manifest.recipe["name"] == "smoke"
+    assert json.loads((out / "recipe.json").read_text())["seed"] == 0
+    assert list((out / "tensorboard").glob("events*"))
+    assert cv2.imread(str(out / "attention.png")) is not None
+    assert list(json.loads((out / "skipped.json").read_text())) == ["07.jpg"]
+    record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert {"loss", "lr", "momentum", "target_entropy_nats", "kl_nats", "feature_spread", "images_per_s"} <= set(record)
+
+
+def test_the_student_learns_what_a_fixed_teacher_says(folder: Path) -> None:
+    """With the teacher held still, steps on the same views bring the student's predictions to the teacher's targets."""
+    recipe = smoke()
+    torch.manual_seed(0)
+    state = loop.make_state(recipe, torch.device("cpu"))
+    views = [torch.randn(8, 3, side, side) for side in (32, 32, 16, 16)]
+    still = Schedule(lr=2e-3, weight_decay=0.0, momentum=1.0, teacher_temperature=0.04, freeze_last_layer=False)
+    fixed = StepSpec(center_momentum=1.0)
+    before = {name: p.clone() for name, p in state.teacher.named_parameters()}
+    kl = [train_step_(state, views, still, fixed)["kl_nats"] for _ in range(60)]
+    assert kl[-1] < 0.3 * kl[0]
+    assert all(torch.equal(p, before[name]) for name, p in state.teacher.named_parameters())
+
+
+def test_the_teacher_follows_the_student(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = loop.make_state(smoke(), torch.device("cpu")).teacher.backbone.state_dict()
+    checkpoint = train(smoke(), open_dataset(str(folder)), tmp_path / "run", workers=0, **WORDS)
+    trained = load_backbone(checkpoint).model.state_dict()
+    moved = (trained["blocks.0.mlp.fc1.weight"] - first["blocks.0.mlp.fc1.weight"]).abs().max()
+    assert 0 < moved < 1e-2
+
+
+def test_another_recipe_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    data = open_dataset(str(folder))
+    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
+    with pytest.raises(InputError, match="another recipe"):
+        train(smoke(batch_size=4), data, tmp_path / "run", workers=0, **WORDS)
+
+
+def test_a_damaged_state_is_named(folder: Path, tmp_path: Path) -> None:
+    data = open_dataset(str(folder))
+    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"state\.pt"):
+        train(smoke(), data, tmp_path / "run", workers=0, **WORDS)
+
+
+def test_losses_that_stay_non_finite_end_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step_", lambda *_: {"loss": float("nan")})
+    with pytest.raises(CheckFailed, match="5 steps in a row"):
+        train(smoke(epochs=4), open_dataset(str(folder)), tmp_path / "run", workers=0, **WORDS)
+
+
+def test_one_image_is_not_enough(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 image"):
+        train(smoke(), open_dataset(str(folder)).subset([0]), tmp_path / "run", workers=0, **WORDS)
+
+
+def test_schedules_span_the_run() -> None:
+    recipe = RECIPES["dino_vits16"]
+    plan = Plan(recipe, steps_per_epoch=10)
+    assert plan.steps == 1000
+    assert plan.at(0).lr == 0
+    assert plan.at(99).lr == pytest.approx(recipe.optim.lr_per_256_images * 64 / 256)
+    assert plan.at(0).freeze_last_layer
+    assert not plan.at(10).freeze_last_layer
+    assert plan.at(999).momentum == pytest.approx(1.0, abs=1e-5)
+
+
+def test_recipes_are_found_by_name() -> None:
+    assert find_recipe("dino_vits16").backbone.width == 384
+    with pytest.raises(InputError, match="smoke"):
+        find_recipe("dino_vits17")
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "training", *words]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path, repo_root: Path) -> None:
+    words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "0")
+    long = command(*words, "--epochs", "400", "--threads", "1")
+    env = {**os.environ, "PYTHONPATH": str(repo_root)}
+    process = subprocess.Popen(long, cwd=repo_root, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 90
+    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+    done = len(log.read_text().splitlines())
+    saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert saved["step"] == done
+
+
+def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_root: Path) -> None:
+    words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "0")
+    env = {**os.environ, "PYTHONPATH": str(repo_root)}
+    process = subprocess.Popen(command(*words, "--epochs", "400"), cwd=repo_root, env=env, stderr=subprocess.DEVNULL)
+    state, deadline = tmp_path / "run" / "state.pt", time.monotonic() + 90
+    while not state.is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    saved = torch.load(state, weights_only=True)
+    assert saved["step"] % 2 == 0
+    load_backbone(tmp_path / "run" / "checkpoints" / "latest.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--recipe", "dino_vits61", "--data", "{folder}"), "dino_vits61"),
+        (("--recipe", "smoke", "--data", "{folder}/absent"), "nothing there"),
+        (("--recipe", "smoke", "--data", "{folder}", "--device", "tpu"), "tpu"),
+        (("--recipe", "smoke", "--data", "{folder}", "--epochs", "0"), "0 epochs"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    folder: Path, tmp_path: Path, repo_root: Path, words: tuple[str, ...], said: str
+) -> None:
+    given = [word.format(folder=folder) for word in words]
+    done = subprocess.run(
+        command(*given, "--out", str(tmp_path / "run")),
+        cwd=repo_root,
+        env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
