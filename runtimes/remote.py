@@ -1,6 +1,7 @@
 """A running server as a runtime: the model `backbone` over KServe v2, gRPC or HTTP (tritonclient)."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest
 from data.errors import InputError
-from runtimes.runtime import Runtime
+from runtimes.runtime import Runtime, step_px
 
 REMOTE_SCHEMES = ("grpc://", "http://")
 MODEL = "backbone"
@@ -39,16 +40,25 @@ class RemoteRuntime(Runtime):
             self.close()
             raise InputError(f"{address}: no server there that serves the model `backbone` ({error})") from error
         self.manifest = _manifest(config, address)
-        self.outputs = _output_names(metadata)
+        self._max_rows = _max_batch_size(config) or 1 << 30
+        self._channels = _channels(metadata)
+        self.outputs = tuple(self._channels)
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
-        rows = max(1, MAX_MESSAGE_BYTES // pixels_NCHW[0].nbytes)
+        rows = self._rows(pixels_NCHW.shape[2], pixels_NCHW.shape[3], outputs)
         parts = [
             self._infer(np.ascontiguousarray(pixels_NCHW[start : start + rows]), outputs)
             for start in range(0, len(pixels_NCHW), rows)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+
+    def _rows(self, height: int, width: int, outputs: Sequence[str]) -> int:
+        """Images a request, so that neither it nor its reply is larger than a message may be."""
+        patches = (height // step_px(self.manifest)) * (width // step_px(self.manifest))
+        values = sum(self._channels[name] * (1 if name == "embedding" else patches) for name in outputs)
+        row_bytes = 4 * max(3 * height * width, values)
+        return max(1, min(self._max_rows, MAX_MESSAGE_BYTES // row_bytes))
 
     def _infer(self, pixels_NCHW: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         tensor = self._wire.InferInput("pixels", list(pixels_NCHW.shape), "FP32")
@@ -83,7 +93,15 @@ def _manifest(config: Any, address: str) -> Manifest:
         raise InputError(f"{address}: the manifest of the model `backbone` is not JSON ({error})") from error
 
 
-def _output_names(metadata: Any) -> tuple[str, ...]:
+def _channels(metadata: Any) -> dict[str, int]:
+    """Each output's values at one place of an image: the product of the sizes that its shape fixes."""
     if isinstance(metadata, dict):
-        return tuple(output["name"] for output in metadata["outputs"])
-    return tuple(output.name for output in metadata.outputs)
+        shapes = {output["name"]: output["shape"] for output in metadata["outputs"]}
+    else:
+        shapes = {output.name: output.shape for output in metadata.outputs}
+    return {name: math.prod(size for size in shape if size > 0) for name, shape in shapes.items()}
+
+
+def _max_batch_size(config: Any) -> int:
+    """Images that the server takes in one request; 0 where it does not say."""
+    return int(config.get("max_batch_size", 0) if isinstance(config, dict) else config.config.max_batch_size)

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError as ProtobufError
 from safetensors import SafetensorError, safe_open
 
 from backbones.checkpoints import MANIFEST_KEY, load_backbone
-from backbones.heads import HEADS, DepthHead, load_head
+from backbones.heads import HEADS, load_depth_head
 from data.errors import InputError
 from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime
 from runtimes.runtime import Runtime
@@ -176,11 +176,7 @@ def _open(path: Path, depth_head: Path | None, version: str, config: ServerConfi
         unit = sessions[0].heads.get("depth", {}).get("spec", {}).get("unit")
         return Loaded(tuple(sessions), version, unit)
     backbone = load_backbone(path)
-    head: DepthHead | None = None
-    if depth_head is not None:
-        found, _ = load_head(depth_head, backbone.manifest.weights_sha256)
-        assert isinstance(found, DepthHead)
-        head = found
+    head = None if depth_head is None else load_depth_head(depth_head, backbone.manifest.weights_sha256)[0]
     # The copies share their weights, which nobody changes; each has its own lock and so its own turn.
     runtimes = [TorchRuntime(backbone, head, device=config.device, threads=threads) for _ in range(n)]
     return Loaded(tuple(runtimes), version, head.spec.unit if head else None)

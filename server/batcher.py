@@ -35,12 +35,19 @@ class BatchSpec:
     2000 on a GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Execution:
-    """One run of the network that a request took part in."""
+    """One run of the network; every request that took part in it holds the same object."""
 
     batch_rows: int
     run_ns: int
+    _counted: set[str] = field(default_factory=set, repr=False)
+
+    def first_count(self, who: str) -> bool:
+        """True for the first call by `who`, so that a run which many requests share is counted once."""
+        new = who not in self._counted
+        self._counted.add(who)
+        return new
 
 
 @dataclass(frozen=True)
@@ -242,12 +249,12 @@ def _run_pieces(run: Run, key: Hashable, pieces: list[_Piece]) -> tuple[dict[str
 
 def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int) -> None:
     """Cut the batch's outputs [B, ...] back into pieces; answer each request whose last piece this was."""
-    total = sum(piece.stop - piece.start for piece in pieces)
+    execution = Execution(sum(piece.stop - piece.start for piece in pieces), run_ns)
     offset = 0
     for piece in pieces:
         size, entry = piece.stop - piece.start, piece.entry
         entry.parts[piece.start] = (size, {name: array[offset : offset + size] for name, array in outputs.items()})
-        entry.executions.append(Execution(total, run_ns))
+        entry.executions.append(execution)
         offset += size
         if sum(size for size, _ in entry.parts.values()) == len(entry.rows) and not entry.future.done():
             entry.future.set_result(_join(entry))

@@ -29,6 +29,8 @@ from server.schema import collections, items, metadata
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
+MAX_VARIABLES = 10_000
+"""Values in one statement; SQLite's limit is 32,766."""
 SAMPLES = "samples"
 """The collection that the server builds itself; clients cannot write to it."""
 
@@ -212,8 +214,11 @@ class Collections:
         """The items of these ids; one deleted in the meantime is missing."""
         thumbnail = items.c.thumbnail.is_not(None).label("has_thumbnail")
         query = select(items.c.id, items.c.label, items.c.metadata, thumbnail, items.c.sequence)
+        rows: list[Any] = []
         with self._connect() as db:
-            rows = db.execute(query.where(items.c.collection == name, items.c.id.in_(ids))).all()
+            for start in range(0, len(ids), MAX_VARIABLES):
+                some = items.c.id.in_(ids[start : start + MAX_VARIABLES])
+                rows += db.execute(query.where(items.c.collection == name, some)).all()
         return {row[0]: Item(row[0], row[1], row[2], bool(row[3]), row[4]) for row in rows}
 
     def thumbnail(self, name: str, item_id: str) -> bytes:

@@ -68,7 +68,8 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """At info every request is a line."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for a value that makes no sense."""
         at_least = {"instances": 1, "decode_threads": 1, "max_batch_rows": 1, "batch_delay_us": 0, "queue_rows": 1}
         at_least |= {"queue_mb": 1, "max_message_mb": 1, "max_size_px": 1, "drain_delay_s": 0, "grace_s": 0}
         for name, lowest in at_least.items():

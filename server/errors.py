@@ -12,6 +12,9 @@ from data.errors import InputError
 
 log = logging.getLogger("server")
 
+MAX_MESSAGE = 1000
+"""Characters of a message. gRPC sends it as a header, and a header of some kilobytes breaks the reply."""
+
 
 class ServerError(Exception):
     """A request that was not answered; the message is one line and is meant for the client."""
@@ -92,7 +95,7 @@ def message(error: BaseException, request_id: str = "") -> str:
     An internal error says no more than that it happened and under which request id its traceback was logged.
     """
     if outcome(error).http_status != 500:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split())[:MAX_MESSAGE]
     log.error("internal error", exc_info=error, extra={"fields": {"id": request_id}})
     return (
         f"the server failed on this request; its log has the details{f' under id {request_id}' if request_id else ''}"

@@ -6,6 +6,7 @@ like any other request.
 
 from collections.abc import Sequence
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import numpy as np
 from fastapi import APIRouter, Query
@@ -216,5 +217,6 @@ def _item_json(collection: str, item: Item | None) -> dict[str, Any]:
     """An item as JSON; one that was deleted between search and look-up has only what the search knew."""
     if item is None:
         return {}
-    link = f"/v1/collections/{collection}/items/{item.id}/thumbnail" if item.has_thumbnail else None
+    path = f"/v1/collections/{collection}/items/{quote(item.id, safe=':')}/thumbnail"
+    link = path if item.has_thumbnail else None
     return {"id": item.id, "label": item.label, "metadata": item.metadata, "thumbnail": link}

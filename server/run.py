@@ -78,6 +78,9 @@ async def serve(
     config: ServerConfig, stop: asyncio.Event, announce: Callable[[Addresses], None], load: Load = load_artifacts
 ) -> None:
     """Live until `stop` is set; `announce` is called once requests are answered. Raises InputError for what cannot be."""
+    config.check()
+    if not is_loopback(config.host):
+        log.warning("public", extra={"fields": {"host": config.host, "warning": "no access control, no TLS"}})
     max_bytes = config.max_message_mb << 20
     with contextlib.ExitStack() as sockets:
         http_socket = sockets.enter_context(_listen(config.host, config.http_port, "--http-port"))
@@ -186,8 +189,6 @@ def main(config: ServerConfig) -> None:
 
 
 async def _main(config: ServerConfig) -> None:
-    if not is_loopback(config.host):
-        log.warning("public", extra={"fields": {"host": config.host, "warning": "no access control, no TLS"}})
     stop = asyncio.Event()
 
     def leave() -> None:

@@ -142,7 +142,7 @@ class Service:
             finally:
                 counts.pending -= 1
         total_ns = time.perf_counter_ns() - began_ns
-        counts.succeed(rows, total_ns, times)
+        counts.succeed(model.name, rows, total_ns, times)
         self.admission.learn(rows, times.infer_ns)
         self.metrics.observe(model.name, total_ns, times)
         specs = {spec.name: spec for spec in model.outputs}

@@ -61,12 +61,12 @@ class ModelCounts:
     compute_output: Stage = field(default_factory=Stage)
     failures: Tally[str] = field(default_factory=Tally)
     batches: dict[int, Stage] = field(default_factory=dict)
-    """Runs of the network by batch size; a batch that several models share counts for each of them."""
+    """Runs of the network by batch size. One that several requests share counts once; one that several models share
+    counts for each of them."""
 
-    def succeed(self, rows: int, total_ns: int, times: Times) -> None:
+    def succeed(self, model: str, rows: int, total_ns: int, times: Times) -> None:
         """Count an answered request of `rows` rows."""
         self.rows += rows
-        self.executions += len(times.executions)
         self.last_inference_ms = int(time.time() * 1000)
         self.success.add(total_ns)
         self.queue.add(times.queue_ns)
@@ -74,7 +74,9 @@ class ModelCounts:
         self.compute_infer.add(times.infer_ns)
         self.compute_output.add(times.output_ns)
         for execution in times.executions:
-            self.batches.setdefault(execution.batch_rows, Stage()).add(execution.run_ns)
+            if execution.first_count(model):
+                self.executions += 1
+                self.batches.setdefault(execution.batch_rows, Stage()).add(execution.run_ns)
 
     def failed(self, reason: str, total_ns: int) -> None:
         """Count a request that was not answered."""
