@@ -181,8 +181,11 @@ def build_backbone(architecture: Mapping[str, Any], state: Mapping[str, Tensor],
 
     It is laid out on the meta device first, so that no memory is filled before the shapes are known to fit.
     """
-    with torch.device("meta"):
-        model = make_backbone(architecture)
+    try:
+        with torch.device("meta"):
+            model = make_backbone(architecture)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     load_state_strictly(model, state, path)
     return model.float().eval()
 
