@@ -21,7 +21,7 @@ import numpy as np
 from data.decode import DEFAULT_LIMITS, DecodeError, DecodeLimits, decode_image
 from data.errors import InputError
 from data.listings import IMAGE, Item, Record, scan_csv, scan_folder, split_name
-from data.members import member_bytes, read_bytes
+from data.members import content_mark, read_bytes
 from data.packs import scan_packed, scan_shards
 
 ACCEPTED_FORMS = (
@@ -86,12 +86,12 @@ class Dataset:
         return Dataset([self._records[int(i)] for i in indices], self.classes, self.name)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over each item's name, label, split and size in bytes (and checksum where it is known)."""
+        """SHA-256 (hex) over each item's name, label, split, size in bytes and checksum; see `content_mark`."""
         digest = hashlib.sha256()
         for item, record in zip(self.items, self._records, strict=True):
             image = record.members[IMAGE]
-            fields = (item.name, item.label or "", item.split or "", member_bytes(image), image.crc32 or "")
-            digest.update("\0".join(map(str, fields)).encode("utf-8", "surrogateescape") + b"\n")
+            fields = (item.name, item.label or "", item.split or "", *content_mark(image).split(" ", 1))
+            digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
         return digest.hexdigest()
 
 

@@ -2,7 +2,8 @@
 
 The size is read from the header and held against the limits before a pixel is decoded. JPEG goes through OpenCV (the
 fastest), everything else and the rare kinds of JPEG (CMYK) through Pillow. A JPEG without its end marker counts as
-truncated: neither decoder can tell whether its last rows came. No global setting of either library is touched and no state is kept, so any thread may decode.
+truncated: neither decoder can tell whether its last rows came. No global setting of either library is touched and no
+state is kept, so any thread may decode.
 
 What becomes of unusual files: EXIF orientation is applied; transparency is laid over white; gray, palette and CMYK
 become RGB; of 16-bit samples the high byte is kept; of an animation the first frame.

@@ -10,12 +10,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from data.errors import InputError
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Nothing larger is read into memory, whatever a listing says."""
+
+SAMPLE_BYTES = 4096
+"""Read at each of three places of a file whose checksum is not known."""
 
 _TAR_BLOCK = 512
 _ZIP_HEADER = struct.Struct("<4s22xHH")
@@ -69,6 +72,27 @@ def member_bytes(member: Member) -> int:
         raise InputError(f"{member.path}: cannot be read ({error.strerror or error})") from error
 
 
+def content_mark(member: Member) -> str:
+    """Size and checksum of a member's bytes, `SIZE CRC`, for a fingerprint. Raises InputError when it has gone.
+
+    Where an archive knows its checksums nothing is read. Otherwise the checksum is over the first, middle and last
+    SAMPLE_BYTES, so that a set of a million files costs seconds: an altered image of unaltered size shows there, since
+    compression carries a change on to the end of the file.
+    """
+    if member.crc32 is not None:
+        return f"{member_bytes(member)} {member.crc32}"
+    size = member_bytes(member)
+    try:
+        with open(member.path, "rb", buffering=0) as file:
+            checksum = 0
+            for start in sorted({0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)}):
+                file.seek(member.offset + start)
+                checksum = zlib.crc32(file.read(min(SAMPLE_BYTES, size - start)), checksum)
+    except OSError as error:
+        raise InputError(f"{member.path}: cannot be read ({error.strerror or error})") from error
+    return f"{size} sampled {checksum}"
+
+
 def _read(file: object, wanted: int, member: Member, exact: bool = True) -> bytes:
     if wanted > MAX_MEMBER_BYTES + 1:
         raise InputError(f"{member.path}: an entry of {wanted:,} bytes; at most {MAX_MEMBER_BYTES:,} are read")
@@ -109,6 +133,7 @@ def list_zip(path: Path) -> dict[str, Member]:
             continue
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(f"{path}: {entry.filename} is encrypted or oddly compressed; pack it stored or deflated")
+        _check_entry_name(path, entry.filename)
         if entry.filename in members:
             raise InputError(f"{path}: it holds {entry.filename} twice; pack it again")
         packing = "stored" if entry.compress_type == zipfile.ZIP_STORED else "deflated"
@@ -129,6 +154,7 @@ def list_tar(path: Path) -> Iterator[tuple[str, Member]]:
             for entry in archive:
                 end = entry.offset_data + -(-entry.size // _TAR_BLOCK) * _TAR_BLOCK
                 if entry.isreg() and not entry.issparse():
+                    _check_entry_name(path, entry.name)
                     yield entry.name, Member(str(path), entry.offset_data, entry.size, "plain", entry.size)
         with open(path, "rb") as file:
             total = file.seek(0, 2)
@@ -140,6 +166,12 @@ def list_tar(path: Path) -> Iterator[tuple[str, Member]]:
     # tarfile takes a damaged header after the first entry for the end of the archive
     if total < end or rest.strip(b"\0") or 0 < len(rest) < _TAR_BLOCK:
         raise InputError(f"{path}: the archive is damaged or ends early, at byte {min(total, end):,}; copy it again")
+
+
+def _check_entry_name(archive: Path, name: str) -> None:
+    """Nothing is extracted, but names travel on into lists and reports, where they must not point elsewhere."""
+    if name.startswith(("/", "\\")) or ".." in PureWindowsPath(name).parts or PureWindowsPath(name).drive:
+        raise InputError(f"{archive}: {name!r} climbs out of the archive; pack it again with plain relative names")
 
 
 def _is_compressed(path: Path) -> bool:
