@@ -143,6 +143,12 @@ def _take(dataset: Dataset, split: str) -> Dataset:
 def _scan(path: Path) -> list[Record]:
     """Find out which form lies at `path` and list it."""
     text = str(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # NAME of NAME.csv and NAME.zip, or a pattern
+    except (OSError, ValueError) as error:
+        raise InputError(f"{text[:200]}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
     if any(mark in text for mark in "*?[") and not _exists(path):
         shards = [Path(found) for found in glob.glob(text) if found.endswith(".tar")]
         if not shards:

@@ -49,6 +49,8 @@ class ViewLoader:
                 f"batch size {batch_size}, {workers} workers, rank {rank} of {world_size}: wanted at least one image "
                 "a batch, no fewer than 0 workers, and a rank below the number of ranks"
             )
+        if seed < 0:
+            raise InputError(f"seed {seed}: wanted 0 or more")
         if len(dataset) < batch_size * world_size:
             raise InputError(
                 f"{dataset.name}: {len(dataset)} images are fewer than one batch of {batch_size * world_size}; "

@@ -33,7 +33,9 @@ def scan_shards(shards: Iterable[Path]) -> list[Record]:
         for name, member in list_tar(shard):
             if PurePosixPath(name).name.startswith("."):
                 continue
-            key, _, part = _split_key(name)
+            key, dot, part = _split_key(name)
+            if not dot:  # a README, an index: no part of a sample
+                continue
             parts = samples.setdefault(key, {})
             if part.lower() in parts:
                 raise InputError(f"{shard}: it holds {name} twice; pack it again")
