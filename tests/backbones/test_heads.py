@@ -1,0 +1,142 @@
+"""Heads: they fit one backbone, by content hash, and say what they are."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from backbones.checkpoints import CheckpointError, Manifest, load_backbone, save_backbone
+from backbones.heads import DepthHead, DepthHeadSpec, HeadManifest, LinearHead, LinearHeadSpec, load_head, save_head
+from backbones.network import Network
+from backbones.resnet import ResNet, ResNetSpec
+from data.errors import InputError
+from tests.backbones.nets import randomise, small_vit
+
+FITS = "a" * 64
+
+
+def linear() -> LinearHead:
+    head = LinearHead(LinearHeadSpec(n_classes=3, width_in=8))
+    randomise(head)
+    return head
+
+
+def depth() -> DepthHead:
+    head = DepthHead(DepthHeadSpec(width_in=128, bins=16, min_depth=0.5, max_depth=8.0))
+    randomise(head)
+    return head
+
+
+class TestRoundTrip:
+    def test_a_linear_head(self, tmp_path: Path) -> None:
+        head = linear()
+        manifest = HeadManifest(kind="", backbone_sha256=FITS, spec={}, classes=("a", "b", "c"), metrics={"top1": 0.5})
+        written = save_head(tmp_path / "head.safetensors", head, manifest)
+        found, read = load_head(tmp_path / "head.safetensors", FITS)
+        assert read == written
+        assert (read.kind, read.classes) == ("linear", ("a", "b", "c"))
+        features = torch.randn(2, 8)
+        assert torch.equal(found(features), head(features))
+
+    def test_a_depth_head(self, tmp_path: Path) -> None:
+        head = depth()
+        save_head(tmp_path / "head.safetensors", head, HeadManifest(kind="", backbone_sha256=FITS, spec={}))
+        found, read = load_head(tmp_path / "head.safetensors", FITS)
+        assert read.kind == "depth"
+        assert found.spec == head.spec
+        inputs = torch.randn(1, 6, 64), torch.randn(1, 64), (2, 3), (16, 24)
+        assert torch.equal(found(*inputs), head(*inputs))
+
+
+class TestStrictness:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        save_head(tmp_path / "head.safetensors", linear(), HeadManifest(kind="", backbone_sha256=FITS, spec={}))
+        return tmp_path / "head.safetensors"
+
+    def test_another_backbone_is_refused(self, path: Path) -> None:
+        with pytest.raises(CheckpointError, match="fits the backbone aaaaaaaaaaaa, not bbbbbbbbbbbb"):
+            load_head(path, "b" * 64)
+
+    def test_a_head_is_no_backbone_and_the_other_way_round(self, path: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="is a linear, not a backbone"):
+            load_backbone(path)
+        save_backbone(tmp_path / "net.safetensors", small_vit(), Manifest(architecture={}))
+        with pytest.raises(CheckpointError, match="is a backbone, not a head"):
+            load_head(tmp_path / "net.safetensors", FITS)
+
+    def test_a_file_without_manifest(self, path: Path) -> None:
+        save_file(linear().state_dict(), path)
+        with pytest.raises(CheckpointError, match="has no manifest, not a head"):
+            load_head(path, FITS)
+
+    @pytest.mark.parametrize(
+        ("min_depth", "max_depth", "bins"), [(2.0, 1.0, 8), (-1.0, 1.0, 8), (1.0, 1.0, 8), (0.0, 1.0, 1)]
+    )
+    def test_a_depth_range_that_makes_no_sense(self, min_depth: float, max_depth: float, bins: int) -> None:
+        with pytest.raises(InputError, match="want at least 2 bins over a rising"):
+            DepthHeadSpec(width_in=8, min_depth=min_depth, max_depth=max_depth, bins=bins)
+
+
+def slow_depth(head: DepthHead, patches_BND: torch.Tensor, cls_BD: torch.Tensor, grid: tuple[int, int]) -> list[float]:
+    """Depths of a one-patch grid in plain arithmetic; resizing one cell changes nothing."""
+    assert grid == (1, 1)
+    depths = []
+    for patch, cls in zip(patches_BND[:, 0].tolist(), cls_BD.tolist(), strict=True):
+        total = weighted = 0.0
+        for k, (row, bias) in enumerate(zip(head.linear.weight.tolist(), head.linear.bias.tolist(), strict=True)):
+            logit = bias + sum(w * x for w, x in zip(row, patch + cls, strict=True))
+            weight = max(logit, 0.0) + 0.1
+            centre = head.spec.min_depth + k * (head.spec.max_depth - head.spec.min_depth) / (head.spec.bins - 1)
+            total, weighted = total + weight, weighted + weight * centre
+        depths.append(weighted / total)
+    return depths
+
+
+class TestDepth:
+    def test_one_patch_is_the_weighted_mean_of_the_bins(self) -> None:
+        head = depth()
+        patches, cls = torch.randn(3, 1, 64), torch.randn(3, 64)
+        found = head(patches, cls, (1, 1), (14, 14))
+        assert found.shape == (3, 14, 14)
+        for image, wanted in zip(found, slow_depth(head, patches, cls, (1, 1)), strict=True):
+            assert math.isclose(image.min().item(), wanted, rel_tol=1e-5)
+            assert math.isclose(image.max().item(), wanted, rel_tol=1e-5)
+
+    def test_the_map_keeps_the_order_of_the_patches(self) -> None:
+        head = depth()
+        head.linear.weight.zero_()
+        head.linear.bias.zero_()
+        head.linear.weight[-1, 0] = 100.0  # feature 0 speaks for the farthest bin
+        patches = torch.zeros(1, 6, 64)
+        patches[0, 5, 0] = 1.0  # row 1, column 2
+        found = head(patches, torch.zeros(1, 64), (2, 3), (20, 30))[0]
+        assert divmod(int(found.argmax()), 30) >= (10, 20)
+        assert found[15, 25] > found[15, 5]
+        assert found[15, 25] > found[5, 25]
+
+    def test_it_stays_within_its_range(self) -> None:
+        found = depth()(torch.randn(2, 6, 64) * 50, torch.randn(2, 64) * 50, (2, 3), (28, 42))
+        assert found.min() >= 0.5
+        assert found.max() <= 8.0
+
+
+class TestNetwork:
+    def test_a_vit_with_depth(self) -> None:
+        network = Network(small_vit(), depth())
+        outputs = network(torch.randn(2, 3, 16, 24))
+        assert tuple(outputs) == network.output_names == ("embedding", "patches", "attention", "depth")
+        shapes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in outputs.items()}
+        assert shapes == {"embedding": (2, 64), "patches": (2, 6, 64), "attention": (2, 1, 2, 3), "depth": (2, 16, 24)}
+
+    def test_a_resnet_has_no_attention(self) -> None:
+        network = Network(ResNet(ResNetSpec()).eval())
+        assert tuple(network(torch.randn(1, 3, 32, 32))) == network.output_names == ("embedding", "patches")
+
+    def test_a_depth_head_of_another_width_is_refused(self) -> None:
+        head = DepthHead(DepthHeadSpec(width_in=100))
+        with pytest.raises(InputError, match="takes 100 features, this backbone gives 128"):
+            Network(small_vit(), head)

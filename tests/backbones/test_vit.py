@@ -1,0 +1,100 @@
+"""Sizes of the published ViTs, and what a ViT refuses. Its numbers are held in test_vit_reference.py."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from backbones.vit import VIT_SIZES, ViT, ViTSpec, swiglu_hidden
+from data.errors import InputError
+from tests.backbones.nets import small_vit
+
+DINOV1 = {"patch_px": 16, "img_px": 224}
+DINOV2 = {"patch_px": 14, "img_px": 518, "layer_scale": 1.0, "mask_token": True}
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "n_parameters"),
+    [
+        ("tiny", DINOV1, 5_524_416),
+        ("small", DINOV1, 21_665_664),
+        ("base", DINOV1, 85_798_656),
+        ("small", {**DINOV1, "patch_px": 8}, 21_670_272),
+        ("base", {**DINOV1, "patch_px": 8}, 85_807_872),
+        ("small", DINOV2, 22_056_576),
+        ("base", DINOV2, 86_580_480),
+        ("large", DINOV2, 304_368_640),
+        ("giant2", {**DINOV2, "ffn": "swiglu"}, 1_136_480_768),
+        ("giant2", {**DINOV2, "ffn": "swiglu", "registers": 4}, 1_136_486_912),
+    ],
+)
+def test_sizes_are_the_published_ones(size: str, fields: dict[str, Any], n_parameters: int) -> None:
+    width, depth, heads = VIT_SIZES[size]
+    with torch.device("meta"):
+        model = ViT(ViTSpec(width=width, depth=depth, heads=heads, **fields))
+    assert sum(p.numel() for p in model.parameters()) == n_parameters
+
+
+def test_swiglu_is_two_thirds_as_wide_in_multiples_of_8() -> None:
+    assert [swiglu_hidden(width) for width in (1536, 384, 36, 24)] == [4096, 1024, 96, 64]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 5}, "width 64 does not divide into 5 heads"),
+        ({"depth": 0}, "depth is 0; want at least 1"),
+        ({"img_px": 4}, "img_px 4 is smaller than one patch of 8 px"),
+        ({"drop_path": 1.0}, r"drop_path is 1\.0; want 0 <= drop_path < 1"),
+    ],
+)
+def test_a_specification_that_makes_no_sense(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        small_vit(**fields)
+
+
+def test_masks_need_a_mask_token() -> None:
+    with pytest.raises(InputError, match="no mask token"):
+        small_vit().features(torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("wanted", [0, 3, [2], [-1], []])
+def test_blocks_that_are_not_there(wanted: Any) -> None:
+    with pytest.raises(InputError, match="this backbone has blocks 0 to 1"):
+        small_vit(depth=2).intermediate_layers(torch.zeros(1, 3, 32, 32), wanted)
+
+
+def test_a_masked_patch_does_not_show() -> None:
+    model, pixels = small_vit(mask_token=True), torch.randn(1, 3, 32, 32)
+    other = pixels.clone()
+    other[:, :, :8, 8:16] = 7.0  # patch 1
+    masks = torch.zeros(1, 16, dtype=torch.bool)
+    assert not torch.allclose(model.features(pixels, masks).cls, model.features(other, masks).cls)
+    masks[0, 1] = True
+    assert torch.equal(model.features(pixels, masks).cls, model.features(other, masks).cls)
+
+
+def test_every_image_of_a_batch_stands_alone() -> None:
+    model, pixels = small_vit(registers=2), torch.randn(3, 3, 48, 32)
+    batch = model.outputs(pixels)
+    for i in range(3):
+        for name, tensor in model.outputs(pixels[i : i + 1]).items():
+            torch.testing.assert_close(batch[name][i : i + 1], tensor, atol=1e-5, rtol=1e-4)
+
+
+class TestStochasticDepth:
+    def test_evaluation_keeps_every_branch(self) -> None:
+        pixels = torch.randn(2, 3, 32, 32)
+        assert torch.equal(small_vit(drop_path=0.9)(pixels), small_vit()(pixels))
+
+    def test_training_skips_the_branches_of_some_samples_and_scales_the_others(self) -> None:
+        block = small_vit(depth=2, drop_path=0.5).train().blocks[1]
+        branch = torch.ones(4000, 1, 1)
+        torch.manual_seed(0)
+        dropped = block._drop(branch)
+        assert set(dropped.unique().tolist()) == {0.0, 2.0}
+        assert abs(dropped.mean().item() - 1.0) < 0.1
+
+    def test_the_rate_grows_over_the_depth(self) -> None:
+        rates = [block.drop_path for block in small_vit(depth=5, drop_path=0.2).blocks]
+        assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
