@@ -28,6 +28,8 @@ from runtimes.runtime import step_px
 from runtimes.torch_runtime import TorchRuntime
 
 OPSET = 20
+MAX_WEIGHT_BYTES = 2**31 - 2**24
+"""A protobuf message, which an .onnx file is, holds 2 GB; the graph takes a little of them."""
 TOLERANCE = 2e-4
 """Largest difference from torch that is let through, relative to the largest value of the output."""
 AXES = {
@@ -53,26 +55,45 @@ def export_onnx(ckpt: str | Path, out: str | Path, depth_head: str | Path | None
     Raises InputError for what cannot be read, CheckFailed where ONNX Runtime and torch differ by more than `TOLERANCE`.
     """
     out = Path(out)
-    if out.suffix != ".onnx":
-        raise InputError(f"--out {out}: wanted a name that ends in .onnx")
+    if out.suffix != ".onnx" or out.is_dir():
+        raise InputError(f"--out {out}: wanted the name of a file that ends in .onnx")
     backbone = load_backbone(ckpt)
+    check_size(backbone)
     head: DepthHead | None = None
     heads: dict[str, HeadManifest] = {}
     if depth_head is not None:
         head, heads["depth"] = load_depth_head(depth_head, backbone.manifest.weights_sha256)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=out.parent, prefix=f".{out.stem}.", suffix=".onnx")
-    os.close(handle)
-    try:
-        write_graph(backbone, head, heads, Path(scratch))
-        parity = check_parity(backbone, head, Path(scratch))
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
+    with scratch_beside(out) as scratch:
+        write_graph(backbone, head, heads, scratch)
+        parity = check_parity(backbone, head, scratch)
         os.chmod(scratch, 0o644)
         os.replace(scratch, out)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
     return parity
+
+
+def check_size(backbone: Backbone) -> None:
+    """Raise InputError where the weights do not fit into one file."""
+    size = sum(weight.numel() * weight.element_size() for weight in backbone.model.state_dict().values())
+    if size > MAX_WEIGHT_BYTES:
+        raise InputError(
+            f"this backbone has {size / 1e9:.1f} GB of weights, one .onnx file holds at most "
+            f"{MAX_WEIGHT_BYTES / 1e9:.1f}; use the checkpoint itself, which runs on torch"
+        )
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A hidden file to write into, in the folder of `out`, gone afterwards. Raises InputError where it cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.stem}.", suffix=".onnx")
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def write_graph(backbone: Backbone, head: DepthHead | None, heads: Mapping[str, HeadManifest], path: Path) -> None:
@@ -97,11 +118,15 @@ def write_graph(backbone: Backbone, head: DepthHead | None, heads: Mapping[str, 
     assert program is not None
     model = program.model_proto
     name_axes(model)
+    strip_traces(model)
     metadata = {MANIFEST_KEY: json.dumps(backbone.manifest.to_json(), sort_keys=True)}
     if heads:
         metadata[HEADS_KEY] = json.dumps({kind: manifest.to_json() for kind, manifest in heads.items()}, sort_keys=True)
     onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, str(path))
+    with open(path, "wb") as file:
+        onnx.save(model, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Listed(torch.nn.Module):
@@ -121,6 +146,13 @@ def name_axes(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output):
         for axis, name in {"pixels": {0: "N", 2: "H", 3: "W"}, **AXES}[value.name].items():
             value.type.tensor_type.shape.dim[axis].dim_param = name
+
+
+def strip_traces(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: stack traces with the paths of this machine, as large as the weights of a small network."""
+    graph = model.graph
+    for noted in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
+        noted.ClearField("metadata_props")
 
 
 def parity_cases(backbone: Backbone) -> tuple[tuple[int, int, int], ...]:

@@ -30,6 +30,10 @@ class OnnxRuntime(Runtime):
             options.intra_op_num_threads = threads
         self._session = open_session(Path(path), options, pick_providers(device))
         self.device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        if device == "cuda" and self.device != "cuda":  # the engine falls back without a word
+            raise InputError(
+                "--device cuda: ONNX Runtime could not start CUDA here; check the driver, or use --device cpu"
+            )
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.manifest, self.heads = read_metadata(metadata, path)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
@@ -46,7 +50,7 @@ class OnnxRuntime(Runtime):
         return dict(zip(names, made, strict=True))
 
     def close(self) -> None:
-        del self._session
+        self.__dict__.pop("_session", None)
 
 
 def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest, dict[str, dict[str, Any]]]:
@@ -85,8 +89,8 @@ def pick_providers(device: str) -> list[str]:
 def check_one_build() -> None:
     """Raise InputError where both onnxruntime and onnxruntime-gpu are installed: their files overwrite each other."""
     wanted = {"onnxruntime", "onnxruntime-gpu"}
-    found = {str(d.metadata["Name"]).lower() for d in distributions() if d.metadata["Name"]} & wanted
-    if len(found) > 1:
+    names = {str(d.metadata["Name"]).lower().replace("_", "-") for d in distributions() if d.metadata["Name"]}
+    if wanted <= names:
         raise InputError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
             "uninstall both, then install the one that is wanted (make clean, then make test or make GPU=1 test)"

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
+from geventhttpclient.response import HTTPParseError
 from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest
@@ -18,40 +20,52 @@ REMOTE_SCHEMES = ("grpc://", "http://")
 MODEL = "backbone"
 MAX_MESSAGE_BYTES = 48 * 2**20
 """Larger batches are sent in parts; servers take 64 MB unless told otherwise."""
+OPENING_TIMEOUT_S = 10.0
+"""A server that is there answers questions about its models at once."""
 TIMEOUT_S = 120.0
+"""For one part of a batch."""
 
 
 class RemoteRuntime(Runtime):
-    """The network behind `grpc://host:port` or `http://host:port`. It must serve `backbone` with our manifest."""
+    """The network behind `grpc://host:port` or `http://host:port`. It must serve `backbone` with our manifest.
+
+    A gRPC channel is shared by all threads. Over HTTP each call has a connection of its own, since tritonclient's HTTP
+    client belongs to one thread.
+    """
 
     def __init__(self, address: str) -> None:
         scheme, _, where = address.partition("://")
-        where = where.rstrip("/")
-        if not where or "/" in where:
+        self._where = where.rstrip("/")
+        if not self._where or "/" in self._where:
             raise InputError(f"{address}: wanted grpc://host:port or http://host:port")
         self.name, self.device, self._address = "remote", "remote", address
         self._wire: Any = grpc_client if scheme == "grpc" else http_client
-        timeouts = {} if scheme == "grpc" else {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S}
-        self._client = self._wire.InferenceServerClient(where, **timeouts)
+        self._channel: Any = None
         try:
-            config = self._client.get_model_config(MODEL)
-            metadata = self._client.get_model_metadata(MODEL)
-        except (InferenceServerException, OSError) as error:
+            if scheme == "grpc":
+                self._channel = grpc_client.InferenceServerClient(self._where)
+            with self._client(OPENING_TIMEOUT_S) as (client, limits):
+                config = client.get_model_config(MODEL, **limits)
+                metadata = client.get_model_metadata(MODEL, **limits)
+            self.manifest = _manifest(config, address)
+            self._max_rows = _max_batch_size(config) or 1 << 30
+            self._channels = _channels(metadata)
+            self.outputs = tuple(self._channels)
+        except BaseException as error:  # the two clients raise a dozen unrelated types at what is no server of ours
             self.close()
-            raise InputError(f"{address}: no server there that serves the model `backbone` ({error})") from error
-        self.manifest = _manifest(config, address)
-        self._max_rows = _max_batch_size(config) or 1 << 30
-        self._channels = _channels(metadata)
-        self.outputs = tuple(self._channels)
+            if isinstance(error, InputError) or not isinstance(error, Exception):
+                raise
+            raise InputError(f"{address}: no server there that serves the model `backbone` ({_line(error)})") from error
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
-        rows = self._rows(pixels_NCHW.shape[2], pixels_NCHW.shape[3], outputs)
+        names = list(dict.fromkeys(outputs))
+        rows = self._rows(pixels_NCHW.shape[2], pixels_NCHW.shape[3], names)
         parts = [
-            self._infer(np.ascontiguousarray(pixels_NCHW[start : start + rows]), outputs)
+            self._infer(np.ascontiguousarray(pixels_NCHW[start : start + rows]), names)
             for start in range(0, len(pixels_NCHW), rows)
         ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def _rows(self, height: int, width: int, outputs: Sequence[str]) -> int:
         """Images a request, so that neither it nor its reply is larger than a message may be."""
@@ -60,18 +74,42 @@ class RemoteRuntime(Runtime):
         row_bytes = 4 * max(3 * height * width, values)
         return max(1, min(self._max_rows, MAX_MESSAGE_BYTES // row_bytes))
 
-    def _infer(self, pixels_NCHW: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    def _infer(self, pixels_NCHW: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         tensor = self._wire.InferInput("pixels", list(pixels_NCHW.shape), "FP32")
         tensor.set_data_from_numpy(pixels_NCHW)
-        wanted = [self._wire.InferRequestedOutput(name) for name in outputs]
+        wanted = [self._wire.InferRequestedOutput(name) for name in names]
         try:
-            answer = self._client.infer(MODEL, [tensor], outputs=wanted)
-        except (InferenceServerException, OSError) as error:
-            raise InputError(f"{self._address}: the server did not answer ({error})") from error
-        return {name: answer.as_numpy(name) for name in outputs}
+            with self._client(TIMEOUT_S) as (client, limits):
+                answer = client.infer(MODEL, [tensor], outputs=wanted, **limits)
+        except (InferenceServerException, OSError, HTTPParseError) as error:
+            raise InputError(f"{self._address}: the server gave no result ({_line(error)})") from error
+        found = {name: answer.as_numpy(name) for name in names}
+        if missing := [name for name, array in found.items() if array is None or len(array) != len(pixels_NCHW)]:
+            raise InputError(f"{self._address}: the server's reply lacks rows of {', '.join(missing)}")
+        return found
+
+    @contextmanager
+    def _client(self, timeout_s: float) -> Iterator[tuple[Any, dict[str, float]]]:
+        """A client for one exchange, and what its calls must be given so that they end after `timeout_s`."""
+        if self._wire is grpc_client:
+            yield self._channel, {"client_timeout": timeout_s}
+            return
+        client = http_client.InferenceServerClient(
+            self._where, connection_timeout=OPENING_TIMEOUT_S, network_timeout=timeout_s
+        )
+        try:
+            yield client, {}
+        finally:
+            client.close()
 
     def close(self) -> None:
-        self._client.close()
+        if self._channel is not None:
+            self._channel.close()
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, on one line; some of these errors have no words of their own."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def config_parameters(config: Any) -> dict[str, str]:
