@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError as ProtobufError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from tritonclient.grpc import service_pb2 as pb
@@ -168,17 +169,42 @@ def reply_message(reply: InferReply, request_id: str) -> Any:
     return response
 
 
+class RefuseUnreadable(grpc.aio.ServerInterceptor):
+    """Bytes that are no message of the protocol are the client's mistake, not an exception of the server."""
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler, with a reader that never raises."""
+        handler = await continuation(details)
+        if handler is None or not asyncio.iscoroutinefunction(handler.unary_unary):
+            return handler
+        method = details.method.rpartition("/")[2]
+
+        def read(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except ProtobufError:
+                return InputError(f"the request's {len(data)} bytes are not a {method} message of the protocol")
+
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if isinstance(request, InputError):
+                await _abort(context, request, "")
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, read, handler.response_serializer)
+
+
 class GrpcServer:
     """The gRPC listener with the inference and the health service."""
 
     def __init__(self, service: Service, host: str, port: int, max_message_bytes: int) -> None:
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(
+            interceptors=[RefuseUnreadable()],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

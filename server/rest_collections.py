@@ -163,9 +163,11 @@ def vote(neighbours: Sequence[tuple[str | None, float]]) -> list[dict[str, Any]]
 
 async def _vector_items(rest: Rest, request: Request) -> list[NewItem]:
     given = VectorItems.model_validate(parse_json(await read_body(request, rest.max_body_bytes)))
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        vectors = [np.array(one.embedding, np.float32) for one in given.items]
     return [
-        NewItem(vector=np.array(one.embedding, np.float32), id=one.id, label=one.label, metadata=one.metadata)
-        for one in given.items
+        NewItem(vector=vector, id=one.id, label=one.label, metadata=one.metadata)
+        for one, vector in zip(given.items, vectors, strict=True)
     ]
 
 

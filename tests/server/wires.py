@@ -58,8 +58,10 @@ class TritonWire:
             tensors.append(self.module.InferInput(name, list(array.shape), datatype))
             tensors[-1].set_data_from_numpy(array)
         wanted = [self.module.InferRequestedOutput(name) for name in outputs] or None
+        given = dict(parameters or {})
+        timeout = given.pop("timeout", None)
         try:
-            answer = self.client.infer(model, tensors, version, wanted, parameters=dict(parameters or {}) or None)
+            answer = self.client.infer(model, tensors, version, wanted, timeout=timeout, parameters=given or None)
         except InferenceServerException as error:
             raise refusal(str(error.status()), error.message(), self.wire) from error
         reply = answer.get_response()

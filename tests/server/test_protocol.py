@@ -1,0 +1,206 @@
+"""What KServe v2 clients rely on around inference: health, metadata, configuration, index, statistics, compression, ids."""
+
+import asyncio
+import gzip
+import json
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc_client
+import tritonclient.grpc.aio as grpc_aio
+import tritonclient.http as http_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from backbones.checkpoints import Manifest
+from tests.server.images import png
+from tests.server.wires import Refused, images, open_wire
+
+MODELS = {
+    "backbone": ({"pixels": ("FP32", [-1, 3, -1, -1])}, {"embedding": [-1, 48], "patches": [-1, -1, 48]}),
+    "embedding": ({"image": ("BYTES", [-1])}, {"embedding": [-1, 48]}),
+    "attention": ({"image": ("BYTES", [-1])}, {"attention": [-1, 3, -1, -1], "mask": [-1, 3, -1, -1]}),
+    "knn": ({"image": ("BYTES", [-1]), "embedding": ("FP32", [-1, 48])}, {"ids": [-1, -1], "scores": [-1, -1]}),
+    "depth": ({"image": ("BYTES", [-1])}, {"depth": [-1, -1, -1]}),
+}
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(server, request):
+    """Both of tritonclient's clients; what they return is read as JSON."""
+    opened = open_wire(request.param, server.addresses)
+    yield opened.client
+    opened.close()
+
+
+def as_json(client, call, *args):
+    method = getattr(client, call)
+    return method(*args, as_json=True) if isinstance(client, grpc_client.InferenceServerClient) else method(*args)
+
+
+def test_a_running_server_is_live_and_ready(client):
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert all(client.is_model_ready(name) and client.is_model_ready(name, "1") for name in MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_metadata_names_tensors_types_and_shapes(client, name):
+    found = as_json(client, "get_model_metadata", name)
+    inputs, outputs = MODELS[name]
+    shapes = {one["name"]: [int(size) for size in one["shape"]] for one in found["outputs"]}
+    assert found["versions"] == ["1"]
+    assert {one["name"]: (one["datatype"], [int(n) for n in one["shape"]]) for one in found["inputs"]} == inputs
+    assert outputs.items() <= shapes.items()
+
+
+def test_configuration_carries_the_manifest_and_the_unit_of_depth(client, runtime):
+    config = as_json(client, "get_model_config", "depth")
+    parameters = config.get("config", config)["parameters"]
+    assert Manifest.from_json(json.loads(parameters["manifest"]["string_value"])) == runtime.manifest
+    assert parameters["unit"]["string_value"] == "furlong"
+
+
+def test_index_lists_every_model_as_ready(client):
+    index = as_json(client, "get_model_repository_index")
+    listed = index["models"] if isinstance(index, dict) else index
+    assert {one["name"]: (one["version"], one["state"]) for one in listed} == dict.fromkeys(MODELS, ("1", "READY"))
+
+
+def test_metadata_names_the_server_and_its_extensions(client):
+    found = as_json(client, "get_server_metadata")
+    assert found["name"] == "dinoscope"
+    assert {"binary_tensor_data", "statistics", "model_configuration"} <= set(found["extensions"])
+
+
+def test_statistics_count_requests_rows_and_failures(client, server):
+    def counts():
+        one = as_json(client, "get_inference_statistics", "depth")["model_stats"][0]
+        stages = one["inference_stats"]
+        return np.array(
+            [
+                int(one.get("inference_count", 0)),
+                int(stages["success"].get("count", 0)),
+                int(stages["fail"].get("count", 0)),
+                int(stages["compute_infer"].get("ns", 0)) > 0,
+            ]
+        )
+
+    wire = open_wire("grpc", server.addresses)
+    wire.infer("depth", images(png(0)))
+    before = counts()
+    wire.infer("depth", images(png(0), png(1), png(2)))
+    with pytest.raises(Refused, match="parameter 'size' 7 does not fit"):
+        wire.infer("depth", images(png(0)), parameters={"size": 7})
+    wire.close()
+    assert (counts() - before).tolist() == [3, 1, 1, 0]
+    assert counts()[3] == 1
+
+
+def test_statistics_of_all_models_come_without_a_name(client):
+    found = as_json(client, "get_inference_statistics")
+    assert {one["name"] for one in found["model_stats"]} == set(MODELS)
+
+
+def test_outputs_come_in_the_order_that_was_asked_for(server):
+    for name, module in (("grpc", grpc_client), ("http", http_client)):
+        opened = open_wire(name, server.addresses)
+        tensor = module.InferInput("image", [1], "BYTES")
+        tensor.set_data_from_numpy(images(png(0))["image"])
+        wanted = [module.InferRequestedOutput(one) for one in ("scores", "ids")]
+        reply = opened.client.infer("knn", [tensor], outputs=wanted, request_id="my-id", model_version="1")
+        answer = reply.get_response(as_json=True) if name == "grpc" else reply.get_response()
+        assert [one["name"] for one in answer["outputs"]] == ["scores", "ids"]
+        assert (answer["id"], answer["model_name"], answer["model_version"]) == ("my-id", "knn", "1")
+        opened.close()
+
+
+def test_compressed_requests_and_replies_say_the_same(server):
+    plain = {}
+    for name, module in (("grpc", grpc_client), ("http", http_client)):
+        opened = open_wire(name, server.addresses)
+        plain[name] = opened.infer("attention", images(png(0)))["attention"]
+        for coding in ("gzip", "deflate"):
+            how = (
+                {"compression_algorithm": coding}
+                if name == "grpc"
+                else {"request_compression_algorithm": coding, "response_compression_algorithm": coding}
+            )
+            tensor = module.InferInput("image", [1], "BYTES")
+            tensor.set_data_from_numpy(images(png(0))["image"])
+            got = opened.client.infer("attention", [tensor], **how).as_numpy("attention")
+            np.testing.assert_array_equal(got, plain[name])
+        opened.close()
+
+
+def test_typed_contents_are_read_like_raw_ones(server, runtime):
+    """Some clients, among them those made from the protocol file by hand, send values in protobuf's own lists."""
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 8, 16), dtype=np.float32)
+    request = service_pb2.ModelInferRequest(model_name="backbone")
+    tensor = request.inputs.add(name="pixels", datatype="FP32", shape=pixels.shape)
+    tensor.contents.fp32_contents.extend(pixels.ravel().tolist())
+    request.outputs.add(name="embedding")
+    with grpc.insecure_channel(server.addresses.grpc) as channel:
+        reply = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    got = np.frombuffer(reply.raw_output_contents[0], np.float32).reshape(reply.outputs[0].shape)
+    np.testing.assert_allclose(got, runtime.run(pixels)["embedding"], atol=1e-5)
+
+
+def test_the_async_client_gets_many_answers_at_once(server, runtime):
+    wire = open_wire("grpc", server.addresses)
+    alone = [wire.infer("embedding", images(png(seed)))["embedding"] for seed in range(8)]
+    wire.close()
+
+    async def ask():
+        async with grpc_aio.InferenceServerClient(server.addresses.grpc) as client:
+
+            async def one(seed):
+                tensor = grpc_aio.InferInput("image", [1], "BYTES")
+                tensor.set_data_from_numpy(images(png(seed))["image"])
+                return (await client.infer("embedding", [tensor])).as_numpy("embedding")
+
+            return await asyncio.gather(*map(one, range(8)))
+
+    np.testing.assert_allclose(np.stack(asyncio.run(ask())), np.stack(alone), atol=1e-5)
+
+
+def test_the_standard_health_service_says_serving(server):
+    with grpc.insecure_channel(server.addresses.grpc) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "inference.GRPCInferenceService"):
+            assert (
+                stub.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+            )
+
+
+def test_what_is_not_offered_says_so(server):
+    opened = open_wire("grpc", server.addresses)
+    with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
+        opened.client.load_model("embedding")
+    opened.close()
+
+
+@pytest.mark.parametrize("page", ["metrics port", "http port"])
+def test_metrics_are_a_page_that_prometheus_can_read(server, http, page):
+    http.post("/v1/embeddings", files={"file": png(0)}).raise_for_status()
+    url = server.addresses.metrics if page == "metrics port" else f"{server.addresses.http}/metrics"
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(url).text)}
+    success = {one.labels["model"]: one.value for one in families["nv_inference_request_success"].samples}
+    assert set(success) == set(MODELS)
+    assert success["embedding"] >= 1
+    assert families["dinoscope_queue_rows"].samples[0].value == 0
+    assert {"dinoscope_request_seconds", "dinoscope_batch_rows", "nv_inference_exec_count"} <= set(families)
+
+
+def test_a_gzipped_json_request_is_read(http):
+    body = {"inputs": [{"name": "embedding", "datatype": "FP32", "shape": [1, 48], "data": [1.0] * 48}]}
+    answer = http.post(
+        "/v2/models/knn/infer", content=gzip.compress(json.dumps(body).encode()), headers={"content-encoding": "gzip"}
+    )
+    assert answer.status_code == 200
+    assert answer.json()["outputs"][0]["shape"] == [1, 5]

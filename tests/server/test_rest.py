@@ -1,0 +1,234 @@
+"""The routes for people: uploads in, JSON or pictures out."""
+
+import json
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from data.decode import decode_image
+from data.preprocess import center_view, whole_view
+from tests.server.conftest import PREPROCESS
+from tests.server.images import jpeg, png
+
+
+def upload(*files):
+    return [("file", (f"photo{n}.png", file, "image/png")) for n, file in enumerate(files)]
+
+
+def shape_of(picture):
+    return cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).shape
+
+
+def test_embeddings_come_by_file_in_the_order_of_sending(http, runtime):
+    files = [png(0), jpeg(1), png(2)]
+    answer = http.post("/v1/embeddings", files=upload(*files)).json()
+    pixels = np.stack([center_view(decode_image(file), PREPROCESS) for file in files])
+    assert [item["name"] for item in answer["items"]] == ["photo0.png", "photo1.png", "photo2.png"]
+    assert answer["dimension"] == 48
+    got = np.array([item["embedding"] for item in answer["items"]])
+    np.testing.assert_allclose(got, runtime.run(pixels)["embedding"], atol=1e-5)
+
+
+def test_an_image_may_be_the_body_itself(http):
+    by_form = http.post("/v1/embeddings?normalize=true", files=upload(png(0))).json()
+    by_body = http.post("/v1/embeddings?normalize=true", content=png(0), headers={"content-type": "image/png"}).json()
+    assert by_body["items"][0]["embedding"] == by_form["items"][0]["embedding"]
+    assert np.linalg.norm(by_body["items"][0]["embedding"]) == pytest.approx(1)
+
+
+def test_attention_as_numbers(http, runtime):
+    answer = http.post("/v1/attention?mass=0.5&size=64", files=upload(png(0))).json()
+    wanted = runtime.run(whole_view(decode_image(png(0)), PREPROCESS, 64)[None], ("attention",))["attention"][0]
+    assert (answer["heads"], answer["grid"]) == (3, [8, 8])
+    np.testing.assert_allclose(answer["items"][0]["attention"], wanted, atol=1e-5)
+    assert np.array(answer["items"][0]["mask"]).shape == (3, 8, 8)
+
+
+def test_one_head_of_attention(http):
+    everything = http.post("/v1/attention", files=upload(png(0))).json()["items"][0]
+    one = http.post("/v1/attention?head=2", files=upload(png(0))).json()["items"][0]
+    assert one["attention"] == everything["attention"][2:]
+
+
+@pytest.mark.parametrize("query", ["", "head=1", "mass=0.5", "head=0&mass=0.9"])
+def test_attention_as_a_picture_has_the_size_of_the_image(http, query):
+    answer = http.post(f"/v1/attention?format=png&{query}", files=upload(png(0, 60, 90)))
+    assert answer.headers["content-type"] == "image/png"
+    assert shape_of(answer.content) == (60, 90, 3)
+
+
+def test_heads_look_different(http):
+    pictures = {http.post(f"/v1/attention?format=png&head={n}", files=upload(png(0))).content for n in range(3)}
+    assert len(pictures) == 3
+
+
+def test_the_accept_header_asks_for_a_picture_too(http):
+    answer = http.post("/v1/depth", files=upload(png(0, 60, 90)), headers={"accept": "image/png"})
+    assert shape_of(answer.content) == (60, 90, 3)
+
+
+def test_depth_as_numbers_with_their_unit(http, runtime):
+    answer = http.post("/v1/depth", files=upload(png(0))).json()
+    wanted = runtime.run(whole_view(decode_image(png(0)), PREPROCESS)[None], ("depth",))["depth"][0]
+    assert (answer["unit"], answer["size"]) == ("furlong", [48, 48])
+    np.testing.assert_allclose(answer["items"][0]["depth"], wanted, atol=1e-5)
+
+
+def test_a_model_without_its_head_is_absent_and_says_why(http):
+    answer = http.post("/v1/segmentation", files=upload(png(0)))
+    assert answer.status_code == 404
+    assert "no segmentation head is loaded" in answer.json()["error"]
+
+
+@pytest.fixture
+def birds(http):
+    """A collection of six pictures, two of a label, one after another."""
+    http.delete("/v1/collections/birds")
+    for n in range(6):
+        fields = {"id": f"bird{n}", "label": f"kind{n // 2}", "metadata": json.dumps({"n": n})}
+        answer = http.post("/v1/collections/birds/items", files=upload(png(n)), data=fields)
+        assert answer.status_code == 201, answer.text
+        assert answer.json() == {"ids": [f"bird{n}"]}
+    return "/v1/collections/birds"
+
+
+def test_items_are_listed_page_by_page_with_pictures(http, birds):
+    first = http.get(f"{birds}/items?limit=4").json()
+    rest = http.get(f"{birds}/items?limit=4&after={first['next']}").json()
+    assert [item["id"] for item in first["items"] + rest["items"]] == [f"bird{n}" for n in range(6)]
+    assert rest["next"] is None
+    assert first["items"][3] | {"thumbnail": ""} == {
+        "id": "bird3",
+        "label": "kind1",
+        "metadata": {"n": 3},
+        "thumbnail": "",
+    }
+    picture = http.get(first["items"][3]["thumbnail"])
+    assert picture.headers["content-type"] == "image/jpeg"
+    assert shape_of(picture.content) == (80, 100, 3)
+    assert [item["id"] for item in http.get(f"{birds}/items?label=kind2").json()["items"]] == ["bird4", "bird5"]
+
+
+def test_an_image_finds_itself_first(http, birds):
+    results = http.post(f"{birds}/search?k=3", files=upload(png(4), png(1))).json()["results"]
+    assert [row["neighbours"][0]["id"] for row in results] == ["bird4", "bird1"]
+    assert results[0]["neighbours"][0]["score"] == pytest.approx(1)
+    assert results[0]["neighbours"][0]["metadata"] == {"n": 4}
+    assert all(len(row["neighbours"]) == 3 for row in results)
+
+
+def test_classify_votes_by_closeness(http, birds):
+    """Each of the k nearest votes for its label with exp(cosine / 0.07)."""
+    neighbours = http.post(f"{birds}/search?k=6", files=upload(png(2))).json()["results"][0]["neighbours"]
+    votes: dict[str, float] = {}
+    for one in neighbours:
+        votes[one["label"]] = votes.get(one["label"], 0) + np.exp(one["score"] / 0.07)
+    answer = http.post(f"{birds}/classify?k=6", files=upload(png(2))).json()["results"][0]["classes"]
+    assert [one["label"] for one in answer] == sorted(votes, key=lambda label: -votes[label])
+    for one in answer:
+        assert one["share"] == pytest.approx(votes[one["label"]] / sum(votes.values()), rel=1e-4)
+
+
+def test_what_is_deleted_is_not_found_again(http, birds):
+    assert http.delete(f"{birds}/items/bird4").status_code == 204
+    assert http.delete(f"{birds}/items/bird4").status_code == 404
+    found = http.post(f"{birds}/search?k=5", files=upload(png(4))).json()["results"][0]["neighbours"]
+    assert "bird4" not in {one["id"] for one in found}
+    assert http.delete(birds).status_code == 204
+    assert http.get(f"{birds}/items").status_code == 404
+    assert "birds" not in {one["name"] for one in http.get("/v1/collections").json()["collections"]}
+
+
+def test_an_id_is_taken_once(http, birds):
+    answer = http.post(f"{birds}/items", files=upload(png(9)), data={"id": "bird0"})
+    assert answer.status_code == 409
+    assert "taken" in answer.json()["error"]
+    assert len(http.get(f"{birds}/items").json()["items"]) == 6
+
+
+def test_ids_with_unusual_characters_have_links_that_work(http, birds):
+    name = "50% of #1? ä&b"
+    assert http.post(f"{birds}/items", files=upload(png(9)), data={"id": name}).json() == {"ids": [name]}
+    item = http.get(f"{birds}/items?after=0&limit=1000").json()["items"][-1]
+    assert item["id"] == name
+    assert http.get(item["thumbnail"]).status_code == 200
+
+
+def test_one_bad_image_adds_none(http, birds):
+    answer = http.post(f"{birds}/items", files=upload(png(10), b"no image", png(11)))
+    assert answer.status_code == 400
+    assert "image[1]" in answer.json()["error"]
+    assert len(http.get(f"{birds}/items").json()["items"]) == 6
+
+
+def test_the_samples_cannot_be_changed(http):
+    for answer in (http.delete("/v1/collections/samples"), http.delete("/v1/collections/samples/items/red:0")):
+        assert answer.status_code == 409
+    listed = {one["name"]: one for one in http.get("/v1/collections").json()["collections"]}
+    assert listed["samples"] | {"created": ""} == {
+        "name": "samples",
+        "size": 24,
+        "dimension": 48,
+        "created": "",
+        "usable": True,
+        "read_only": True,
+    }
+
+
+@pytest.mark.parametrize("evaluator", ["knn", "linear"])
+def test_an_evaluation_is_started_watched_and_kept(http, evaluator):
+    started = http.post("/v1/evaluations", json={"evaluator": evaluator, "data": "colours"})
+    assert started.status_code == 202
+    where = started.headers["location"]
+    while http.get(where).json()["state"] == "running":
+        time.sleep(0.05)
+    found = http.get(where).json()
+    assert (found["state"], found["error"]) == ("done", None)
+    assert found["result"]["metrics"]["top1"]["n"] == 12
+    assert 0 <= found["result"]["metrics"]["top1"]["value"] <= 1
+    assert found["id"] in {one["id"] for one in http.get("/v1/evaluations").json()["evaluations"]}
+
+
+def test_only_data_that_the_operator_named_is_evaluated(http, colours):
+    for data in ("nothing", str(colours), "../colours"):
+        answer = http.post("/v1/evaluations", json={"evaluator": "knn", "data": data})
+        assert answer.status_code == 404
+        assert "there is: colours" in answer.json()["error"]
+    assert http.post("/v1/evaluations", json={"evaluator": "guess", "data": "colours"}).status_code == 400
+
+
+def test_every_route_is_described(http):
+    api = http.get("/openapi.json").json()
+    assert api["info"]["title"] == "Dinoscope"
+    wanted = {
+        "/v1/embeddings",
+        "/v1/attention",
+        "/v1/depth",
+        "/v1/segmentation",
+        "/v1/collections/{name}/items",
+        "/v1/collections/{name}/search",
+        "/v1/collections/{name}/classify",
+        "/v1/evaluations",
+        "/v1/evaluations/{run_id}",
+        "/v2/models/{model}/infer",
+        "/v2/models/{model}/versions/{version}/infer",
+    }
+    assert wanted <= set(api["paths"])
+    operations = [operation for methods in api["paths"].values() for operation in methods.values()]
+    assert all(operation["summary"] for operation in operations)
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    for reference in set(json.dumps(api).split('"$ref": "#/')[1:]):
+        node = api
+        for key in reference.split('"')[0].split("/"):
+            node = node[key]
+
+
+def test_the_page_for_people_needs_nothing_from_elsewhere(http):
+    page = http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "/openapi.json" in page.text
+    assert "://" not in page.text
+    assert " src=" not in page.text
+    assert http.get("/", follow_redirects=False).headers["location"] == "/docs"

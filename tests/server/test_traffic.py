@@ -1,0 +1,237 @@
+"""Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails, draining."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from server.run import Running
+from tests.server.conftest import config_of
+from tests.server.gate import GatedRuntime, wait_for
+from tests.server.wires import Refused, open_wire
+
+ROWS = 8
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A server that takes 8 rows at a time, in batches of 4, and its network."""
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", queue_rows=ROWS, max_batch_rows=4)
+    with Running(config, runtime.load) as running:
+        runtime.batches.clear()
+        yield running, runtime
+        runtime.gate.set()
+
+
+def pixels(seed, rows=1, side=8):
+    return np.random.default_rng(seed).standard_normal((rows, 3, side, side), dtype=np.float32)
+
+
+def ask(running, seed, rows=1, side=8, name="grpc", parameters=None):
+    """One request of its own client; returns how far the answer is from the truth."""
+    wire = open_wire(name, running.addresses)
+    try:
+        sent = pixels(seed, rows, side)
+        got = wire.infer("backbone", {"pixels": sent}, parameters=parameters)["embedding"]
+        return float(np.abs(got - sent.mean(axis=(2, 3))).max())
+    finally:
+        wire.close()
+
+
+def gauge(running, name):
+    families = text_string_to_metric_families(httpx.get(running.addresses.metrics).text)
+    return next(family.samples[0].value for family in families if family.name == name)
+
+
+def statistics(running):
+    return httpx.get(f"{running.addresses.http}/v2/models/backbone/stats").json()["model_stats"][0]
+
+
+def test_requests_that_wait_share_a_batch_and_get_their_own_answers(gated):
+    running, runtime = gated
+    runtime.gate.clear()
+    with ThreadPoolExecutor(ROWS) as pool:
+        first = pool.submit(ask, running, 0)
+        wait_for(lambda: runtime.batches == [1])
+        others = [pool.submit(ask, running, seed) for seed in range(1, 8)]
+        wait_for(lambda: gauge(running, "dinoscope_queue_rows") == 7)
+        runtime.gate.set()
+        assert max(one.result() for one in (first, *others)) < 1e-6
+    assert runtime.batches == [1, 4, 3]
+    counted = statistics(running)
+    assert (counted["inference_count"], counted["execution_count"]) == (8, 3)
+    assert {one["batch_size"]: one["compute_infer"]["count"] for one in counted["batch_stats"]} == {1: 1, 3: 1, 4: 1}
+
+
+def test_sizes_do_not_mix_in_a_batch(gated):
+    running, runtime = gated
+    runtime.gate.clear()
+    with ThreadPoolExecutor(ROWS) as pool:
+        answers = [pool.submit(ask, running, 0)]
+        wait_for(lambda: runtime.batches == [1])
+        answers += [pool.submit(ask, running, seed, side=8 + 8 * (seed % 2)) for seed in range(1, 7)]
+        wait_for(lambda: gauge(running, "dinoscope_queue_rows") == 6)
+        runtime.gate.set()
+        assert max(one.result() for one in answers) < 1e-6
+    assert sorted(runtime.batches) == [1, 3, 3]
+
+
+def test_a_request_larger_than_a_batch_is_split_and_put_together(gated):
+    running, runtime = gated
+    assert ask(running, 0, rows=7) < 1e-6
+    assert runtime.batches == [4, 3]
+
+
+def test_wires_share_batches(gated):
+    running, runtime = gated
+    runtime.gate.clear()
+    with ThreadPoolExecutor(ROWS) as pool:
+        answers = [pool.submit(ask, running, 0)]
+        wait_for(lambda: runtime.batches == [1])
+        answers += [pool.submit(ask, running, seed, name=name) for seed, name in enumerate(("grpc", "http", "json"))]
+        wait_for(lambda: gauge(running, "dinoscope_queue_rows") == 3)
+        runtime.gate.set()
+        assert max(one.result() for one in answers) < 1e-6
+    assert runtime.batches == [1, 3]
+
+
+def test_beyond_the_queue_clients_are_told_when_to_come_back(gated):
+    running, runtime = gated
+    runtime.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(ask, running, 0, ROWS)
+        wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == ROWS)
+        body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0.0] * 192}]}
+        refused = httpx.post(f"{running.addresses.http}/v2/models/backbone/infer", json=body)
+        assert (refused.status_code, "the queue is full" in refused.json()["error"]) == (429, True)
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        with pytest.raises(Refused, match="the queue is full"):
+            ask(running, 1)
+        assert httpx.get(f"{running.addresses.http}/v2/health/ready").status_code == 200
+        runtime.gate.set()
+        assert answer.result() < 1e-6
+    assert ask(running, 2) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["client", "parameter", "header"])
+def test_a_late_request_ends_and_its_waiting_rows_are_never_computed(gated, how):
+    running, runtime = gated
+    runtime.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, running, 0)
+        wait_for(lambda: runtime.batches == [1])
+        if how == "client":
+            wire = open_wire("grpc", running.addresses)
+            tensor = grpc_client.InferInput("pixels", [1, 3, 8, 8], "FP32")
+            tensor.set_data_from_numpy(pixels(1))
+            with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+                wire.client.infer("backbone", [tensor], client_timeout=0.3)
+            wire.close()
+        elif how == "parameter":
+            with pytest.raises(Refused) as caught:
+                ask(running, 1, parameters={"timeout": 300_000})
+            assert caught.value.kind == "late"
+        else:
+            body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0.0] * 192}]}
+            answer = httpx.post(
+                f"{running.addresses.http}/v2/models/backbone/infer", json=body, headers={"x-timeout-ms": "300"}
+            )
+            assert (answer.status_code, "deadline" in answer.json()["error"]) == (504, True)
+        wait_for(lambda: gauge(running, "dinoscope_queue_rows") == 0)
+        runtime.gate.set()
+        first.result()
+    assert ask(running, 2) < 1e-6
+    assert runtime.batches == [1, 1]
+
+
+@pytest.mark.parametrize("wire", ["grpc", "http"])
+def test_rows_of_a_caller_who_left_are_never_computed(gated, wire):
+    running, runtime = gated
+    runtime.gate.clear()
+
+    async def leave_over_grpc():
+        async with grpc.aio.insecure_channel(running.addresses.grpc) as channel:
+            from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+            request = service_pb2.ModelInferRequest(model_name="backbone")
+            request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
+            request.raw_input_contents.append(pixels(1).tobytes())
+            call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+            await asyncio.sleep(0)
+            while await asyncio.to_thread(gauge, running, "dinoscope_queue_rows") < 1:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.sleep(0.05)
+
+    def leave_over_http():
+        body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0.0] * 192}]}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.addresses.http}/v2/models/backbone/infer", json=body, timeout=0.5)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, running, 0)
+        wait_for(lambda: runtime.batches == [1])
+        if wire == "grpc":
+            asyncio.run(leave_over_grpc())
+        else:
+            leave_over_http()
+        wait_for(lambda: gauge(running, "dinoscope_cancelled_rows") == 1)
+        assert gauge(running, "dinoscope_admitted_rows") == 1
+        runtime.gate.set()
+        first.result()
+    assert runtime.batches == [1]
+    failures = httpx.get(running.addresses.metrics).text
+    assert 'nv_inference_request_failure{model="backbone",version="1",reason="CANCELED"} 1' in failures
+
+
+@pytest.mark.parametrize("wire", ["grpc", "http"])
+def test_a_failure_of_the_network_hides_its_words_and_passes(gated, wire):
+    running, runtime = gated
+    runtime.fails = True
+    with pytest.raises(Refused) as caught:
+        ask(running, 0, name=wire)
+    assert caught.value.kind in ("StatusCode.INTERNAL", "500")
+    assert "secret" not in caught.value.line
+    assert "under id" in caught.value.line
+    runtime.fails = False
+    assert ask(running, 1, name=wire) < 1e-6
+
+
+def test_draining_answers_what_was_accepted_and_takes_nothing_new(gated):
+    running, runtime = gated
+    runtime.gate.clear()
+    with ThreadPoolExecutor(4) as pool, grpc.insecure_channel(running.addresses.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watching = health.Watch(health_pb2.HealthCheckRequest(service=""))
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        late = open_wire("grpc", running.addresses)
+        late.client.is_server_live()
+        accepted = [pool.submit(ask, running, seed, name=name) for seed, name in enumerate(("grpc", "grpc", "http"))]
+        wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 3)
+        running.leave()
+        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(Refused) as caught:
+            late.infer("backbone", {"pixels": pixels(9)})
+        assert caught.value.kind == "StatusCode.UNAVAILABLE"
+        late.close()
+        runtime.gate.set()
+        assert max(one.result() for one in accepted) < 1e-6
+
+
+def test_readiness_says_no_before_the_server_goes(tmp_path):
+    runtime = GatedRuntime()
+    with Running(config_of(tmp_path, tmp_path / "state", drain_delay_s=3.0), runtime.load) as running:
+        ready = f"{running.addresses.http}/v2/health/ready"
+        assert httpx.get(ready).status_code == 200
+        running.leave()
+        wait_for(lambda: httpx.get(ready).status_code == 503)
+        assert httpx.get(f"{running.addresses.http}/v2/health/live").status_code == 200
+        assert ask(running, 0) < 1e-6
