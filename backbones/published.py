@@ -7,6 +7,7 @@ allowed too. Loading is as strict as for our own files: no weight may be missing
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def read_pickle(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of a .pth file")
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
         reason = " ".join(str(error).split())[:160] or type(error).__name__
