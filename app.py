@@ -247,8 +247,8 @@ def make_page(served: Served) -> gr.Blocks:
                 gallery = gr.Gallery(
                     [path for path, _ in samples],
                     label="Samples",
-                    columns=4,
-                    height=320,
+                    columns=3,
+                    height=420,
                     object_fit="cover",
                     allow_preview=False,
                     elem_id="samples",

@@ -171,8 +171,9 @@ def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_roo
     words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "0")
     env = {**os.environ, "PYTHONPATH": str(repo_root)}
     process = subprocess.Popen(command(*words, "--epochs", "400"), cwd=repo_root, env=env, stderr=subprocess.DEVNULL)
-    state, deadline = tmp_path / "run" / "state.pt", time.monotonic() + 90
-    while not state.is_file():
+    state, checkpoint = tmp_path / "run" / "state.pt", tmp_path / "run" / "checkpoints" / "latest.safetensors"
+    deadline = time.monotonic() + 90
+    while not (state.is_file() and checkpoint.is_file()):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -180,7 +181,7 @@ def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_roo
     process.wait()
     saved = torch.load(state, weights_only=True)
     assert saved["step"] % 2 == 0
-    load_backbone(tmp_path / "run" / "checkpoints" / "latest.safetensors")
+    load_backbone(checkpoint)
 
 
 @pytest.mark.parametrize(
