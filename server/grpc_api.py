@@ -112,8 +112,11 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     @answering
     async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        given = request.id
+        # Logs, and the reply to an internal error, name a request even if its client did not.
+        request.id = given or uuid.uuid4().hex[:12]
         wanted = request_from(request, context.time_remaining())
-        return reply_message(await self.service.infer(wanted), request.id)
+        return reply_message(await self.service.infer(wanted), given)
 
 
 def request_from(request: Any, timeout_s: float | None) -> InferRequest:
@@ -125,7 +128,7 @@ def request_from(request: Any, timeout_s: float | None) -> InferRequest:
     return InferRequest(
         model=request.model_name,
         version=request.model_version,
-        id=request.id or uuid.uuid4().hex[:12],
+        id=request.id,
         tensors=_tensors(request),
         outputs=[output.name for output in request.outputs],
         parameters=_parameters(request.parameters),

@@ -14,14 +14,14 @@ from server.config import ServerConfig
 
 
 class GatedRuntime(Runtime):
-    """`embedding` [N, 3]: the mean of each channel. Runs wait in front of `gate` while it is closed."""
+    """`embedding` [N, 3]: the mean of each channel, `patches` [N, 1, 3] the same. Runs wait in front of `gate` while it is closed."""
 
     def __init__(self) -> None:
         preprocess = Preprocess(size_px=32, resize_px=32, whole_px=32)
         self.manifest = Manifest(
             architecture={"family": "gated", "patch_px": 8}, preprocess=preprocess, weights_sha256="g"
         )
-        self.name, self.device, self.outputs = "gated", "cpu", ("embedding",)
+        self.name, self.device, self.outputs = "gated", "cpu", ("embedding", "patches")
         self.gate = threading.Event()
         self.gate.set()
         self.batches: list[int] = []
@@ -32,7 +32,8 @@ class GatedRuntime(Runtime):
         assert self.gate.wait(60)
         if self.fails:
             raise RuntimeError("secret of the engine")
-        return {"embedding": pixels_NCHW.mean(axis=(2, 3)).astype(np.float32)}
+        means_N3 = pixels_NCHW.mean(axis=(2, 3)).astype(np.float32)
+        return {name: means_N3 if name == "embedding" else means_N3[:, None] for name in outputs}
 
     def load(self, _: ServerConfig) -> Loaded:
         """As `load_artifacts`."""

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from functools import cache
 
 import cv2
 import numpy as np
@@ -27,6 +28,7 @@ def encode(suffix: str, image_HWC: np.ndarray) -> bytes:
     return data.tobytes()
 
 
+@cache
 def bomb(side: int = 20_000) -> bytes:
     """A true PNG of side x side black pixels in a few kilobytes."""
 

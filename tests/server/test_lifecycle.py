@@ -1,0 +1,217 @@
+"""Start, stop, kill and start again: what was acknowledged stays, and what cannot work is told in one line."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from server.run import Running
+from tests.server.conftest import config_of
+from tests.server.images import png
+from tests.server.wires import Refused, images, open_wire
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def process(network, state, *flags):
+    """`python -m server` on free ports; yields the process and what it announced."""
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--threads", "1", "--device", "cpu")
+    command = (sys.executable, "-m", "server", "--models", network, "--collections", state, *ports, *flags)
+    started = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert started.stdout is not None
+        for_people, for_programs = started.stdout.readline(), started.stdout.readline()
+        assert for_people.startswith("ready: page and REST http://127.0.0.1:")
+        yield started, json.loads(for_programs)
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def run(*flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "server", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_what_was_acknowledged_survives_a_kill_and_work_survives_a_term(network, tmp_path):
+    """Start, add item after item, kill -9; start again: all are there. Then SIGTERM amid requests: none is lost."""
+    state = tmp_path / "state"
+    acknowledged = []
+    with process(network, state, "--samples", "none") as (started, at):
+        for n in range(5):
+            answer = httpx.post(
+                f"{at['http']}/v1/collections/birds/items", files={"file": png(n)}, data={"id": f"b{n}"}, timeout=60
+            )
+            acknowledged += answer.json()["ids"]
+        started.send_signal(signal.SIGKILL)
+        assert started.wait(60) == -signal.SIGKILL
+
+    with process(network, state, "--samples", "none", "--log-level", "warning") as (started, at):
+        found = httpx.get(f"{at['http']}/v1/collections/birds/items").json()["items"]
+        assert [one["id"] for one in found] == acknowledged == [f"b{n}" for n in range(5)]
+        search = httpx.post(f"{at['http']}/v1/collections/birds/search?k=1", files={"file": png(3)}, timeout=60)
+        assert search.json()["results"][0]["neighbours"][0]["id"] == "b3"
+
+        answered = []
+
+        def ask_until_refused(name):
+            wire = open_wire(name, Announced(at))
+            try:
+                while True:
+                    answered.append(wire.infer("embedding", images(png(0)))["embedding"].shape == (1, 48))
+            except Refused as refusal:
+                return refusal.kind
+            except OSError:
+                return "closed"
+            finally:
+                wire.close()
+
+        with ThreadPoolExecutor(4) as pool:
+            askers = [pool.submit(ask_until_refused, name) for name in ("grpc", "http") * 2]
+            while len(answered) < 20:
+                assert not any(asker.done() for asker in askers)
+            started.send_signal(signal.SIGTERM)
+            ends = {asker.result() for asker in askers}
+        assert started.wait(60) == 0
+        assert all(answered)
+        assert ends <= {"StatusCode.UNAVAILABLE", "StatusCode.CANCELLED", "503", "closed"}
+        assert started.stderr is not None
+        assert "Traceback" not in started.stderr.read()
+
+
+class Announced:
+    """Addresses as a program reads them from the line on stdout."""
+
+    def __init__(self, line):
+        self.http, self.grpc = line["http"], line["grpc"]
+
+
+def test_help_lists_every_flag():
+    status, out, _ = run("--help")
+    assert status == 0
+    for flag in (
+        "models",
+        "host",
+        "http-port",
+        "grpc-port",
+        "metrics-port",
+        "collections",
+        "samples",
+        "evaluation-data",
+    ):
+        assert f"--{flag}" in out
+    for flag in ("instances", "threads", "max-batch-rows", "batch-delay-us", "queue-rows", "grace-s", "log-level"):
+        assert f"--{flag}" in out
+
+
+def test_a_bad_flag_ends_with_status_2_and_one_line(tmp_path):
+    status, out, err = run("--models", str(tmp_path / "missing"), "--collections", str(tmp_path), "--http-port", "0")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: --models ")
+    assert err.count("\n") == 1
+
+
+FLAGS = {
+    "port": ({"http_port": 70_000}, "--http-port 70000: wanted 0 to 65535"),
+    "instances": ({"instances": 0}, "--instances 0: wanted at least 1"),
+    "threads": ({"threads": 0}, "--threads 0: wanted at least 1"),
+    "rows": ({"max_batch_rows": 0}, "--max-batch-rows 0: wanted at least 1"),
+    "other machines": ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could reach"),
+    "device": ({"device": "tpu"}, "--device 'tpu' is unknown"),
+    "samples": ({"samples": "/nothing/here"}, "/nothing/here"),
+    "evaluation data": ({"evaluation_data": ("colours",)}, "--evaluation-data colours: wanted NAME=PATH"),
+}
+
+
+@pytest.mark.parametrize("what", FLAGS)
+def test_a_bad_setting_is_refused_before_anything_listens(network, tmp_path, what):
+    changes, words = FLAGS[what]
+    with pytest.raises(InputError) as caught, Running(config_of(network, tmp_path / "state", **changes)):
+        pass
+    assert words in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_named(network, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/state: cannot write there"):
+        Running(config_of(network, tmp_path / "file" / "state")).__enter__()
+
+
+def test_a_port_that_is_taken_is_named(network, server, tmp_path):
+    taken = int(server.addresses.http.rpartition(":")[2])
+    with pytest.raises(InputError, match=f"--http-port {taken}: cannot listen"):
+        Running(config_of(network, tmp_path / "state", http_port=taken)).__enter__()
+    taken = int(server.addresses.grpc.rpartition(":")[2])
+    with pytest.raises(InputError, match=f"--grpc-port {taken}: cannot listen"):
+        Running(config_of(network, tmp_path / "state", grpc_port=taken)).__enter__()
+
+
+def test_a_folder_serves_one_server_at_a_time(network, tmp_path):
+    state = tmp_path / "state"
+    second = Running(config_of(network, state))
+    with Running(config_of(network, state)), pytest.raises(InputError, match="another server has it open"):
+        second.__enter__()
+    with Running(config_of(network, state)) as again:
+        assert httpx.get(f"{again.addresses.http}/v2/health/ready").status_code == 200
+
+
+def test_another_network_cannot_search_this_ones_collection(network, other_network, colours, tmp_path):
+    """Its vectors mean something else; the samples, which the server makes itself, are made anew."""
+    state = tmp_path / "state"
+    scores = []
+    for models in (network, other_network, network):
+        with Running(config_of(models, state, samples=str(colours / "val"))) as running:
+            at = running.addresses.http
+            wire = open_wire("grpc", running.addresses)
+            scores.append(wire.infer("knn", images(png(0)), parameters={"k": 12})["scores"])
+            if models is network:
+                vectors = {"items": [{"embedding": [1.0] * 48}]}
+                assert httpx.post(f"{at}/v1/collections/mine/items", json=vectors).status_code == 201
+            else:
+                with pytest.raises(Refused, match="was made with weights") as caught:
+                    wire.infer("knn", images(png(0)), parameters={"collection": "mine"})
+                assert caught.value.kind == "conflict"
+                assert httpx.post(f"{at}/v1/collections/mine/search", files={"file": png(0)}).status_code == 409
+                mine = httpx.get(f"{at}/v1/collections").json()["collections"][0]
+                assert (mine["name"], mine["usable"]) == ("mine", False)
+            wire.close()
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-6)
+    assert np.abs(scores[0] - scores[1]).max() > 1e-3
+
+
+def test_evaluations_are_remembered(network, colours, tmp_path):
+    config = config_of(network, tmp_path / "state", evaluation_data=(f"colours={colours}",))
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http) as http:
+        run_id = http.post("/v1/evaluations", json={"evaluator": "knn", "data": "colours"}).json()["id"]
+        while http.get(f"/v1/evaluations/{run_id}").json()["state"] == "running":
+            pass
+        before = http.get(f"/v1/evaluations/{run_id}").json()
+    with Running(config) as running:
+        assert httpx.get(f"{running.addresses.http}/v1/evaluations/{run_id}").json() == before
+    assert before["result"]["metrics"]["top1"]["n"] == 12
+
+
+def test_samples_that_cannot_be_decoded_are_left_out(network, colours, tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(png(0))
+    (folder / "bad.jpg").write_bytes(b"no image")
+    with Running(config_of(network, tmp_path / "state", samples=str(folder))) as running:
+        items = httpx.get(f"{running.addresses.http}/v1/collections/samples/items").json()["items"]
+    assert [one["id"] for one in items] == ["good"]
+    (folder / "good.png").write_bytes(b"no image either")
+    with pytest.raises(InputError, match="none of its 2 images can be used"):
+        Running(config_of(network, tmp_path / "state", samples=str(folder))).__enter__()
