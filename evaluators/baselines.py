@@ -1,6 +1,6 @@
-"""What a trained backbone has to beat, as runtimes: raw pixels, and the same network before any training.
+"""What a trained backbone has to beat, as runtimes: raw pixels, colours, and the same network before any training.
 
-Both see exactly the views the checkpoint sees, so a difference in accuracy is owed to the training and to nothing else.
+All see exactly the views the checkpoint sees, so a difference in accuracy is owed to the training and to nothing else.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ import torch
 
 from backbones.checkpoints import Backbone, Manifest, make_backbone, weights_sha256
 from data.errors import InputError
-from runtimes.runtime import Runtime
+from runtimes.runtime import Runtime, step_px
 from runtimes.torch_runtime import TorchRuntime
 
-BaselineName = Literal["pixels", "untrained"]
+BaselineName = Literal["pixels", "colour", "untrained"]
 PIXELS_SIDE_PX = 32
 """The pixel baseline is a 32 x 32 RGB thumbnail: 3,072 numbers."""
 
@@ -46,10 +46,37 @@ class PixelRuntime(Runtime):
         return {"embedding": thumbnails.reshape(len(thumbnails), -1)}
 
 
+class ColourRuntime(Runtime):
+    """Mean and spread of each channel: of the view, `embedding` [B, 6]; of each patch, `patches` [B, N, 6]."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        side = step_px(manifest)
+        self.manifest = replace(
+            manifest,
+            architecture={"family": "colour", "patch_px": side},
+            weights_sha256=hashlib.sha256(f"colour-{side}".encode()).hexdigest(),
+        )
+        self.name = "colour"
+        self.device = "cpu"
+        self.outputs = ("embedding", "patches")
+
+    def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
+        """Statistics of a batch [B, 3, H, W], whose sides are multiples of the patch."""
+        n, _, height, width = pixels_NCHW.shape
+        side = step_px(self.manifest)
+        cut = pixels_NCHW.reshape(n, 3, height // side, side, width // side, side)
+        patches = np.concatenate([cut.mean(axis=(3, 5)), cut.std(axis=(3, 5))], axis=1)
+        embedding = np.concatenate([pixels_NCHW.mean(axis=(2, 3)), pixels_NCHW.std(axis=(2, 3))], axis=1)
+        made = {"embedding": embedding, "patches": patches.reshape(n, 6, -1).transpose(0, 2, 1)}
+        return {name: np.ascontiguousarray(made[name], dtype=np.float32) for name in outputs}
+
+
 def open_baseline(name: BaselineName, manifest: Manifest, device: str, seed: int) -> Runtime:
     """The baseline beside a network with this manifest. Raises InputError where its architecture is not known."""
     if name == "pixels":
         return PixelRuntime(manifest)
+    if name == "colour":
+        return ColourRuntime(manifest)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A network and labelled images in, one result out: what the k-NN and the linear command have in common.
+"""A network and labelled images in, one result out: what the commands have in common (k-NN and linear most of it).
 
 The network, then each baseline asked for, is run over the same two parts of the data; the evaluator, a function of two
 feature tables, is applied to each; differences are paired, image by image.
@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +23,6 @@ from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.results import (
     Context,
     Measurement,
-    Metric,
     check_writable,
     describe_environment,
     metrics_json,
@@ -35,6 +34,7 @@ from evaluators.splits import Splits, labelled, open_splits
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime
 
+CENTER_FEATURES = ExtractSpec()
 Evaluate = Callable[[FeatureTable, FeatureTable], Measurement]
 
 
@@ -71,7 +71,7 @@ class NetworkOptions:
 class ClassificationRun(NetworkOptions):
     """Options of the classification evaluators."""
 
-    baselines: tuple[BaselineName, ...] = ()
+    baselines: tuple[Literal["pixels", "untrained"], ...] = ()
     """Measured beside the network on the same images: pixels (32 x 32 RGB), untrained (same network, random weights)."""
 
 
@@ -101,10 +101,15 @@ def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[
 
 
 def measure(
-    title: str, runtime: Runtime, splits: Splits, options: NetworkOptions, evaluate: Evaluate
+    title: str,
+    runtime: Runtime,
+    splits: Splits,
+    options: NetworkOptions,
+    evaluate: Evaluate,
+    spec: ExtractSpec = CENTER_FEATURES,
 ) -> tuple[Measurement, dict[str, float], dict[str, Any]]:
-    """Extract both parts and evaluate; also returns seconds spent, and what was read."""
-    spec = ExtractSpec(batch_size=options.batch_size, cache_dir=options.cache_dir, group_column=splits.group_column)
+    """Extract both parts (columns and view of `spec`) and evaluate; also returns seconds spent, and what was read."""
+    spec = replace(spec, batch_size=options.batch_size, cache_dir=options.cache_dir, group_column=splits.group_column)
     started = time.perf_counter()
     tables = []
     for what, part in (("train", splits.train), ("val", splits.val)):
@@ -120,8 +125,10 @@ def measure(
         "evaluate_s": round(time.perf_counter() - extracted, 3),
         "features_from_cache": train.cached and val.cached,
     }
-    classes = sorted({str(label) for label in (*train.labels, *val.labels)})
-    counts = {"n_train": len(train), "n_val": len(val), "n_classes": len(classes), "classes": classes}
+    counts: dict[str, Any] = {"n_train": len(train), "n_val": len(val)}
+    if None not in (*train.labels, *val.labels):
+        classes = sorted({str(label) for label in (*train.labels, *val.labels)})
+        counts |= {"n_classes": len(classes), "classes": classes}
     counts["skipped"] = {name: reason for table in tables for name, reason in table.skipped}
     return measurement, timing, counts
 
@@ -130,23 +137,30 @@ def measure_baseline(
     name: BaselineName,
     manifest: Manifest,
     splits: Splits,
-    options: ClassificationRun,
+    options: NetworkOptions,
     evaluate: Evaluate,
     network: Measurement,
+    spec: ExtractSpec = CENTER_FEATURES,
 ) -> dict[str, Any]:
     """One baseline's figures, and by how much the network is above it (paired over the same test images)."""
     with open_baseline(name, manifest, options.device, options.seed) as runtime:
-        measurement, timing, _ = measure(name, runtime, splits, options, evaluate)
-    gain_N = network.predictions["score"] - measurement.predictions["score"]
-    groups_N = network.predictions["groups"]
-    difference = Metric(float(gain_N.mean()), mean_interval95(gain_N, groups_N), len(gain_N))
-    return {
-        "metrics": metrics_json(measurement.metrics),
-        "difference": metrics_json({network.headline: difference})[network.headline],
-        "chosen": measurement.chosen,
+        measurement, timing, _ = measure(name, runtime, splits, options, evaluate, spec)
+    return baseline_json(measurement, network, timing) | {
         "architecture": runtime.manifest.architecture,
         "weights_sha256": runtime.manifest.weights_sha256,
         "seed": options.seed if name == "untrained" else None,
+    }
+
+
+def baseline_json(baseline: Measurement, network: Measurement, timing: dict[str, float]) -> dict[str, Any]:
+    """A baseline as the result file holds it; `difference` is the network's headline minus the baseline's, paired."""
+    gain_N = network.predictions["score"] - baseline.predictions["score"]
+    ci95 = mean_interval95(gain_N, network.predictions["groups"])
+    difference = replace(network.metrics[network.headline], value=float(gain_N.mean()), ci95=ci95, n=len(gain_N))
+    return {
+        "metrics": metrics_json(baseline.metrics),
+        "difference": metrics_json({network.headline: difference})[network.headline],
+        "chosen": baseline.chosen,
         "timing": timing,
     }
 

@@ -5,7 +5,7 @@ Figures are taken per image over the pixels with a measurement, then averaged ov
 
 import numpy as np
 
-METRE_METRICS = ("rmse", "mae")
+METRE_METRICS = ("rmse", "mae", "sq_rel")
 """Figures in metres; the others are ratios, shares or logarithms of ratios."""
 LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "mae", "rmse_log", "log10", "silog")
 
@@ -13,7 +13,7 @@ LOWER_IS_BETTER = ("abs_rel", "sq_rel", "rmse", "mae", "rmse_log", "log10", "sil
 def image_metrics(predicted_HW: np.ndarray, measured_HW: np.ndarray) -> dict[str, float] | None:
     """Figures of one image, both maps in metres; None where `measured_HW` has no pixel above 0 (0 = no measurement).
 
-    `a1 a2 a3`: share of pixels within a factor of 1.25, 1.25^2, 1.25^3. `silog` is not multiplied by 100.
+    `delta1 delta2 delta3`: share of pixels within a factor of 1.25, 1.25^2, 1.25^3. `silog` is not multiplied by 100.
     """
     known = measured_HW > 0
     if not known.any():
@@ -27,9 +27,9 @@ def image_metrics(predicted_HW: np.ndarray, measured_HW: np.ndarray) -> dict[str
         "abs_rel": float(np.mean(np.abs(error) / measured)),
         "rmse": float(np.sqrt(np.mean(error**2))),
         "mae": float(np.mean(np.abs(error))),
-        "a1": float(np.mean(ratio < 1.25)),
-        "a2": float(np.mean(ratio < 1.25**2)),
-        "a3": float(np.mean(ratio < 1.25**3)),
+        "delta1": float(np.mean(ratio < 1.25)),
+        "delta2": float(np.mean(ratio < 1.25**2)),
+        "delta3": float(np.mean(ratio < 1.25**3)),
         "sq_rel": float(np.mean(error**2 / measured)),
         "rmse_log": float(np.sqrt(np.mean(log_error**2))),
         "log10": float(np.mean(np.abs(log_error)) / np.log(10)),

@@ -4,7 +4,11 @@ The head is that of `backbones.heads` ("linear-1": last layer, patch features wi
 logarithmic (Eigen et al. 2014, in the form of AdaBins, Bhat et al. 2021); optimiser: AdamW, one cosine without warm-up.
 Features are brought to zero mean and unit spread while training, and that scaling is folded into the head's weights
 afterwards: the saved head takes the features as they come.
-Legend: B images, N patches (N = h * w), D feature size, H W pixels.
+
+A step does not enlarge whole maps: it draws points of the fourfold enlarged map and computes the head there alone. As the
+layer is linear, its output at a point is that of the features mixed from the four patches around it, so this is the head
+itself, not an approximation, at a small part of the cost of its whole map.
+Legend: B images, P points of an image, N patches (N = h * w), D feature size, K bins, H W pixels.
 """
 
 import math
@@ -17,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.heads import DepthHead, DepthHeadSpec
+from data.errors import InputError
 
+POINTS = 64
+"""Places of an image that a step looks at."""
+ROWS_AT_ONCE = 64
+"""Images whose features are held in double precision at a time."""
 SIGLOSS_EPS_M = 1e-3
 """Added to both depths before the logarithm, in metres."""
 SIGLOSS_MEAN_WEIGHT = 0.15
@@ -26,7 +35,7 @@ SIGLOSS_MEAN_WEIGHT = 0.15
 
 @dataclass(frozen=True)
 class DepthTable:
-    """What the probe learns from: one row an image."""
+    """What the probe learns from and is tested on: one row an image. Large sets stay on disk."""
 
     names: tuple[str, ...]
     groups: tuple[str, ...]
@@ -41,52 +50,107 @@ class DepthTable:
         side = math.isqrt(self.patches_nND.shape[1])
         return side, side
 
-    def rows(self, rows: Sequence[int]) -> "DepthTable":
-        """The table of some of its rows."""
-        index = list(rows)
-        return DepthTable(
-            tuple(self.names[row] for row in index),
-            tuple(self.groups[row] for row in index),
-            self.patches_nND[index],
-            self.cls_nD[index],
-            [self.depth_m[row] for row in index],
-        )
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One training of a head."""
+
+    lr: float
+    weight_decay: float
+    steps: int
+    batch: int
+    seed: int
 
 
-class _TrainingHead(DepthHead):
-    """The head at a coarser enlargement: a quarter of the pixels, a quarter of the time, the same weights."""
+def train_head(table: DepthTable, rows: np.ndarray, head_spec: DepthHeadSpec, spec: TrainSpec) -> DepthHead:
+    """Train a head on these rows; pixels without a measurement, or outside the head's range, are left out.
 
-    ENLARGEMENT = 2
-
-
-def train_head(
-    table: DepthTable, head_spec: DepthHeadSpec, *, lr: float, weight_decay: float, steps: int, batch: int, seed: int
-) -> DepthHead:
-    """Train a head; pixels without a measurement, or outside the head's range, are left out."""
-    generator = torch.Generator().manual_seed(seed)
-    h, w = table.grid
-    out_hw = (_TrainingHead.ENLARGEMENT * h, _TrainingHead.ENLARGEMENT * w)
-    targets_nHW = torch.stack([sample_nearest(depth, out_hw) for depth in table.depth_m])
-    targets_nHW[(targets_nHW < head_spec.min_depth) | (targets_nHW > head_spec.max_depth)] = 0
-    scaling = Scaling.of(table)
-    head = _TrainingHead(head_spec)
+    Raises InputError where no pixel is left.
+    """
+    generator = torch.Generator().manual_seed(spec.seed)
+    targets = Targets.of(table, rows, head_spec)
+    scaling = Scaling.of(table, rows)
+    head = DepthHead(head_spec)
     with torch.no_grad():
         head.linear.weight.normal_(0.0, 0.01, generator=generator)
         head.linear.bias.zero_()
-    optim = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
-    n = len(table.names)
+    optim = torch.optim.AdamW(head.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+    n = len(targets.rows)
+    batch = min(spec.batch, n)
     order = torch.empty(0, dtype=torch.int64)
-    for step in range(steps):
-        if len(order) < min(batch, n):
+    for step in range(spec.steps):
+        if len(order) < batch:
             order = torch.randperm(n, generator=generator)
-        rows, order = order[:batch], order[batch:]
+        chosen, order = order[:batch], order[batch:]
         for group in optim.param_groups:
-            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        predicted_BHW = head(*scaling.scaled(table, rows.numpy()), table.grid, out_hw)
+            group["lr"] = spec.lr * (1 + math.cos(math.pi * step / spec.steps)) / 2
+        places_BP, measured_BP = targets.draw(chosen, generator)
+        patches_BND, cls_BD = scaling.scaled(table, targets.rows[chosen.numpy()])
+        predicted_BP = depth_at(head, patches_BND, cls_BD, table.grid, places_BP)
         optim.zero_grad()
-        sig_loss(predicted_BHW, targets_nHW[rows]).backward()
+        sig_loss(predicted_BP, measured_BP).backward()
         optim.step()
     return scaling.folded(head)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The measurements a head can learn from: maps as large as the head's enlarged one, in the table's order."""
+
+    rows: np.ndarray
+    """Rows of the table that have any measurement."""
+    depth: Tensor
+    """float32 [rows, places], 0 where unknown or out of the head's range; places run row by row."""
+
+    @staticmethod
+    def of(table: DepthTable, rows: np.ndarray, head_spec: DepthHeadSpec) -> "Targets":
+        """Sampled at the centre of each place. Raises InputError where nothing is left."""
+        h, w = table.grid
+        out_hw = (DepthHead.ENLARGEMENT * h, DepthHead.ENLARGEMENT * w)
+        depth_nP = torch.stack(
+            [sample_nearest(depth, out_hw).flatten() for depth in (table.depth_m[row] for row in rows)]
+        )
+        depth_nP[(depth_nP < head_spec.min_depth) | (depth_nP > head_spec.max_depth)] = 0
+        known = (depth_nP > 0).any(dim=1)
+        if not known.any():
+            raise InputError(
+                f"no training image has a depth from {head_spec.min_depth:g} to {head_spec.max_depth:g} metres; "
+                "check the unit of the depth maps (millimetres), or set --max-depth"
+            )
+        return Targets(rows[known.numpy()], depth_nP[known])
+
+    def draw(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random measured places [B, P] of the chosen images (with replacement), and their depth [B, P]."""
+        depth = self.depth[chosen]
+        places_BP = torch.multinomial((depth > 0).float(), POINTS, replacement=True, generator=generator)
+        return places_BP, depth.gather(1, places_BP)
+
+
+def depth_at(head: DepthHead, patches_BND: Tensor, cls_BD: Tensor, grid: tuple[int, int], places_BP: Tensor) -> Tensor:
+    """What `head` says [B, P] at places (row by row) of its map enlarged to (4 h, 4 w)."""
+    h, w = grid
+    scale = head.ENLARGEMENT
+    low_y, high_y, part_y = _between(torch.div(places_BP, scale * w, rounding_mode="floor"), scale, h)
+    low_x, high_x, part_x = _between(places_BP % (scale * w), scale, w)
+    images = torch.arange(len(patches_BND))[:, None]
+
+    def mixed(row_BP: Tensor) -> Tensor:
+        left, right = patches_BND[images, row_BP * w + low_x], patches_BND[images, row_BP * w + high_x]
+        return torch.lerp(left, right, part_x[:, :, None])
+
+    points_BPD = torch.lerp(mixed(low_y), mixed(high_y), part_y[:, :, None])
+    of_patches, of_cls = head.linear.weight.split(patches_BND.shape[2], dim=1)
+    logits_BPK = points_BPD @ of_patches.T + (cls_BD @ of_cls.T + head.linear.bias)[:, None]
+    weights_BPK = F.relu(logits_BPK) + head.FLOOR
+    bins_K = torch.linspace(head.spec.min_depth, head.spec.max_depth, head.spec.bins)
+    return (weights_BPK @ bins_K) / weights_BPK.sum(dim=2)
+
+
+def _between(place: Tensor, scale: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two patches around a place of the enlarged axis, and how far it is from the first to the second."""
+    position = ((place + 0.5) / scale - 0.5).clamp(0, size - 1)
+    low = position.floor().long()
+    return low, (low + 1).clamp(max=size - 1), position - low
 
 
 def sig_loss(predicted: Tensor, measured: Tensor) -> Tensor:
@@ -109,13 +173,17 @@ class Scaling:
     spread: Tensor
 
     @staticmethod
-    def of(table: DepthTable) -> "Scaling":
-        """Measured over all rows; a constant channel keeps its size."""
+    def of(table: DepthTable, rows: np.ndarray) -> "Scaling":
+        """Measured over these rows; a constant channel keeps its size."""
         means, spreads = [], []
         for array in (table.patches_nND, table.cls_nD):
-            axes = tuple(range(array.ndim - 1))
-            means.append(array.mean(axis=axes, dtype=np.float64))
-            spreads.append(array.std(axis=axes, dtype=np.float64))
+            count, total, squares = 0, 0.0, 0.0
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                part = array[rows[start : start + ROWS_AT_ONCE]].reshape(-1, array.shape[-1]).astype(np.float64)
+                count, total, squares = count + len(part), total + part.sum(axis=0), squares + (part**2).sum(axis=0)
+            mean = np.asarray(total / count)
+            means.append(mean)
+            spreads.append(np.sqrt(np.maximum(squares / count - mean**2, 0)))
         spread = np.concatenate(spreads)
         spread[spread < 1e-6] = 1.0
         return Scaling(torch.from_numpy(np.concatenate(means)).float(), torch.from_numpy(spread).float())
@@ -142,18 +210,11 @@ def sample_nearest(depth_HW: np.ndarray, out_hw: tuple[int, int]) -> Tensor:
     return F.interpolate(torch.from_numpy(depth_HW)[None, None], size=out_hw, mode="nearest-exact")[0, 0]
 
 
-@torch.no_grad()
-def predict_depth(head: DepthHead, table: DepthTable, batch: int = 16) -> list[np.ndarray]:
-    """Depth of every image at the size of its measurement, float32 [H, W], in the head's unit."""
-    maps: list[np.ndarray] = []
-    for start in range(0, len(table.names), batch):
-        patches = torch.from_numpy(np.array(table.patches_nND[start : start + batch]))
-        cls = torch.from_numpy(np.array(table.cls_nD[start : start + batch]))
-        sizes = [depth.shape for depth in table.depth_m[start : start + batch]]
-        if len(set(sizes)) == 1:
-            maps.extend(head(patches, cls, table.grid, sizes[0]).numpy())
-        else:
-            maps.extend(
-                head(patches[i : i + 1], cls[i : i + 1], table.grid, size)[0].numpy() for i, size in enumerate(sizes)
-            )
-    return maps
+@torch.inference_mode()
+def predict_depth(head: DepthHead, table: DepthTable, row: int) -> np.ndarray:
+    """Depth of one image at the size of its measurement, float32 [H, W], in the head's unit."""
+    patches = torch.from_numpy(np.array(table.patches_nND[row : row + 1]))
+    cls = torch.from_numpy(np.array(table.cls_nD[row : row + 1]))
+    height, width = table.depth_m[row].shape
+    depth_HW: np.ndarray = head(patches, cls, table.grid, (height, width))[0].numpy()
+    return depth_HW

@@ -34,6 +34,7 @@ class Metric:
     """Test items behind the figure."""
     unit: str | None = None
     """None: a fraction of 1."""
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +108,9 @@ def result_json(
 
 
 def metrics_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Metrics as the file holds them; `unit` is written only where there is one."""
+    """Metrics as the file holds them; `unit` and `lower_is_better` are written only where there is something to say."""
     return {
-        name: {key: value for key, value in asdict(metric).items() if key != "unit" or value is not None}
+        name: {k: v for k, v in asdict(metric).items() if k not in ("unit", "lower_is_better") or v}
         for name, metric in metrics.items()
     }
 
@@ -134,9 +135,9 @@ def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.
         if predictions:
             beside = out.with_suffix(".predictions.npz")
             body["predictions_file"] = beside.name
-            with _replacing(beside) as path, path.open("wb") as file:
+            with replacing(beside) as path, path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **dict(predictions))
-        with _replacing(out) as path:
+        with replacing(out) as path:
             path.write_text(json.dumps(body, indent=1, ensure_ascii=False, default=_plain, allow_nan=False) + "\n")
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another place") from error
@@ -155,7 +156,7 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A temporary path beside the target that takes its place once the block ends without an error."""
     path = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -181,7 +182,7 @@ def result_table(result: Mapping[str, Any]) -> str:
     baselines: Mapping[str, Any] = result["baselines"]
     rows = [["metric", "value", "95 % interval", "n", *baselines]]
     for name, metric in result["metrics"].items():
-        mark = "*" if name == result["headline"] else " "
+        mark = "*" * (name == result["headline"]) + " (lower is better)" * bool(metric.get("lower_is_better"))
         others = [_figure(baseline["metrics"].get(name)) for baseline in baselines.values()]
         rows.append([f"{name}{mark}", _figure(metric), _interval(metric), str(metric["n"]), *others])
     lines = _columns(rows)

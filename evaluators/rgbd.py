@@ -6,7 +6,9 @@ the same names (`images/train/a.jpg`, `depth_mm/train/a.png`).
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,8 @@ from evaluators.splits import Splits, split_dataset
 
 DEPTH = "depth_mm"
 """Kind of the depth file, and its unit."""
+GROUP_COLUMNS = ("scene", "room", "objects")
+"""Columns that tie views of one scene together, before those of `splits`; `objects` lists what stands in a rendered room."""
 
 
 def open_rgbd(
@@ -33,7 +37,29 @@ def open_rgbd(
             f"{data}: not every image has a depth map (kinds: {', '.join(dataset.kinds)}); wanted 16-bit PNG in "
             "millimetres: images/ with depth_mm/, a CSV column `depth_mm`, or a packed set with the kind depth_mm"
         )
+    if group_by == "auto":
+        columns = dataset.items[0].row if dataset.items else {}
+        group_by = next((name for name in GROUP_COLUMNS if name in columns), group_by)
     return split_dataset(dataset, train_split, val_split, group_by)
+
+
+class MeasuredDepth(Sequence[np.ndarray]):
+    """The depth maps of some rows of a set, read when they are asked for."""
+
+    def __init__(self, dataset: Dataset, rows: Sequence[int]) -> None:
+        self._dataset, self._rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "MeasuredDepth": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | MeasuredDepth":
+        if isinstance(index, slice):
+            return MeasuredDepth(self._dataset, self._rows[index])
+        return read_depth_m(self._dataset, self._rows[index])
 
 
 def _folder_pair(root: Path) -> Dataset:

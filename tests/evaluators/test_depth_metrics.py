@@ -12,7 +12,7 @@ def test_a_prediction_twenty_percent_too_far_is_right_within_a_quarter() -> None
     figures = image_metrics(1.2 * MEASURED, MEASURED)
     assert figures is not None
     assert figures["abs_rel"] == pytest.approx(0.2)
-    assert figures["a1"] == 1.0
+    assert figures["delta1"] == 1.0
     assert figures["silog"] == pytest.approx(0.0, abs=1e-6)
     assert figures["rmse_log"] == pytest.approx(np.log(1.2))
     assert figures["log10"] == pytest.approx(np.log10(1.2))
@@ -30,7 +30,7 @@ def test_shares_within_a_factor_count_both_directions() -> None:
     measured = np.full((1, 4), 2.0)
     figures = image_metrics(measured * np.array([[1.0, 1 / 1.3, 1.3, 2.0]]), measured)
     assert figures is not None
-    assert (figures["a1"], figures["a2"], figures["a3"]) == (0.25, 0.75, 0.75)
+    assert (figures["delta1"], figures["delta2"], figures["delta3"]) == (0.25, 0.75, 0.75)
 
 
 def test_pixels_without_a_measurement_do_not_count_and_an_image_without_any_has_no_figures() -> None:
