@@ -7,50 +7,65 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from backbones.checkpoints import MANIFEST_KEY, CheckpointError, Manifest
 from data.errors import InputError
+from runtimes.onnx_graph import split_off_depth
 from runtimes.runtime import Runtime
 
 HEADS_KEY = "dinoscope_heads"
 """Metadata key of the heads' manifests: a JSON object from the head's kind to its manifest."""
+_DEPTH_INPUTS = ("embedding", "patches")
 
 
 class OnnxRuntime(Runtime):
-    """One session, shared by all threads; only what leads to the outputs asked for is computed."""
+    """One session for the backbone, and one for the depth head where the file has it; shared by all threads."""
 
     def __init__(self, path: str | Path, *, device: str = "auto", threads: int | None = None) -> None:
         check_one_build()
         self.name = "onnxruntime"
         options = ort.SessionOptions()
-        # 3: errors only. The engine's warnings are about its own memory plan and help no user.
-        options.log_severity_level = 3
+        # 4: fatal only. The engine's warnings are about its own memory plan, and its errors are raised as well.
+        options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = open_session(Path(path), options, pick_providers(device))
-        self.device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        providers = pick_providers(device)
+        session = open_session(Path(path), options, providers)
+        self.device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":  # the engine falls back without a word
             raise InputError(
                 "--device cuda: ONNX Runtime could not start CUDA here; check the driver, or use --device cpu"
             )
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self.manifest, self.heads = read_metadata(metadata, path)
-        self.outputs = tuple(output.name for output in self._session.get_outputs())
-        self._only_fetches = ort.RunOptions()
-        self._only_fetches.only_execute_path_to_fetches = True
+        self.manifest, self.heads = read_metadata(session.get_modelmeta().custom_metadata_map, path)
+        self.outputs = tuple(output.name for output in session.get_outputs())
+        self._backbone: ort.InferenceSession | None = session
+        self._depth: ort.InferenceSession | None = None
+        if "depth" in self.outputs:
+            del session, self._backbone  # before the same weights are loaded once more
+            self._backbone, self._depth = (
+                ort.InferenceSession(part.SerializeToString(), options, providers=providers)
+                for part in split_off_depth(onnx.load(path))
+            )
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
-        names = list(dict.fromkeys(outputs))
+        if self._backbone is None:
+            raise InputError("this runtime was closed; open it again")
+        given = {"pixels": np.ascontiguousarray(pixels_NCHW)}
+        # the depth head continues from these two
+        names = dict.fromkeys((*(name for name in outputs if name != "depth"), *_DEPTH_INPUTS * ("depth" in outputs)))
         try:
-            made = self._session.run(names, {"pixels": np.ascontiguousarray(pixels_NCHW)}, self._only_fetches)
+            made = dict(zip(names, self._backbone.run(list(names), given), strict=True))
         except ort.capi.onnxruntime_pybind11_state.InvalidArgument as error:
             raise InputError(f"this file does not take pixels of {list(pixels_NCHW.shape)}: {error}") from error
-        return dict(zip(names, made, strict=True))
+        if "depth" in outputs and self._depth is not None:
+            (made["depth"],) = self._depth.run(["depth"], given | {name: made[name] for name in _DEPTH_INPUTS})
+        return {name: made[name] for name in outputs}
 
     def close(self) -> None:
-        self.__dict__.pop("_session", None)
+        self._backbone = self._depth = None
 
 
 def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest, dict[str, dict[str, Any]]]:
