@@ -36,7 +36,8 @@ class RemoteRuntime(Runtime):
     def __init__(self, address: str) -> None:
         scheme, _, where = address.partition("://")
         self._where = where.rstrip("/")
-        if not self._where or "/" in self._where:
+        host, _, port = self._where.rpartition(":")
+        if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 65_536):
             raise InputError(f"{address}: wanted grpc://host:port or http://host:port")
         self.name, self.device, self._address = "remote", "remote", address
         self._wire: Any = grpc_client if scheme == "grpc" else http_client
