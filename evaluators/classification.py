@@ -233,6 +233,11 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
+def summary(module_doc: str | None) -> str:
+    """What a module's docstring says to whoever runs it, without what it says to whoever reads its code."""
+    return (module_doc or "").split("Read in this order")[0].strip()
+
+
 def print_result(result: dict[str, Any], *written: Path | None) -> None:
     """The table, and which files were written."""
     data = result["data"]

@@ -27,6 +27,7 @@ from evaluators.classification import (
     measure,
     measure_baseline,
     print_result,
+    summary,
 )
 from evaluators.depth_metrics import LOWER_IS_BETTER, METRE_METRICS, image_metrics
 from evaluators.depth_pictures import save_comparison
@@ -353,4 +354,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.depth", description=__doc__))
+    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.depth", description=summary(__doc__)))

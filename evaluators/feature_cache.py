@@ -153,7 +153,7 @@ def open_store(root: Path | None, key: str, n_items: int) -> Iterator[FeatureSto
         lock = (root / f"{key}.lock").open("w")
     except OSError as error:
         raise InputError(
-            f"--cache-dir {root}: cannot write there ({error.strerror}); name another folder or use --cache-dir none"
+            f"--cache-dir {root}: cannot write there ({error.strerror}); name another folder or use --cache-dir None"
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

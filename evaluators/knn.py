@@ -16,7 +16,14 @@ from torch import Tensor
 
 from data.errors import InputError, run_cli
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
-from evaluators.classification import ClassificationRun, index_groups, index_labels, print_result, run_classification
+from evaluators.classification import (
+    ClassificationRun,
+    index_groups,
+    index_labels,
+    print_result,
+    run_classification,
+    summary,
+)
 from evaluators.extract import FeatureTable
 from evaluators.results import Measurement
 
@@ -229,4 +236,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.knn", description=__doc__))
+    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.knn", description=summary(__doc__)))

@@ -21,7 +21,14 @@ from torch import Tensor
 from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, save_head
 from data.errors import InputError, run_cli
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
-from evaluators.classification import ClassificationRun, index_groups, index_labels, print_result, run_classification
+from evaluators.classification import (
+    ClassificationRun,
+    index_groups,
+    index_labels,
+    print_result,
+    run_classification,
+    summary,
+)
 from evaluators.extract import FeatureTable
 from evaluators.linear_grid import Heads, train_heads
 from evaluators.results import Measurement, check_writable
@@ -263,4 +270,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.linear", description=__doc__))
+    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.linear", description=summary(__doc__)))
