@@ -33,6 +33,9 @@ from server.service import Service
 
 log = logging.getLogger("server")
 
+LAST_REPLIES_S = 2.0
+"""How long a reply that is ready may take to reach its client when the server leaves."""
+
 Load = Callable[[ServerConfig], Loaded]
 """How the network is brought up; tests bring their own."""
 
@@ -120,8 +123,17 @@ async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer
     await grpc_server.announce(False)
     await asyncio.sleep(config.drain_delay_s)
     service.state = "closed"
-    await asyncio.gather(grpc_server.stop(config.grace_s), *(one.stop() for one in http))
+    await asyncio.gather(_leave_grpc(config.grace_s, service, grpc_server), *(one.stop() for one in http))
     log.info("left", extra={"fields": {"unanswered": service.in_flight}})
+
+
+async def _leave_grpc(grace_s: float, service: Service, grpc_server: GrpcServer) -> None:
+    """Close the listener when nothing runs any more: one that is closing lets new calls hang, this one refuses them."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + grace_s
+    while service.in_flight and loop.time() < end_s:
+        await asyncio.sleep(0.01)
+    await grpc_server.stop(min(LAST_REPLIES_S, max(0.0, end_s - loop.time())))
 
 
 class _Http(uvicorn.Server):
