@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from backbones.checkpoints import Manifest
@@ -52,7 +53,7 @@ class NetworkOptions:
     device: str = "auto"
     """Where the network runs: auto, cpu, cuda."""
     threads: int | None = None
-    """CPU threads of the network."""
+    """CPU threads of the network, and of what is fitted to its features."""
     batch_size: int = 64
     """Images that go through the network at a time."""
     cache_dir: Path | None = Path(".cache/features")
@@ -109,6 +110,8 @@ def measure(
     spec: ExtractSpec = CENTER_FEATURES,
 ) -> tuple[Measurement, dict[str, float], dict[str, Any]]:
     """Extract both parts (columns and view of `spec`) and evaluate; also returns seconds spent, and what was read."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     spec = replace(spec, batch_size=options.batch_size, cache_dir=options.cache_dir, group_column=splits.group_column)
     started = time.perf_counter()
     tables = []
