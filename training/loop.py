@@ -136,7 +136,6 @@ class Run:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved = resolved
         self.bad_steps = 0
-        self.last: dict[str, Any] = {}
 
     def go(self, step: int, end: int, stopped: Callable[[], int | None], curves: SummaryWriter) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""

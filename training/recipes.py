@@ -93,8 +93,9 @@ RECIPES: dict[str, Recipe] = {
             teacher_warmup_epochs=6,
             freeze_last_layer_epochs=0.1,
         ),
+        step=StepSpec(bf16_backbone=True),
         preprocess=Preprocess(size_px=128, resize_px=128, whole_px=224),
-        epochs=20,
+        epochs=48,
         batch_size=32,
     ),
     # Seconds on one core; shows that everything runs, learns next to nothing.

@@ -77,6 +77,17 @@ def test_the_run_folder_holds_what_it_promises(folder: Path, tmp_path: Path) -> 
     assert {"loss", "lr", "momentum", "target_entropy_nats", "kl_nats", "feature_spread", "images_per_s"} <= set(record)
 
 
+def test_bfloat16_in_the_backbone_rounds_features_and_leaves_the_head_exact() -> None:
+    state = loop.make_state(smoke(), torch.device("cpu"))
+    views = [torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)]
+    exact, _ = state.student(views)
+    logits, features = state.student(views, bf16=True)
+    assert logits.dtype == features.dtype == torch.float32
+    assert not torch.equal(logits, exact)
+    assert (logits - exact).abs().max() < 0.05, "logits are cosines"
+    assert torch.equal(state.student.head(features.flatten(0, 1)).view_as(logits), logits)
+
+
 def test_the_student_learns_what_a_fixed_teacher_says(folder: Path) -> None:
     """With the teacher held still, steps on the same views bring the student's predictions to the teacher's targets."""
     recipe = smoke()
