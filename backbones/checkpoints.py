@@ -208,7 +208,9 @@ def load_own_checkpoint(path: Path) -> Backbone:
             f"{path}: has no manifest, so it is not a checkpoint of ours; give its Hugging Face folder instead"
         )
     if plain.get("kind") != "backbone":
-        raise CheckpointError(f"{path}: is a {plain.get('kind')}, not a backbone; give the backbone's checkpoint")
+        raise CheckpointError(
+            f"{path}: holds a {plain.get('kind')} head, not a backbone; give the backbone's checkpoint"
+        )
     manifest = Manifest.from_json(plain)
     model = build_backbone(manifest.architecture, state, path)
     if manifest.weights_sha256 != weights_sha256(state):

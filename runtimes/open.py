@@ -5,7 +5,7 @@ from pathlib import Path
 from backbones.checkpoints import load_backbone
 from backbones.heads import load_depth_head
 from data.errors import InputError
-from runtimes.onnx_runtime import OnnxRuntime
+from runtimes.onnx_runtime import OnnxRuntime, check_one_build
 from runtimes.remote import REMOTE_SCHEMES, RemoteRuntime
 from runtimes.runtime import Runtime
 from runtimes.torch_runtime import TorchRuntime
@@ -26,6 +26,7 @@ def open_runtime(
         raise InputError(f"{ckpt}: a depth head cannot be added to {'a server' if remote else 'an exported file'}")
     if remote:
         return RemoteRuntime(name)
+    check_one_build()
     if exported:
         return OnnxRuntime(name, device=device, threads=threads)
     backbone = load_backbone(ckpt)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from backbones.checkpoints import MANIFEST_KEY, load_backbone
 from backbones.heads import HEADS, load_depth_head
 from data.errors import InputError
-from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime
+from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime, check_one_build
 from runtimes.runtime import Runtime
 from runtimes.torch_runtime import TorchRuntime
 from server.config import ServerConfig
@@ -57,6 +57,7 @@ class Artifact:
 
 def load_artifacts(config: ServerConfig) -> Loaded:
     """Bring up what `--models` names, `--instances` times. Raises InputError for what is missing or does not fit."""
+    check_one_build()
     path = config.models
     if not path.exists():
         raise InputError(

@@ -138,7 +138,7 @@ class TestStrictness:
             (lambda s, m: s.update(more=torch.ones(1)), "1 weights are unknown, first more"),
             (lambda s, m: s.update(pos_embed=torch.ones(1, 5, 64)), r"pos_embed is \[1, 5, 64\], want \[1, 17, 64\]"),
             (lambda s, m: s.update({"norm.bias": torch.ones(64).int()}), r"norm\.bias is torch\.int32, want torch\.float32"),
-            (lambda s, m: m.update(kind="linear"), "is a linear, not a backbone"),
+            (lambda s, m: m.update(kind="linear"), "holds a linear head, not a backbone"),
             (lambda s, m: m.update(surprise=1), "not a backbone's manifest: it has .*surprise"),
             (lambda s, m: m.pop("preprocess"), "not a backbone's manifest"),
             (lambda s, m: m["preprocess"].pop("mean"), "lacks mean"),

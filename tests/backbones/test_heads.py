@@ -62,7 +62,7 @@ class TestStrictness:
             load_head(path, "b" * 64)
 
     def test_a_head_is_no_backbone_and_the_other_way_round(self, path: Path, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="is a linear, not a backbone"):
+        with pytest.raises(CheckpointError, match="holds a linear head, not a backbone"):
             load_backbone(path)
         save_backbone(tmp_path / "net.safetensors", small_vit(), Manifest(architecture={}))
         with pytest.raises(CheckpointError, match="is a backbone, not a head"):

@@ -21,6 +21,8 @@ from runtimes.onnx_runtime import OnnxRuntime, check_one_build, pick_providers
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime
 from runtimes.torch_runtime import TorchRuntime, pick_device
+from server.artifacts import load_artifacts
+from server.config import ServerConfig
 from tests.exports.artifacts import Artifact
 from tests.runtimes.fake_servers import SERVERS, Served
 
@@ -159,11 +161,15 @@ def test_a_gpu_that_does_not_start_is_no_silent_cpu(exported: Artifact, monkeypa
 
 @pytest.mark.parametrize("names", [("onnxruntime", "onnxruntime-gpu"), ("numpy", "OnnxRuntime_GPU", "onnxruntime")])
 def test_both_builds_of_onnxruntime_at_once_are_an_error(
-    exported: Artifact, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
+    """Said before any file is looked at, whichever engine it is for."""
     found = [SimpleNamespace(metadata={"Name": name}) for name in names]
     monkeypatch.setattr(runtimes.onnx_runtime, "distributions", lambda: found)
-    assert "onnxruntime and onnxruntime-gpu are both installed" in refusal(exported.onnx)
+    for path in (tmp_path / "none.onnx", tmp_path / "none.safetensors"):
+        assert "onnxruntime and onnxruntime-gpu are both installed" in refusal(path)
+    with pytest.raises(InputError, match="both installed"):
+        load_artifacts(ServerConfig(models=tmp_path / "none"))
 
 
 @pytest.mark.parametrize("names", [("onnxruntime",), ("onnxruntime-gpu", "onnx"), (None, "onnxruntime")])
