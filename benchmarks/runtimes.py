@@ -37,7 +37,9 @@ def time_image(runtime: Runtime, pixels_NCHW: np.ndarray, outputs: tuple[str, ..
     return Timing((time.perf_counter() - wall) * 1e3 / n, (time.process_time() - cpu) * 1e3 / n)
 
 
-def compare(runtimes: dict[str, Runtime], pixels_NCHW: np.ndarray, outputs: tuple[str, ...], rounds: int) -> dict[str, Timing]:
+def compare(
+    runtimes: dict[str, Runtime], pixels_NCHW: np.ndarray, outputs: tuple[str, ...], rounds: int
+) -> dict[str, Timing]:
     """Median timing of each runtime over `rounds` interleaved calls; one call each goes uncounted before."""
     seen: dict[str, list[Timing]] = {name: [] for name in runtimes}
     for i in range(rounds + 1):
@@ -62,7 +64,10 @@ def main(ckpt: Path = Path("models/dinoscope_tiny.safetensors"), size_px: int = 
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "backbone.onnx"
         export_onnx(ckpt, onnx)
-        runtimes = {"torch": open_runtime(ckpt, device="cpu", threads=1), "onnx": open_runtime(onnx, device="cpu", threads=1)}
+        runtimes = {
+            "torch": open_runtime(ckpt, device="cpu", threads=1),
+            "onnx": open_runtime(onnx, device="cpu", threads=1),
+        }
         print(f"{ckpt}, {size_px} px, 1 thread, median of {rounds} rounds, milliseconds an image (wall / CPU)")
         print(f"{'batch':>5}  {'outputs':<22}{'torch':>16}{'onnx':>16}{'torch / onnx (CPU)':>20}")
         rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ Axes: V views, T teacher views (the two global ones), B images, D features, K pr
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from backbones.vit import Block, ViT
 from training.losses import dino_cross_entropy, entropy, teacher_targets
 from training.optimizer import clip_each_, set_rates_
 from training.projection_head import HeadSpec, ProjectionHead
+
+L = TypeVar("L", bound=nn.Module)
 
 
 class Learner(nn.Module):
@@ -64,34 +67,40 @@ class StepSpec:
 
 
 @dataclass
-class State:
+class State(Generic[L]):
     """All that a step changes."""
 
-    student: Learner
-    teacher: Learner
-    center_K: Tensor
+    student: L
+    teacher: L
+    centers: dict[str, Tensor]
+    """Running means [K] of the teacher's logits, by head."""
     optimizer: torch.optim.Optimizer
 
 
 def make_learners(backbone: ViT | ResNet, head: HeadSpec) -> tuple[Learner, Learner]:
     """A student, and a teacher with the same weights that takes no gradients and drops no paths."""
-    student = Learner(backbone, ProjectionHead(backbone.embed_dim, head))
+    student = Learner(backbone, ProjectionHead(backbone.embed_dim, head)).train()
+    return student, teacher_copy(student)
+
+
+def teacher_copy(student: L) -> L:
+    """The same weights, without gradients and without stochastic depth."""
     teacher = copy.deepcopy(student)
     for module in teacher.modules():
         if isinstance(module, Block):
             module.drop_path = 0.0
-    return student.train(), teacher.requires_grad_(False).train()
+    return teacher.requires_grad_(False).train()
 
 
-def train_step_(state: State, views: Sequence[Tensor], at: Schedule, spec: StepSpec) -> dict[str, float]:
+def train_step_(state: State[Learner], views: Sequence[Tensor], at: Schedule, spec: StepSpec) -> dict[str, float]:
     """One step on views [B, 3, h, w], the two global ones first; returns what was optimised and what tells of collapse.
 
     A loss that is not finite changes nothing; the caller sees it in `loss`.
     """
-    set_rates_(state.optimizer, at.lr, at.weight_decay)
+    set_rates_(state.optimizer, at.lr, at.weight_decay, at.lr)
     with torch.no_grad():
         teacher_logits_TBK, teacher_features_TBD = state.teacher(views[:2], bf16=spec.bf16_backbone)
-        targets_TBK = teacher_targets(teacher_logits_TBK, state.center_K, at.teacher_temperature)
+        targets_TBK = teacher_targets(teacher_logits_TBK, state.centers["dino"], at.teacher_temperature)
     student_logits_VBK, _ = state.student(views, bf16=spec.bf16_backbone)
     loss = dino_cross_entropy(student_logits_VBK, targets_TBK, spec.student_temperature)
     state.optimizer.zero_grad(set_to_none=True)
@@ -104,7 +113,7 @@ def train_step_(state: State, views: Sequence[Tensor], at: Schedule, spec: StepS
             parameter.grad = None
     state.optimizer.step()
     ema_update_(state.teacher, state.student, at.momentum)
-    update_center_(state.center_K, teacher_logits_TBK, spec.center_momentum)
+    update_center_(state.centers["dino"], teacher_logits_TBK, spec.center_momentum)
     target_entropy = entropy(targets_TBK).item()
     return {
         "loss": loss.item(),
@@ -122,9 +131,9 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None
 
 
 @torch.no_grad()
-def update_center_(center_K: Tensor, teacher_logits_TBK: Tensor, momentum: float) -> None:
+def update_center_(center_K: Tensor, teacher_logits: Tensor, momentum: float) -> None:
     """centre <- m * centre + (1 - m) * mean of the raw teacher logits (Caron et al. 2021, eq. 4)."""
-    center_K.mul_(momentum).add_(teacher_logits_TBK.float().mean(dim=(0, 1)), alpha=1 - momentum)
+    center_K.mul_(momentum).add_(teacher_logits.float().flatten(0, -2).mean(dim=0), alpha=1 - momentum)
 
 
 def feature_spread(features_BD: Tensor) -> float:

@@ -27,8 +27,9 @@ from backbones.vit import ViT
 from data.datasets import Dataset
 from data.errors import CheckFailed, InputError
 from data.loader import ViewLoader
-from training.distillation import Schedule, State, make_learners, train_step_
-from training.optimizer import make_optimizer
+from training.dinov2 import Dinov2Spec
+from training.distillation import Schedule, State
+from training.methods import make_state, take_step_
 from training.picture import attention_picture
 from training.recipes import Recipe
 from training.run_folder import RunFolder
@@ -48,13 +49,16 @@ class Plan:
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         optim, steps = recipe.optim, recipe.epochs * steps_per_epoch
-        peak = optim.lr_per_256_images * recipe.batch_size / 256
+        peak = optim.peak_lr(recipe.batch_size)
         warmup = min(round(optim.warmup_epochs * steps_per_epoch), steps)
         self.steps_per_epoch, self.steps = steps_per_epoch, steps
         self.lr = Cosine(peak, min(optim.min_lr, peak), steps, warmup)
         self.weight_decay = Cosine(*optim.weight_decay, steps)
         self.momentum = Cosine(*optim.momentum, steps)
-        self.temperature = LinearWarmup(*optim.teacher_temperature, optim.teacher_warmup_epochs)
+        # DINOv1 warms the teacher up by the epoch, DINOv2 by the step.
+        self.steps_per_temperature = 1 if isinstance(recipe.step, Dinov2Spec) else steps_per_epoch
+        temperatures = optim.teacher_warmup_epochs * steps_per_epoch // self.steps_per_temperature
+        self.temperature = LinearWarmup(*optim.teacher_temperature, temperatures)
         self.frozen_steps = round(optim.freeze_last_layer_epochs * steps_per_epoch)
 
     def at(self, step: int) -> Schedule:
@@ -63,7 +67,7 @@ class Plan:
             lr=self.lr.at(step),
             weight_decay=self.weight_decay.at(step),
             momentum=self.momentum.at(step),
-            teacher_temperature=self.temperature.at(step // self.steps_per_epoch),
+            teacher_temperature=self.temperature.at(step // self.steps_per_temperature),
             freeze_last_layer=step < self.frozen_steps,
         )
 
@@ -105,21 +109,14 @@ def train(
     return folder.checkpoint
 
 
-def make_state(recipe: Recipe, device: torch.device) -> State:
-    """Freshly initialised student, teacher, centre and optimiser."""
-    student, teacher = make_learners(ViT(recipe.backbone), recipe.head)
-    student, teacher = student.to(device), teacher.to(device)
-    center_K = torch.zeros(recipe.head.prototypes, device=device)
-    return State(student, teacher, center_K, make_optimizer(student.named_parameters()))
-
-
-def restore_(state: State, folder: RunFolder) -> int:
+def restore_(state: State[Any], folder: RunFolder) -> int:
     """Load the saved state into `state` and the random generator; returns the step to take next."""
     saved = folder.load_state()
     try:
         state.student.load_state_dict(saved["student"])
         state.teacher.load_state_dict(saved["teacher"])
-        state.center_K.copy_(saved["center"])
+        for name, center_K in state.centers.items():
+            center_K.copy_(saved["centers"][name])
         state.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         return int(saved["step"])
@@ -131,7 +128,13 @@ class Run:
     """A run under way: takes steps, writes the folder."""
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, folder: RunFolder, state: State, loader: ViewLoader, resolved: dict[str, Any]
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        folder: RunFolder,
+        state: State[Any],
+        loader: ViewLoader,
+        resolved: dict[str, Any],
     ) -> None:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved = resolved
@@ -154,17 +157,9 @@ class Run:
                 log.write(json.dumps(record) + "\n")
                 step += 1
                 progress.show(step, record)
-                for name in (
-                    "loss",
-                    "lr",
-                    "momentum",
-                    "target_entropy_nats",
-                    "kl_nats",
-                    "feature_spread",
-                    "images_per_s",
-                ):
-                    if name in record and math.isfinite(record[name]):
-                        curves.add_scalar(name, record[name], step)
+                for name, value in record.items():
+                    if name not in ("step", "epoch") and math.isfinite(value):
+                        curves.add_scalar(name, value, step)
                 signal_number = stopped()
                 if signal_number or time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0:
                     self.save(step)
@@ -186,7 +181,7 @@ class Run:
 
     def _step(self, step: int, views: list[torch.Tensor]) -> dict[str, Any]:
         at = self.plan.at(step)
-        found = train_step_(self.state, views, at, self.recipe.step)
+        found = take_step_(self.state, views, at, self.recipe, np.random.default_rng([self.resolved["seed"], step]))
         if math.isfinite(found["loss"]):
             self.bad_steps = 0
         else:
@@ -195,7 +190,7 @@ class Run:
             if self.bad_steps >= MAX_BAD_STEPS:
                 raise CheckFailed(
                     f"{MAX_BAD_STEPS} steps in a row without a finite loss, last step {step}; "
-                    "lower lr_per_256_images or the teacher temperature, and resume from the last state"
+                    "lower lr or the teacher temperature, and resume from the last state"
                 )
         if step % self.plan.steps_per_epoch == self.plan.steps_per_epoch - 1:
             self._warn_of_collapse(step, found)
@@ -221,7 +216,7 @@ class Run:
             {
                 "student": state.student.state_dict(),
                 "teacher": state.teacher.state_dict(),
-                "center": state.center_K,
+                "centers": state.centers,
                 "optimizer": state.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "step": step,
@@ -253,7 +248,7 @@ class Run:
                 continue
         if images and isinstance(self.state.teacher.backbone, ViT):
             picture = attention_picture(self.state.teacher.backbone.cpu(), images, self.recipe.preprocess)
-            self.state.teacher.backbone.to(self.state.center_K.device)
+            self.state.teacher.backbone.to(self.state.centers["dino"].device)
             scratch = self.folder.path / ".attention.part.png"
             cv2.imwrite(str(scratch), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
             scratch.replace(self.folder.picture)

@@ -1,31 +1,62 @@
-"""Parameter groups, gradient clipping and the optimiser of DINO."""
+"""Parameter groups, gradient clipping and the optimiser."""
 
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-    """AdamW with two groups: weights, which decay, then biases and all 1-D parameters, which do not.
+class Multipliers(NamedTuple):
+    """What a parameter makes of the step's rates."""
 
-    Learning rate and weight decay are set at each step; see `set_rates_`.
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    last_layer: bool = False
+    """Takes the last layer's learning rate, which is held at 0 in the beginning."""
+
+
+def dino_multipliers(name: str, parameter: Tensor) -> Multipliers:
+    """DINOv1: biases and all 1-D parameters do not decay."""
+    return Multipliers(weight_decay=0.0 if name.endswith(".bias") or parameter.ndim == 1 else 1.0)
+
+
+def dinov2_multipliers(name: str, depth: int, layer_decay: float, patch_embed_lr: float) -> Multipliers:
+    """DINOv2: rates fall from the head to the input by `layer_decay` per block; biases, norms and LayerScale do not decay.
+
+    `name` counts from the learner or from the backbone; `patch_embed_lr` multiplies the patch embedding's rate once more.
     """
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in named:
+    part = name.removeprefix("backbone.")
+    block = int(part.split(".")[1]) if part.startswith("blocks.") else -1
+    at_input = part.startswith(("cls_token", "mask_token", "register_tokens", "pos_embed", "patch_embed"))
+    power = depth - block if block >= 0 or at_input else 0
+    return Multipliers(
+        lr=layer_decay**power * (patch_embed_lr if part.startswith("patch_embed") else 1.0),
+        weight_decay=0.0 if part.endswith(".bias") or "norm" in part or "gamma" in part else 1.0,
+        last_layer="last_layer" in part,
+    )
+
+
+def make_optimizer(parameters: Iterable[tuple[nn.Parameter, Multipliers]]) -> torch.optim.AdamW:
+    """AdamW with one group for each set of multipliers, in order of appearance; frozen parameters are left out.
+
+    Rates are set at each step; see `set_rates_`.
+    """
+    members: dict[Multipliers, list[nn.Parameter]] = defaultdict(list)
+    for parameter, multipliers in parameters:
         if parameter.requires_grad:
-            (spared if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+            members[multipliers].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": found, "multipliers": tuple(key)} for key, found in members.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
-def set_rates_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all groups and the weight decay of the first."""
+def set_rates_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float) -> None:
+    """Give each group its share of the step's rates."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+        multipliers = Multipliers(*group["multipliers"])
+        group["lr"] = multipliers.lr * (last_layer_lr if multipliers.last_layer else lr)
+        group["weight_decay"] = multipliers.weight_decay * weight_decay
 
 
 def clip_each_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from backbones.vit import ViTSpec
 from data.crops import CropSpec
 from data.errors import InputError
 from data.preprocess import Preprocess
+from training.dinov2 import Dinov2Spec
 from training.distillation import StepSpec
 from training.projection_head import HeadSpec
 
@@ -16,8 +17,11 @@ from training.projection_head import HeadSpec
 class OptimSpec:
     """AdamW and its schedules."""
 
-    lr_per_256_images: float = 5e-4
-    """Peak learning rate for a batch of 256; scaled linearly with the batch (Goyal et al. 2017)."""
+    lr: float = 5e-4
+    """Peak learning rate for a batch of `lr_batch` images."""
+    lr_batch: int = 256
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """How the rate grows with the batch: DINOv1 linearly (Goyal et al. 2017), DINOv2 with its root."""
     min_lr: float = 1e-6
     warmup_epochs: float = 10
     weight_decay: tuple[float, float] = (0.04, 0.4)
@@ -29,6 +33,15 @@ class OptimSpec:
     teacher_warmup_epochs: int = 0
     freeze_last_layer_epochs: float = 1
     """While it lasts the prototypes keep their first values, which steadies the start."""
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the block above it (DINOv2 only)."""
+    patch_embed_lr: float = 1.0
+    """Multiplies the learning rate of the patch embedding (DINOv2 only)."""
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Peak learning rate for this batch."""
+        share = batch_size / self.lr_batch
+        return self.lr * (share if self.lr_rule == "linear" else share**0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +52,8 @@ class Recipe:
     crops: CropSpec = field(default_factory=CropSpec)
     head: HeadSpec = field(default_factory=HeadSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
-    step: StepSpec = field(default_factory=StepSpec)
+    step: StepSpec | Dinov2Spec = field(default_factory=StepSpec)
+    """Decides the method: DINOv1 or DINOv2."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     """Stored with the checkpoint: how evaluators and servers shall feed it."""
     epochs: int = 100
@@ -85,7 +99,7 @@ RECIPES: dict[str, Recipe] = {
         crops=CropSpec(global_px=96, local_px=48, n_local=6, global_scale=(0.3, 1.0), local_scale=(0.08, 0.35)),
         head=HeadSpec(prototypes=1024, hidden=768, bottleneck=128),
         optim=OptimSpec(
-            lr_per_256_images=8e-3,
+            lr=8e-3,
             warmup_epochs=1,
             weight_decay=(0.04, 0.1),
             momentum=(0.99, 1.0),

@@ -128,7 +128,7 @@ def test_a_damaged_state_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_losses_that_stay_non_finite_end_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "train_step_", lambda *_: {"loss": float("nan")})
+    monkeypatch.setattr(loop, "take_step_", lambda *_: {"loss": float("nan")})
     with pytest.raises(CheckFailed, match="5 steps in a row"):
         train(smoke(epochs=4), open_dataset(str(folder)), tmp_path / "run", workers=0, **WORDS)
 
@@ -143,7 +143,7 @@ def test_schedules_span_the_run() -> None:
     plan = Plan(recipe, steps_per_epoch=10)
     assert plan.steps == 1000
     assert plan.at(0).lr == 0
-    assert plan.at(99).lr == pytest.approx(recipe.optim.lr_per_256_images * 64 / 256)
+    assert plan.at(99).lr == pytest.approx(recipe.optim.lr * 64 / 256)
     assert plan.at(0).freeze_last_layer
     assert not plan.at(10).freeze_last_layer
     assert plan.at(999).momentum == pytest.approx(1.0, abs=1e-5)

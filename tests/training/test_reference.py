@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from backbones.vit import ViT, ViTSpec
 from training.distillation import Learner, Schedule, State, StepSpec, ema_update_, train_step_, update_center_
 from training.losses import dino_cross_entropy, teacher_targets
-from training.optimizer import clip_each_, make_optimizer
+from training.optimizer import clip_each_, dino_multipliers, dinov2_multipliers, make_optimizer
 from training.projection_head import HeadSpec, ProjectionHead
 from training.schedules import Cosine, LinearWarmup
 
@@ -130,11 +130,28 @@ def test_parameter_groups(reference: Path, frozen: bool, batch_norm: bool) -> No
     head = HeadSpec(prototypes=56, hidden=32, bottleneck=16, batch_norm=batch_norm, freeze_magnitude=frozen)
     learner = Learner(ViT(ViTSpec(patch_px=8, width=24, depth=2, heads=3, img_px=32)), ProjectionHead(24, head))
     names = {id(parameter): name for name, parameter in learner.named_parameters()}
-    decayed, spared = (
-        {names[id(p)] for p in group["params"]} for group in make_optimizer(learner.named_parameters()).param_groups
-    )
+    optimizer = make_optimizer((p, dino_multipliers(name, p)) for name, p in learner.named_parameters())
+    by_decay = {1.0: set(), 0.0: set()}  # type: dict[float, set[str]]
+    for group in optimizer.param_groups:
+        by_decay[group["multipliers"][1]] |= {names[id(p)] for p in group["params"]}
+    decayed, spared = by_decay[1.0], by_decay[0.0]
     assert decayed == {name for name, group in wanted.items() if group == "regularized"}
     assert spared == {name for name, group in wanted.items() if group == "not_regularized"}
+
+
+@pytest.mark.parametrize("part_name", ["backbone_unchunked", "backbone_nodecay", "dino_head"])
+def test_rates_of_each_layer(reference: Path, part_name: str) -> None:
+    """DINOv2: which share of the learning rate and of the weight decay each parameter takes."""
+    group = json.loads((reference / "param_groups" / "v2_groups.json").read_text())[part_name]
+    rates = []
+    for name, wanted in group["params"].items():
+        found = dinov2_multipliers(name, group.get("depth", 0), group["layerwise_decay"], group["patch_embed_lr_mult"])
+        rates.append(found)
+        assert found.lr == pytest.approx(wanted["lr_multiplier"], rel=1e-12), name
+        assert found.weight_decay == wanted["wd_multiplier"], name
+        assert found.last_layer == wanted["is_last_layer"], name
+    if "n_fused_groups" in group:
+        assert len(set(rates)) == group["n_fused_groups"]
 
 
 def learner_of(config: dict, state: dict[str, torch.Tensor]) -> Learner:  # type: ignore[type-arg]
@@ -156,6 +173,10 @@ def learner_of(config: dict, state: dict[str, torch.Tensor]) -> Learner:  # type
     return learner
 
 
+def adamw(learner: Learner) -> torch.optim.AdamW:
+    return make_optimizer((p, dino_multipliers(name, p)) for name, p in learner.named_parameters())
+
+
 @pytest.mark.parametrize("variant", STEP_VARIANTS)
 def test_two_whole_steps(reference: Path, variant: str) -> None:
     """Losses, gradient norms, centre, and the weights of student and teacher after each step."""
@@ -164,7 +185,7 @@ def test_two_whole_steps(reference: Path, variant: str) -> None:
     io, states = load_file(folder / "io.safetensors"), load_file(folder / "states.safetensors")
     student = learner_of(config, part(states, "student_0/"))
     teacher = learner_of(config, part(states, "teacher_0/")).requires_grad_(False)
-    state = State(student, teacher, torch.zeros(config["head"]["out_dim"]), make_optimizer(student.named_parameters()))
+    state = State(student, teacher, {"dino": torch.zeros(config["head"]["out_dim"])}, adamw(student))
     spec = StepSpec(clip_norm=config["clip_grad"] or 0.0)
     for i in range(config["steps"]):
         step = part(io, f"step{i}/")
@@ -179,7 +200,7 @@ def test_two_whole_steps(reference: Path, variant: str) -> None:
         found = train_step_(state, views, at, spec)
         assert found["loss"] == pytest.approx(float(step["loss"]), rel=1e-4)
         assert found["grad_norm"] == pytest.approx(float(step["grad_norm_before_clip"]), rel=1e-3)
-        torch.testing.assert_close(state.center_K[None], step["center_after"], **FORWARD)
+        torch.testing.assert_close(state.centers["dino"][None], step["center_after"], **FORWARD)
         for learner, name in ((state.student, f"student_{i + 1}/"), (state.teacher, f"teacher_{i + 1}/")):
             if wanted := part(states, name):
                 check_weights(learner, wanted, part(states, "grad_0/"), at.lr)

@@ -1,0 +1,47 @@
+"""The methods a recipe may name by its step: DINOv1 and DINOv2. The training loop knows no other difference between them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbones.vit import ViT
+from training import dinov2, distillation
+from training.dinov2 import Dinov2Spec
+from training.distillation import Schedule, State
+from training.masking import batch_masks
+from training.optimizer import dino_multipliers, dinov2_multipliers, make_optimizer
+from training.recipes import Recipe
+
+
+def make_state(recipe: Recipe, device: torch.device) -> State[Any]:
+    """Freshly initialised student, teacher, centres and optimiser."""
+    backbone, spec, rates = ViT(recipe.backbone), recipe.step, recipe.optim
+    if isinstance(spec, Dinov2Spec):
+        student, teacher = (one.to(device) for one in dinov2.make_learners(backbone, recipe.head, spec))
+        sizes = {"dino": recipe.head.prototypes, "ibot": (spec.ibot_head or recipe.head).prototypes}
+        depth = recipe.backbone.depth
+        rated = [
+            (p, dinov2_multipliers(name, depth, rates.layer_decay, rates.patch_embed_lr))
+            for name, p in student.named_parameters()
+        ]
+    else:
+        student, teacher = (one.to(device) for one in distillation.make_learners(backbone, recipe.head))  # type: ignore[assignment]
+        sizes = {"dino": recipe.head.prototypes}
+        rated = [(p, dino_multipliers(name, p)) for name, p in student.named_parameters()]
+    centers = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
+    return State(student, teacher, centers, make_optimizer(rated))
+
+
+def take_step_(
+    state: State[Any], views: Sequence[Tensor], at: Schedule, recipe: Recipe, rng: np.random.Generator
+) -> dict[str, float]:
+    """One step of the recipe's method on views [B, 3, h, w], the two global ones first; `rng` draws what is random beyond the views."""
+    spec = recipe.step
+    if not isinstance(spec, Dinov2Spec):
+        return distillation.train_step_(state, views, at, spec)
+    h, w = (side // recipe.backbone.patch_px for side in views[0].shape[2:])
+    masks_GN = torch.from_numpy(batch_masks(2 * len(views[0]), h, w, spec.masks, rng)).to(views[0].device)
+    return dinov2.train_step_(state, views, masks_GN, at, spec)
