@@ -2,7 +2,8 @@
 
 Read in this order: ViTSpec, the parts of a block, ViT. Parameter names are those of the published weights, blocks unchunked.
 
-Axes: B images, T tokens (CLS, registers, patches), R registers, N patches (N = h * w, row-major), D feature size, M side of the table.
+Axes: B images, T tokens (CLS, registers, patches), R registers, N patches (N = h * w, row-major), D feature size, M side of the table,
+S all tokens of a packed sequence.
 """
 
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ class ViTSpec:
     mask_token: bool = False
     drop_path: float = 0.0
     """Share of samples that skip a residual branch in training; grows linearly over the depth."""
+    drop_path_uniform: bool = False
+    """The same share in every block instead (DINOv2)."""
     in_channels: int = 3
 
     def __post_init__(self) -> None:
@@ -80,6 +83,10 @@ class Features:
     """[B, N, D]"""
     prenorm: Tensor
     """[B, T, D], before the final norm"""
+
+
+Shapes = Sequence[tuple[int, int]]
+"""Images B and tokens T of each group of equally large crops in a packed sequence."""
 
 
 class PatchEmbed(nn.Module):
@@ -116,6 +123,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.mix(*self.split(x_BTD))
+
+    def packed(self, x_SD: Tensor, shapes: Shapes) -> Tensor:
+        """Every image of a packed sequence attends to itself only: [S, D]."""
+        mixed = []
+        for (B, T), qkv in zip(shapes, self.qkv(x_SD).split([B * T for B, T in shapes]), strict=True):
+            q, k, v = qkv.reshape(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed.append(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(B * T, -1))
+        return self.proj(torch.cat(mixed))
 
     def weights(self, x_BTD: Tensor) -> Tensor:
         """Softmax weights of every query, [B, heads, T, T]; costs O(T^2) memory."""
@@ -187,6 +202,32 @@ class Block(nn.Module):
         x_BTD = x_BTD + self._drop(self.ls1(self.attn(self.norm1(x_BTD))))
         return x_BTD + self._drop(self.ls2(self.mlp(self.norm2(x_BTD))))
 
+    def packed(self, x_SD: Tensor, shapes: Shapes) -> Tensor:
+        """The same on crops of several sizes at once, [S, D]; skipped samples cost nothing (Oquab et al. 2023, section 5)."""
+        for norm, mix, scale in ((self.norm1, self.attn.packed, self.ls1), (self.norm2, self._mlp_packed, self.ls2)):
+            if not self.training or self.drop_path == 0:
+                x_SD = x_SD + scale(mix(norm(x_SD), shapes))
+                continue
+            rows_R, gains_R1, kept = self._subset(shapes, x_SD.device)
+            branch_RD = scale(mix(norm(x_SD[rows_R]), kept))
+            x_SD = x_SD.index_add(0, rows_R, (branch_RD * gains_R1).to(x_SD.dtype))
+        return x_SD
+
+    def _mlp_packed(self, x_SD: Tensor, _: Shapes) -> Tensor:
+        return self.mlp(x_SD)
+
+    def _subset(self, shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor, Shapes]:
+        """Rows of the samples that take the branch, what each row's branch is multiplied by, and the shapes that are left."""
+        rows, gains, kept, start = [], [], [], 0
+        for B, T in shapes:
+            n = max(int(B * (1 - self.drop_path)), 1)
+            samples_n = torch.randperm(B, device=device)[:n]
+            rows.append((start + samples_n[:, None] * T + torch.arange(T, device=device)).flatten())
+            gains.append(torch.full((n * T, 1), B / n, device=device))
+            kept.append((n, T))
+            start += B * T
+        return torch.cat(rows), torch.cat(gains), kept
+
     def forward_with_cls_weights(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output [B, T, D] and the CLS query's softmax weights [B, heads, T]; for evaluation."""
         q, k, v = self.attn.split(self.norm1(x_BTD))
@@ -213,7 +254,8 @@ class ViT(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.width)) if spec.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, spec.width)) if spec.mask_token else None
         self.patch_embed = PatchEmbed(spec)
-        rates = torch.linspace(0, spec.drop_path, spec.depth, device="cpu").tolist()
+        first_rate = spec.drop_path if spec.drop_path_uniform else 0.0
+        rates = torch.linspace(first_rate, spec.drop_path, spec.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(spec, rate) for rate in rates)
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
         self.reset_parameters()
@@ -272,7 +314,21 @@ class ViT(nn.Module):
         x_BTD = self.tokens(pixels_BCHW, masks)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        normed_BTD, first = self.norm(x_BTD), 1 + self.spec.registers
+        return self._features(x_BTD, self.norm(x_BTD))
+
+    def packed_features(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]:
+        """The features of several batches of crops, each of its own size, from one pass over one sequence of all their tokens."""
+        tokens = [self.tokens(pixels_BCHW, masks_BN) for pixels_BCHW, masks_BN in zip(crops, masks, strict=True)]
+        shapes = [(len(x_BTD), x_BTD.shape[1]) for x_BTD in tokens]
+        x_SD = torch.cat([x_BTD.flatten(0, 1) for x_BTD in tokens])
+        for block in self.blocks:
+            x_SD = block.packed(x_SD, shapes)  # type: ignore[operator]
+        sizes = [B * T for B, T in shapes]
+        pairs = zip(shapes, x_SD.split(sizes), self.norm(x_SD).split(sizes), strict=True)
+        return [self._features(x.unflatten(0, shape), normed.unflatten(0, shape)) for shape, x, normed in pairs]
+
+    def _features(self, x_BTD: Tensor, normed_BTD: Tensor) -> Features:
+        first = 1 + self.spec.registers
         return Features(normed_BTD[:, 0], normed_BTD[:, 1:first], normed_BTD[:, first:], x_BTD)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:

@@ -57,11 +57,15 @@ class Dinov2Learner(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
 
-    def encode(self, pixels: Tensor, masks_GN: Tensor | None, bf16: bool) -> tuple[Tensor, Tensor]:
-        """CLS tokens [G, D] and patches [G, N, D], float32, of crops [G, 3, h, w]."""
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            found = self.backbone.features(pixels, masks_GN)
-        return found.cls.float(), found.patches.float()
+    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, bf16: bool) -> tuple[Tensor, Tensor]:
+        """CLS tokens [C, D] of all crops, and patches [G, N, D] of the first batch of crops, to which the masks belong; float32.
+
+        All crops [C_i, 3, h_i, w_i] go through the backbone as one packed sequence.
+        """
+        masks = [masks_GN, *[None] * (len(crops) - 1)]
+        with torch.autocast(crops[0].device.type, torch.bfloat16, enabled=bf16):
+            found = self.backbone.packed_features(crops, masks)
+        return torch.cat([one.cls for one in found]).float(), found[0].patches.float()
 
     def logits(self, cls_BD: Tensor, patches_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] of CLS tokens and [R, K'] of patches; a shared head takes both in one call."""
@@ -126,7 +130,7 @@ def teacher_says_(
     state: State, global_crops: Tensor, masks_GN: Tensor, temperature: float, spec: Dinov2Spec
 ) -> Targets:
     """The teacher's probabilities for CLS tokens and masked patches; the centres move on, for the next step to use."""
-    cls_GD, patches_GND = state.teacher.encode(global_crops, None, spec.bf16_backbone)
+    cls_GD, patches_GND = state.teacher.encode([global_crops], None, spec.bf16_backbone)
     cls_GK, patches_RK = state.teacher.logits(cls_GD, patches_GND[masks_GN])
     if spec.targets == "sinkhorn":
         cls_probs_GK = sinkhorn_knopp(cls_GK, temperature, spec.sinkhorn_iterations)
@@ -150,10 +154,8 @@ def loss_terms(
     DINO is the mean over all pairs of different views; `dino_global` holds the two pairs of global crops, `dino_local` the others.
     """
     n_images, n_views = len(views[0]), len(views)
-    cls_GD, patches_GND = student.encode(torch.cat(list(views[:2])), masks_GN, spec.bf16_backbone)
-    cls_VD = cls_GD
-    if n_views > 2:
-        cls_VD = torch.cat([cls_GD, student.encode(torch.cat(list(views[2:])), None, spec.bf16_backbone)[0]])
+    crops = [torch.cat(list(same)) for same in (views[:2], views[2:]) if same]
+    cls_VD, patches_GND = student.encode(crops, masks_GN, spec.bf16_backbone)
     logits_VK, patches_RK = student.logits(cls_VD, patches_GND[masks_GN])
     logits_VBK = logits_VK.unflatten(0, (n_views, n_images))
     dino = dino_cross_entropy(logits_VBK, targets.cls_TBK, spec.student_temperature)
@@ -161,7 +163,9 @@ def loss_terms(
     dino_global = 2 * across_2B.mean() / (2 * n_views - 2)
     terms = {"dino_local": spec.dino_weight * (dino - dino_global), "dino_global": spec.dino_weight * dino_global}
     if spec.koleo_weight:
-        terms["koleo"] = spec.koleo_weight * torch.stack([koleo_loss(cls_BD) for cls_BD in cls_GD.chunk(2)]).sum()
+        terms["koleo"] = (
+            spec.koleo_weight * torch.stack([koleo_loss(cls_BD) for cls_BD in cls_VD[: len(masks_GN)].chunk(2)]).sum()
+        )
     if spec.ibot_weight:
         weights_R = (1 / masks_GN.sum(dim=1).clamp_min(1))[:, None].expand_as(masks_GN)[masks_GN]
         ibot = ibot_loss(patches_RK, targets.patches_RK, weights_R, len(masks_GN), spec.student_temperature)

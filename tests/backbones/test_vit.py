@@ -98,3 +98,31 @@ class TestStochasticDepth:
     def test_the_rate_grows_over_the_depth(self) -> None:
         rates = [block.drop_path for block in small_vit(depth=5, drop_path=0.2).blocks]
         assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+
+    def test_the_rate_may_be_the_same_everywhere(self) -> None:
+        rates = [block.drop_path for block in small_vit(depth=3, drop_path=0.2, drop_path_uniform=True).blocks]
+        assert rates == pytest.approx([0.2, 0.2, 0.2])
+
+
+class TestPackedSequences:
+    def test_crops_of_two_sizes_in_one_pass_give_what_each_gives_alone(self) -> None:
+        model = small_vit(registers=2, mask_token=True)
+        crops, masks = [torch.randn(3, 3, 32, 32), torch.randn(5, 3, 16, 24)], torch.rand(3, 16) < 0.5
+        for found, pixels, mask in zip(model.packed_features(crops, [masks, None]), crops, [masks, None], strict=True):
+            alone = model.features(pixels, mask)
+            for name in ("cls", "registers", "patches", "prenorm"):
+                torch.testing.assert_close(getattr(found, name), getattr(alone, name), atol=2e-5, rtol=1e-4)
+
+    def test_skipped_samples_keep_what_they_had(self) -> None:
+        block = small_vit(depth=1, drop_path=0.5, drop_path_uniform=True).train().blocks[0]
+        x_SD = torch.randn(4 * 5 + 6 * 2, 64)
+        rows, gains, kept = block._subset([(4, 5), (6, 2)], x_SD.device)
+        assert kept == [(2, 5), (3, 2)]
+        assert gains.unique().tolist() == [2.0]
+        moved = torch.zeros(len(x_SD), dtype=torch.bool).index_fill(0, rows, True)
+        assert moved[:20].view(4, 5).all(dim=1).sum() == 2, "whole samples of the first group"
+        assert moved[20:].view(6, 2).all(dim=1).sum() == 3, "and of the second"
+
+    def test_at_least_one_sample_of_each_group_takes_the_branch(self) -> None:
+        block = small_vit(depth=1, drop_path=0.9, drop_path_uniform=True).train().blocks[0]
+        assert block._subset([(1, 5), (2, 3)], torch.device("cpu"))[2] == [(1, 5), (1, 3)]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backbones.vit import ViT, ViTSpec
+from backbones.vit import Block, ViT, ViTSpec
 from tests.backbones.nets import FORWARD, load_reference, sizes_in
 
 V2_VARIANTS = ("noreg_mlp", "noreg_mlp_chunked", "reg4_mlp", "reg4_swiglu_chunked", "nols_noqkvbias")
@@ -171,3 +171,21 @@ class TestPositionEncodings:
         table = load_file(reference / "v1_pos_embed" / "io.safetensors")["pos_embed"]
         assert torch.equal(encoding(table, 16, "224x224", 0.1, False), table)
         assert not torch.equal(encoding(table, 16, "784x64", 0.1, False), table)
+
+
+class TestStochasticDepth:
+    def test_a_branch_runs_on_a_subset_of_the_batch(self, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = reference / "v2_stochastic_depth"
+        config, io = json.loads((folder / "config.json").read_text()), load_file(folder / "io.safetensors")
+        width, heads, rate = config["dim"], config["num_heads"], config["drop_path"]
+        spec = ViTSpec(patch_px=8, width=width, depth=1, heads=heads, layer_scale=1.0)
+        block = Block(spec, rate)
+        block.load_state_dict(
+            {name.removeprefix("weights/"): t for name, t in io.items() if name.startswith("weights/")}
+        )
+        B, T, D = io["x"].shape
+        drawn = iter([io["perm_attn"], io["perm_ffn"]])
+        monkeypatch.setattr(torch, "randperm", lambda n, device: next(drawn))
+        close(block.train().packed(io["x"].flatten(0, 1), [(B, T)]).view(B, T, D), io["y"])
+        close(block.eval().packed(io["x"].flatten(0, 1), [(B, T)]).view(B, T, D), io["y_eval"])
+        close(block(io["x"]), io["y_eval"])
