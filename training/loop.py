@@ -1,7 +1,7 @@
 """The training loop: a recipe and a data set in, a run folder out.
 
-A run is exact: views depend on (seed, epoch, image) only, and the state holds weights, optimiser, centre, random state and position, so
-that a run interrupted anywhere and resumed ends, on a CPU, with the same bits as one that was never interrupted.
+A run is exact: views depend on (seed, epoch, image) only, what a step draws on (seed, step) only, and the state holds weights, optimiser,
+centres and position, so that a run interrupted anywhere and resumed ends, on a CPU, with the same bits as one that was never interrupted.
 """
 
 import json
@@ -110,7 +110,7 @@ def train(
 
 
 def restore_(state: State[Any], folder: RunFolder) -> int:
-    """Load the saved state into `state` and the random generator; returns the step to take next."""
+    """Load the saved state into `state`; returns the step to take next."""
     saved = folder.load_state()
     try:
         state.student.load_state_dict(saved["student"])
@@ -118,7 +118,6 @@ def restore_(state: State[Any], folder: RunFolder) -> int:
         for name, center_K in state.centers.items():
             center_K.copy_(saved["centers"][name])
         state.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
         return int(saved["step"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder.state}: does not fit this recipe ({error}); choose another --out") from error
@@ -181,7 +180,10 @@ class Run:
 
     def _step(self, step: int, views: list[torch.Tensor]) -> dict[str, Any]:
         at = self.plan.at(step)
-        found = take_step_(self.state, views, at, self.recipe, np.random.default_rng([self.resolved["seed"], step]))
+        # What a step draws depends on its number only: loaders and pictures draw from the same generator, and not as often in every run.
+        rng = np.random.default_rng([self.resolved["seed"], step])
+        torch.manual_seed(int(rng.integers(2**63)))
+        found = take_step_(self.state, views, at, self.recipe, rng)
         if math.isfinite(found["loss"]):
             self.bad_steps = 0
         else:
@@ -218,7 +220,6 @@ class Run:
                 "teacher": state.teacher.state_dict(),
                 "centers": state.centers,
                 "optimizer": state.optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
                 "step": step,
             }
         )

@@ -122,6 +122,36 @@ RECIPES: dict[str, Recipe] = {
         epochs=2,
         batch_size=8,
     ),
+    # The same with every part of DINOv2.
+    "smoke_dinov2": Recipe(
+        backbone=ViTSpec(
+            patch_px=8,
+            width=48,
+            depth=2,
+            heads=3,
+            img_px=32,
+            registers=2,
+            layer_scale=1e-5,
+            mask_token=True,
+            drop_path=0.3,
+            drop_path_uniform=True,
+        ),
+        crops=CropSpec(global_px=32, local_px=16, n_local=2),
+        head=HeadSpec(prototypes=64, hidden=64, bottleneck=16, freeze_magnitude=False),
+        optim=OptimSpec(
+            lr=4e-3,
+            lr_batch=1024,
+            lr_rule="sqrt",
+            warmup_epochs=1,
+            momentum=(0.9, 1.0),
+            layer_decay=0.9,
+            patch_embed_lr=0.2,
+        ),
+        step=Dinov2Spec(targets="sinkhorn"),
+        preprocess=Preprocess(size_px=32, resize_px=36, whole_px=64),
+        epochs=2,
+        batch_size=8,
+    ),
 }
 
 

@@ -46,12 +46,13 @@ def smoke(**changes: object) -> Recipe:
     return replace(RECIPES["smoke"], **changes)  # type: ignore[arg-type]
 
 
-def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
-    data = open_dataset(str(folder))
-    whole = train(smoke(), data, tmp_path / "whole", workers=0, **WORDS)
-    train(smoke(), data, tmp_path / "parts", workers=0, stop_at_step=1, **WORDS)
+@pytest.mark.parametrize("name", ["smoke", "smoke_dinov2"])
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(folder: Path, tmp_path: Path, name: str) -> None:
+    data, recipe = open_dataset(str(folder)), RECIPES[name]
+    whole = train(recipe, data, tmp_path / "whole", workers=0, **WORDS)
+    train(recipe, data, tmp_path / "parts", workers=0, stop_at_step=1, **WORDS)
     torch.rand(7)  # whatever happens between the two
-    parts = train(smoke(), data, tmp_path / "parts", workers=1, **WORDS)
+    parts = train(recipe, data, tmp_path / "parts", workers=1, **WORDS)
     one, other = load_backbone(whole), load_backbone(parts)
     assert one.manifest.weights_sha256 == other.manifest.weights_sha256
     assert one.manifest.step == other.manifest.step == 4
@@ -75,6 +76,15 @@ def test_the_run_folder_holds_what_it_promises(folder: Path, tmp_path: Path) -> 
     assert list(json.loads((out / "skipped.json").read_text())) == ["07.jpg"]
     record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert {"loss", "lr", "momentum", "target_entropy_nats", "kl_nats", "feature_spread", "images_per_s"} <= set(record)
+
+
+def test_a_dinov2_run_logs_each_term_as_it_is_optimised(folder: Path, tmp_path: Path) -> None:
+    train(RECIPES["smoke_dinov2"], open_dataset(str(folder)), tmp_path / "run", workers=0, **WORDS)
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        terms = [record[name] for name in ("dino_local", "dino_global", "koleo", "ibot")]
+        assert sum(terms) == pytest.approx(record["loss"], rel=1e-5)
+        assert {"grad_norm_backbone", "grad_norm_dino_head", "target_entropy_nats", "feature_spread"} <= set(record)
 
 
 def test_bfloat16_in_the_backbone_rounds_features_and_leaves_the_head_exact() -> None:
