@@ -9,6 +9,7 @@ depend on what the views before it came to. Views are uint8 [h,w,3]; `to_batch` 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -48,7 +49,9 @@ class CropSpec:
     gray: float = 0.2
     """Probability of dropping the colours."""
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    """Probability of blurring the first global view, the second, a local one."""
+    """Probability of blurring the first global view, the second, a local one, as the papers print it."""
+    blur_as: Literal["paper", "released"] = "paper"
+    """`released`: with one minus that probability, as the DINOv2 code does and its weights were trained; see `blur_of`."""
     blur_sigma_px: Range = (0.1, 2.0)
     """Deviation of the blur, drawn evenly."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
@@ -78,6 +81,15 @@ class CropSpec:
     def n_views(self) -> int:
         """Views an image gives: two global ones, then the local ones."""
         return 2 + self.n_local
+
+    def blur_of(self, view: int) -> float:
+        """Probability that view number `view` is blurred.
+
+        The released DINOv2 passes `p` where its transform takes the probability of *not* blurring: its first global view never is, its
+        second almost always.
+        """
+        printed = self.blur[min(view, 2)]
+        return 1 - printed if self.blur_as == "released" else printed
 
     def view_px(self, view: int) -> int:
         """Side of view number `view`, in pixels."""
@@ -119,7 +131,7 @@ def _make_view(image_HWC: np.ndarray, spec: CropSpec, view: int, draws: np.ndarr
     if draws[_GRAY] < spec.gray:
         out = cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     kind = min(view, 2)
-    if draws[_BLUR] < spec.blur[kind]:
+    if draws[_BLUR] < spec.blur_of(view):
         low, high = spec.blur_sigma_px
         out = gaussian_blur(out, low + (high - low) * draws[_SIGMA])
     if draws[_SOLARIZE] < spec.solarize[kind]:

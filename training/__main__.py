@@ -30,7 +30,7 @@ def main(
     Run the same command again to resume. Ctrl-C and SIGTERM save first.
 
     Args:
-        recipe: Name of a recipe in training/recipes.py: dino_vits16, dino_vitb16, dino_tiny_small_data, smoke.
+        recipe: Name of a recipe: dino_tiny_small_data for a CPU, smoke, smoke_dinov2 to try; training/published.py has the published ones.
         data: Folder, CSV, tar shards or packed set; several joined by commas.
         out: Run folder to make or to resume.
         split: Use only the rows of this split, such as train.

@@ -31,7 +31,7 @@ from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.methods import make_state, take_step_
 from training.picture import attention_picture
-from training.recipes import Recipe
+from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.schedules import Cosine, LinearWarmup
 
@@ -98,7 +98,7 @@ def train(
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
     resuming = folder.open(resolved)
-    plan = Plan(recipe, len(loader))
+    plan = Plan(recipe, recipe.epoch_steps or len(loader))
     torch.manual_seed(seed)
     state = make_state(recipe, device)
     step = restore_(state, folder) if resuming else 0
@@ -171,7 +171,7 @@ class Run:
 
     def _batches(self, step: int, end: int) -> Iterator[list[torch.Tensor]]:
         while step < end:
-            epoch, batch = divmod(step, self.plan.steps_per_epoch)
+            epoch, batch = divmod(step, len(self.loader))
             for views in self.loader.epoch(epoch, batch):
                 if step == end:
                     return
@@ -196,7 +196,7 @@ class Run:
                 )
         if step % self.plan.steps_per_epoch == self.plan.steps_per_epoch - 1:
             self._warn_of_collapse(step, found)
-        return {"step": step, "epoch": step // self.plan.steps_per_epoch, **found, **asdict(at)}
+        return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
 
     def _warn_of_collapse(self, step: int, found: dict[str, float]) -> None:
         prototypes = self.recipe.head.prototypes

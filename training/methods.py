@@ -7,22 +7,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.vit import ViT
+from backbones.resnet import ResNet
+from backbones.vit import ViT, ViTSpec
 from training import dinov2, distillation
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.masking import batch_masks
 from training.optimizer import dino_multipliers, dinov2_multipliers, make_optimizer
-from training.recipes import Recipe
+from training.recipe import Recipe
 
 
 def make_state(recipe: Recipe, device: torch.device) -> State[Any]:
     """Freshly initialised student, teacher, centres and optimiser."""
-    backbone, spec, rates = ViT(recipe.backbone), recipe.step, recipe.optim
+    spec, rates = recipe.step, recipe.optim
+    backbone = ViT(recipe.backbone) if isinstance(recipe.backbone, ViTSpec) else ResNet(recipe.backbone)
     if isinstance(spec, Dinov2Spec):
+        assert isinstance(backbone, ViT)
         student, teacher = (one.to(device) for one in dinov2.make_learners(backbone, recipe.head, spec))
         sizes = {"dino": recipe.head.prototypes, "ibot": (spec.ibot_head or recipe.head).prototypes}
-        depth = recipe.backbone.depth
+        depth = backbone.spec.depth
         rated = [
             (p, dinov2_multipliers(name, depth, rates.layer_decay, rates.patch_embed_lr))
             for name, p in student.named_parameters()
@@ -32,7 +35,7 @@ def make_state(recipe: Recipe, device: torch.device) -> State[Any]:
         sizes = {"dino": recipe.head.prototypes}
         rated = [(p, dino_multipliers(name, p)) for name, p in student.named_parameters()]
     centers = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
-    return State(student, teacher, centers, make_optimizer(rated))
+    return State(student, teacher, centers, make_optimizer(rated, rates.optimizer))
 
 
 def take_step_(
@@ -42,6 +45,6 @@ def take_step_(
     spec = recipe.step
     if not isinstance(spec, Dinov2Spec):
         return distillation.train_step_(state, views, at, spec)
-    h, w = (side // recipe.backbone.patch_px for side in views[0].shape[2:])
+    h, w = (side // state.student.backbone.patch_px for side in views[0].shape[2:])
     masks_GN = torch.from_numpy(batch_masks(2 * len(views[0]), h, w, spec.masks, rng)).to(views[0].device)
     return dinov2.train_step_(state, views, masks_GN, at, spec)

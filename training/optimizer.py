@@ -1,8 +1,8 @@
-"""Parameter groups, gradient clipping and the optimiser."""
+"""Parameter groups, gradient clipping and the optimisers."""
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,39 @@ def dinov2_multipliers(name: str, depth: int, layer_decay: float, patch_embed_lr
     )
 
 
-def make_optimizer(parameters: Iterable[tuple[nn.Parameter, Multipliers]]) -> torch.optim.AdamW:
-    """AdamW with one group for each set of multipliers, in order of appearance; frozen parameters are left out.
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose rate is scaled for each tensor to the ratio of weight to update (You et al. 2017), as DINO uses it.
+
+    1-D tensors are neither decayed nor scaled.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.9, eta: float = 0.001) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """mu <- m mu + scale (g + wd p); p <- p - lr mu."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim != 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    weight_norm, update_norm = p.norm(), update.norm()
+                    scale = torch.where(
+                        (weight_norm > 0) & (update_norm > 0), group["eta"] * weight_norm / update_norm, 1.0
+                    )
+                    update = update * scale
+                mu = self.state[p].setdefault("mu", torch.zeros_like(p))
+                mu.mul_(group["momentum"]).add_(update)
+                p.add_(mu, alpha=-group["lr"])
+
+
+def make_optimizer(
+    parameters: Iterable[tuple[nn.Parameter, Multipliers]], kind: Literal["adamw", "sgd", "lars"] = "adamw"
+) -> torch.optim.Optimizer:
+    """An optimiser with one group for each set of multipliers, in order of appearance; frozen parameters are left out.
 
     Rates are set at each step; see `set_rates_`.
     """
@@ -48,6 +79,10 @@ def make_optimizer(parameters: Iterable[tuple[nn.Parameter, Multipliers]]) -> to
         if parameter.requires_grad:
             members[multipliers].append(parameter)
     groups: list[dict[str, Any]] = [{"params": found, "multipliers": tuple(key)} for key, found in members.items()]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    if kind == "lars":
+        return LARS(groups)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 

@@ -88,6 +88,17 @@ def test_colours_are_dropped_once_in_five_times() -> None:
     assert np.abs(first - luma[:, :, None]).max() <= 1
 
 
+def test_the_released_dinov2_blurs_with_the_opposite_probability() -> None:
+    spec = CropSpec(blur_as="released")
+    assert [spec.blur_of(view) for view in range(4)] == pytest.approx([0.0, 0.9, 0.5, 0.5])
+    blurred = replace(PLAIN, blur=(0.0, 1.0, 1.0), blur_as="released", blur_sigma_px=(1.0, 2.0))
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    for view, (plain, found) in enumerate(
+        zip(make_views(image, PLAIN, view_rng(0, 0, 0)), make_views(image, blurred, view_rng(0, 0, 0)), strict=True)
+    ):
+        assert np.array_equal(plain, found) == (view > 0)
+
+
 def test_blur_is_for_the_first_global_view_rarely_the_second_and_half_of_the_local_ones() -> None:
     # from 0.4 px on a blur shows in eight bits; the default begins at 0.1
     spec = replace(PLAIN, blur=CropSpec().blur, blur_sigma_px=(0.4, 2.0))

@@ -15,12 +15,17 @@ import pytest
 import torch
 
 from backbones.checkpoints import load_backbone
+from backbones.resnet import ResNetSpec
+from data.crops import CropSpec
 from data.datasets import open_dataset
 from data.errors import CheckFailed, InputError
 from training import loop
+from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, StepSpec, train_step_
 from training.loop import Plan, train
-from training.recipes import RECIPES, Recipe, find_recipe
+from training.methods import make_state
+from training.recipe import OptimSpec, Recipe
+from training.recipes import RECIPES, find_recipe
 
 WORDS = {"recipe_name": "smoke", "source": "test", "revision": "none"}
 
@@ -153,10 +158,48 @@ def test_schedules_span_the_run() -> None:
     plan = Plan(recipe, steps_per_epoch=10)
     assert plan.steps == 1000
     assert plan.at(0).lr == 0
-    assert plan.at(99).lr == pytest.approx(recipe.optim.lr * 64 / 256)
+    assert plan.at(99).lr == pytest.approx(recipe.optim.lr * 2)
     assert plan.at(0).freeze_last_layer
     assert not plan.at(10).freeze_last_layer
     assert plan.at(999).momentum == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_epoch_of_a_fixed_number_of_steps_does_not_depend_on_the_data(folder: Path, tmp_path: Path) -> None:
+    """Nineteen readable images are two batches of eight; three steps an epoch go on into the next pass."""
+    train(smoke(epoch_steps=3), open_dataset(str(folder)), tmp_path / "run", workers=0, **WORDS)
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_resnet_learns_too(folder: Path, tmp_path: Path) -> None:
+    recipe = smoke(backbone=ResNetSpec(), optim=OptimSpec(optimizer="sgd", lr=0.03, warmup_epochs=1), epochs=1)
+    checkpoint = train(recipe, open_dataset(str(folder)), tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
+    found = load_backbone(checkpoint)
+    assert found.manifest.architecture["family"] == "resnet"
+    assert torch.isfinite(found.model(torch.rand(1, 3, 32, 32))).all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_its_networks(name: str) -> None:
+    """On torch's meta device, which allocates nothing: also the giant."""
+    with torch.device("meta"):
+        state = make_state(RECIPES[name], torch.device("meta"))
+    assert {p.requires_grad for p in state.teacher.parameters()} == {False}
+    assert state.student.state_dict().keys() == state.teacher.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 1, "step": Dinov2Spec()}, "KoLeo needs at least 2 images"),
+        ({"backbone": ResNetSpec(), "step": Dinov2Spec()}, "a ResNet has not"),
+        ({"epoch_steps": 0}, "want at least 1"),
+        ({"crops": CropSpec(global_px=36, local_px=16)}, "no multiple of the patch of 8 px; 32 would be"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        smoke(**changes)
 
 
 def test_recipes_are_found_by_name() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from backbones.vit import ViT, ViTSpec
 from training.distillation import Learner, Schedule, State, StepSpec, ema_update_, train_step_, update_center_
 from training.losses import dino_cross_entropy, teacher_targets
-from training.optimizer import clip_each_, dino_multipliers, dinov2_multipliers, make_optimizer
+from training.optimizer import LARS, clip_each_, dino_multipliers, dinov2_multipliers, make_optimizer
 from training.projection_head import HeadSpec, ProjectionHead
 from training.schedules import Cosine, LinearWarmup
 
@@ -121,6 +121,21 @@ def test_clipping_of_each_tensor(reference: Path) -> None:
     clip_each_(parameters.values(), config["clip"])
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.grad, after[name], atol=1e-7, rtol=1e-5)
+
+
+def test_two_steps_of_lars(reference: Path) -> None:
+    found = load_file(reference / "optim" / "io.safetensors")
+    config = json.loads((reference / "optim" / "config.json").read_text())["lars"]
+    parameters = {name: torch.nn.Parameter(p.clone()) for name, p in part(found, "lars/param0/").items()}
+    optimizer = LARS([{"params": list(parameters.values())}], config["momentum"], config["eta"])
+    for group in optimizer.param_groups:
+        group.update(lr=config["lr"], weight_decay=config["weight_decay"])
+    for step in range(2):
+        for name, parameter in parameters.items():
+            parameter.grad = found[f"lars/grad{step}/{name}"].clone()
+        optimizer.step()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter.data, found[f"lars/param{step + 1}/{name}"], atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("frozen", "batch_norm"), [(True, False), (False, True)])

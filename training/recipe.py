@@ -1,0 +1,90 @@
+"""Recipes: everything that decides what a run computes, as typed values with their sources."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from backbones.resnet import ResNetSpec
+from backbones.vit import ViTSpec
+from data.crops import CropSpec
+from data.errors import InputError
+from data.preprocess import Preprocess
+from training.dinov2 import Dinov2Spec
+from training.distillation import StepSpec
+from training.projection_head import HeadSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """The optimiser and its schedules."""
+
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: float = 5e-4
+    """Peak learning rate for a batch of `lr_batch` images."""
+    lr_batch: int = 256
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """How the rate grows with the batch: DINOv1 linearly (Goyal et al. 2017), DINOv2 with its root."""
+    min_lr: float = 1e-6
+    warmup_epochs: float = 10
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """First and last value of a cosine."""
+    momentum: tuple[float, float] = (0.996, 1.0)
+    """The teacher's moving average, first and last value of a cosine; lower it for small batches and short runs."""
+    teacher_temperature: tuple[float, float] = (0.04, 0.04)
+    """First and last value of a linear warm-up."""
+    teacher_warmup_epochs: int = 0
+    freeze_last_layer_epochs: float = 1
+    """While it lasts the prototypes keep their first values, which steadies the start."""
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the block above it (DINOv2 only)."""
+    patch_embed_lr: float = 1.0
+    """Multiplies the learning rate of the patch embedding (DINOv2 only)."""
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Peak learning rate for this batch."""
+        share = batch_size / self.lr_batch
+        return self.lr * (share if self.lr_rule == "linear" else share**0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run."""
+
+    backbone: ViTSpec | ResNetSpec
+    crops: CropSpec = field(default_factory=CropSpec)
+    head: HeadSpec = field(default_factory=HeadSpec)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    step: StepSpec | Dinov2Spec = field(default_factory=StepSpec)
+    """Decides the method: DINOv1 or DINOv2."""
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    """Stored with the checkpoint: how evaluators and servers shall feed it."""
+    epochs: int = 100
+    epoch_steps: int | None = None
+    """Steps that the schedules count as an epoch; None: a pass over the data. DINOv2 counts 1250, whatever the data."""
+    batch_size: int = 64
+    """Images a step, over all devices."""
+
+    source: str = ""
+    """Where the values come from."""
+    expected: dict[str, float] = field(default_factory=dict)
+    """Published scores of what it trains, by name, top-1 in percent."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, Dinov2Spec) and not isinstance(self.backbone, ViTSpec):
+            raise InputError("DINOv2 masks patches, which a ResNet has not; use DINOv1's step")
+        if isinstance(self.step, Dinov2Spec) and self.step.koleo_weight and self.batch_size < 2:
+            raise InputError(
+                "KoLeo needs at least 2 images in a batch, got 1; raise batch_size or set koleo_weight to 0"
+            )
+        patch = self.backbone.patch_px if isinstance(self.backbone, ViTSpec) else 1
+        for name in ("global_px", "local_px"):
+            side = getattr(self.crops, name)
+            if side % patch:
+                near = max(round(side / patch), 1) * patch
+                raise InputError(f"crops.{name} is {side}, no multiple of the patch of {patch} px; {near} would be")
+        if min(self.epochs, self.batch_size, 1 if self.epoch_steps is None else self.epoch_steps) < 1:
+            raise InputError(f"{self.epochs} epochs of batches of {self.batch_size}: want at least 1 of each")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
