@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # GPU=1 installs onnxruntime-gpu instead of onnxruntime (never both: they overwrite each other).
 ENGINE := $(if $(GPU),gpu,cpu)
+OTHER_ENGINE := $(if $(GPU),cpu,gpu)
 BIN := .venv/bin
 RUN_STAMP := .venv/.installed-$(ENGINE)
 TEST_STAMP := .venv/.installed-$(ENGINE)-test
@@ -49,10 +50,18 @@ $(BIN)/python:
 		{ echo "error: $(PYTHON) is older than Python 3.11; run: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
+# Whoever changes the engine loses both first, because taking one away breaks the other's files.
+define drop_other_engine
+	@if ls .venv/.installed-$(OTHER_ENGINE)* >/dev/null 2>&1; then \
+		$(BIN)/python -m pip uninstall -q -y onnxruntime onnxruntime-gpu && rm -f .venv/.installed-*; fi
+endef
+
 $(RUN_STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(drop_other_engine)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(ENGINE)]"
 	@touch $@
 
 $(TEST_STAMP): $(BIN)/python pyproject.toml constraints.txt
+	$(drop_other_engine)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(ENGINE),test,dev]"
 	@touch $(RUN_STAMP) $@

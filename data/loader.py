@@ -68,7 +68,8 @@ class ViewLoader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[torch.Tensor]]:
         """Batches `start_batch` and on of one epoch: each a list of float32 [B,3,h,w], one a view, global ones first.
 
-        Raises InputError when too many files in a row are unreadable, RuntimeError when a worker process dies.
+        Raises InputError when too many files in a row are unreadable or too few are left for a batch of different images, RuntimeError
+        when a worker process dies.
         """
         if not 0 <= start_batch <= len(self):
             raise InputError(f"batch {start_batch} of an epoch of {len(self)} batches; was the data set changed?")
@@ -78,6 +79,13 @@ class ViewLoader:
                 name, reason = next(iter(bad.items()))
                 raise InputError(
                     f"{self.dataset.name}: {len(bad)} images in a row cannot be read, first {name} ({reason})"
+                )
+            left = len(self.dataset) - len(self.skipped)
+            if left < self.batch_size * self.world_size:
+                name, reason = next(iter(self.skipped.items()))
+                raise InputError(
+                    f"{self.dataset.name}: {len(self.skipped)} of {len(self.dataset)} images cannot be read, first {name} ({reason}); "
+                    f"the {left} that are left are fewer than one batch of {self.batch_size * self.world_size}"
                 )
             yield [view for views in sizes for view in self._normalised(views)]
 

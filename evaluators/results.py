@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from data.errors import InputError
 
@@ -76,7 +77,9 @@ class Context:
 
 def describe_environment(device: str, threads: int | None) -> dict[str, Any]:
     """Versions and machine behind a figure."""
-    packages = {name: version(name) for name in ("torch", "numpy", "onnxruntime", "opencv-python-headless", "pillow")}
+    packages = {name: version(name) for name in ("torch", "numpy", "opencv-python-headless", "pillow")}
+    # asked of the module, because the GPU build is a package of another name
+    packages["onnxruntime"] = onnxruntime.__version__
     return {
         "python": platform.python_version(),
         **packages,

@@ -24,6 +24,7 @@ class OnnxRuntime(Runtime):
     """One session for the backbone, and one for the depth head where the file has it; shared by all threads."""
 
     def __init__(self, path: str | Path, *, device: str = "auto", threads: int | None = None) -> None:
+        check_one_build()
         self.name = "onnxruntime"
         options = ort.SessionOptions()
         # 4: fatal only. The engine's warnings are about its own memory plan, and its errors are raised as well.

@@ -26,9 +26,9 @@ def open_runtime(
         raise InputError(f"{ckpt}: a depth head cannot be added to {'a server' if remote else 'an exported file'}")
     if remote:
         return RemoteRuntime(name)
-    check_one_build()
     if exported:
         return OnnxRuntime(name, device=device, threads=threads)
+    check_one_build()  # said at every start, whichever engine runs
     backbone = load_backbone(ckpt)
     head = None if depth_head is None else load_depth_head(depth_head, backbone.manifest.weights_sha256)[0]
     return TorchRuntime(backbone, head, device=device, threads=threads)

@@ -90,6 +90,8 @@ def train(
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
     device = device or torch.device("cpu")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: want 0 to 2^63 - 1")
     if len(dataset) < 2:
         raise InputError(
             f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
@@ -119,7 +121,7 @@ def restore_(state: State[Any], folder: RunFolder) -> int:
             center_K.copy_(saved["centers"][name])
         state.optimizer.load_state_dict(saved["optimizer"])
         return int(saved["step"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder.state}: does not fit this recipe ({error}); choose another --out") from error
 
 
@@ -138,6 +140,7 @@ class Run:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved = resolved
         self.bad_steps = 0
+        self.n_listed = 0
 
     def go(self, step: int, end: int, stopped: Callable[[], int | None], curves: SummaryWriter) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
@@ -234,8 +237,20 @@ class Run:
         )
         save_backbone(self.folder.checkpoint, state.teacher.backbone, manifest)
         self._save_picture()
-        if self.loader.skipped:
-            self.folder.write_text("skipped.json", json.dumps(self.loader.skipped, indent=1))
+        self._list_skipped()
+
+    def _list_skipped(self) -> None:
+        skipped = self.loader.skipped
+        if len(skipped) == self.n_listed:
+            return
+        name, reason = next(iter(skipped.items()))
+        tqdm.write(
+            f"{len(skipped)} of {len(self.loader.dataset)} images cannot be read and are passed over, first {name} ({reason}); "
+            "skipped.json lists them",
+            file=sys.stderr,
+        )
+        self.folder.write_text("skipped.json", json.dumps(skipped, indent=1))
+        self.n_listed = len(skipped)
 
     def _save_picture(self) -> None:
         dataset = self.loader.dataset

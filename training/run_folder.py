@@ -46,22 +46,23 @@ class RunFolder:
         """Make the folder, or check that it belongs to this run. True if there is a state to resume from."""
         recipe = self.path / "recipe.json"
         wanted = json.dumps(resolved, indent=1, sort_keys=True)
-        if recipe.is_file():
-            found = json.loads(recipe.read_text())
+        if self.state.is_file():
+            found = read_object(recipe)
             changed = [key for key in resolved if found.get(key) != json.loads(wanted)[key]]
             if changed:
                 raise InputError(
                     f"{self.path}: holds a run with another {', '.join(changed)}; go on with the same ones or choose another --out"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            return True
+        # A run that ended before it saved anything, over its data for example, leaves a recipe and perhaps a log, and may start anew.
+        if self.path.is_dir() and any(self.path.iterdir()) and not recipe.is_file():
             raise InputError(f"{self.path}: is not empty and holds no run; choose another --out")
-        else:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from error
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self.write_text("recipe.json", wanted)
-        return self.state.is_file()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
+        return False
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file atomically."""
@@ -82,8 +83,10 @@ class RunFolder:
         """The resumable state; plain tensors and numbers, never a pickle of code."""
         try:
             return torch.load(self.state, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(f"{self.state}: cannot be read ({error}); remove it to start the run anew") from error
+        except Exception as error:  # torch raises many kinds for damaged files
+            raise InputError(
+                f"{self.state}: is damaged or no training state; remove it to start the run anew"
+            ) from error
 
     def keep_log_until(self, step: int) -> None:
         """Drop log lines of steps that will be taken again."""
@@ -97,3 +100,14 @@ class RunFolder:
             except (ValueError, KeyError):
                 break  # a line cut short by a crash; whatever follows belongs to steps that will be taken again
         self.write_text(self.log.name, "".join(f"{line}\n" for line in kept))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); choose another --out") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no JSON object; choose another --out")
+    return found

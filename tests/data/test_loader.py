@@ -116,6 +116,14 @@ def test_a_folder_of_nothing_but_corrupt_images_is_an_error(folder: Path, worker
         batches(ViewLoader(open_dataset(folder), SPEC, 2, workers=workers))
 
 
+def test_too_few_readable_images_for_one_batch_are_an_error(folder: Path) -> None:
+    """Or every batch would hold one image several times, and teach nothing."""
+    for path in sorted(folder.iterdir())[1:]:
+        path.write_text("no picture")
+    with pytest.raises(InputError, match=r"the 1 that are left are fewer than one batch of 2"):
+        batches(ViewLoader(open_dataset(folder), SPEC, 2))
+
+
 def test_many_corrupt_images_in_a_row_end_the_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.loader, "MAX_BAD_IN_A_ROW", 3)
     for index in epoch_order(N_IMAGES, 0, 0)[:4]:

@@ -68,7 +68,9 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(folder: Path, 
     assert len(losses[0]) == 4
 
 
-def test_the_run_folder_holds_what_it_promises(folder: Path, tmp_path: Path) -> None:
+def test_the_run_folder_holds_what_it_promises(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     checkpoint = train(smoke(), open_dataset(str(folder)), out, workers=0, **WORDS)
     backbone = load_backbone(checkpoint)
@@ -79,6 +81,7 @@ def test_the_run_folder_holds_what_it_promises(folder: Path, tmp_path: Path) -> 
     assert list((out / "tensorboard").glob("events*"))
     assert cv2.imread(str(out / "attention.png")) is not None
     assert list(json.loads((out / "skipped.json").read_text())) == ["07.jpg"]
+    assert capsys.readouterr().err.count("1 of 20 images cannot be read and are passed over, first 07.jpg") == 1
     record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert {"loss", "lr", "momentum", "target_entropy_nats", "kl_nats", "feature_spread", "images_per_s"} <= set(record)
 
@@ -140,6 +143,35 @@ def test_a_damaged_state_is_named(folder: Path, tmp_path: Path) -> None:
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"state\.pt"):
         train(smoke(), data, tmp_path / "run", workers=0, **WORDS)
+
+
+def test_a_file_that_is_no_state_is_named(folder: Path, tmp_path: Path) -> None:
+    data = open_dataset(str(folder))
+    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
+    torch.save([1, 2], tmp_path / "run" / "state.pt")
+    with pytest.raises(InputError, match=r"state\.pt: does not fit this recipe"):
+        train(smoke(), data, tmp_path / "run", workers=0, **WORDS)
+
+
+def test_a_damaged_recipe_is_named(folder: Path, tmp_path: Path) -> None:
+    data = open_dataset(str(folder))
+    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
+    (tmp_path / "run" / "recipe.json").write_text("{")
+    with pytest.raises(InputError, match=r"recipe\.json: cannot be read"):
+        train(smoke(), data, tmp_path / "run", workers=0, **WORDS)
+
+
+def test_a_run_that_failed_before_it_saved_anything_may_start_anew(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(8):
+        (images / f"{i}.jpg").write_text("no picture")
+    with pytest.raises(InputError, match="8 images in a row cannot be read"):
+        train(smoke(epochs=1), open_dataset(str(images)), tmp_path / "run", workers=0, **WORDS)
+    for i in range(8):
+        cv2.imwrite(str(images / f"{i}.jpg"), np.full((40, 40, 3), 30 * i, np.uint8))
+    train(smoke(epochs=1), open_dataset(str(images)), tmp_path / "run", workers=0, **WORDS)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_losses_that_stay_non_finite_end_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +287,7 @@ def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_roo
         (("--recipe", "smoke", "--data", "{folder}/absent"), "nothing there"),
         (("--recipe", "smoke", "--data", "{folder}", "--device", "tpu"), "tpu"),
         (("--recipe", "smoke", "--data", "{folder}", "--epochs", "0"), "0 epochs"),
+        (("--recipe", "smoke", "--data", "{folder}", "--seed", "99999999999999999999"), "--seed"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
