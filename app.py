@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parent
 CHECKPOINT = ROOT / "models" / "dinoscope_tiny.safetensors"
 DEPTH_HEAD = ROOT / "models" / "depth.safetensors"
 SAMPLES = ROOT / "samples" / "samples.csv"
+CSS = ".fixed-height { min-height: 0 !important; max-height: none !important }"
+"""Galleries as tall as what they hold."""
 FILE_KINDS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 NEIGHBOURS = 8
 PICTURE_PX = 480
@@ -378,6 +380,7 @@ def main(
                 prevent_thread_lock=True,
                 quiet=True,
                 show_error=True,
+                css=CSS,
                 max_file_size="32mb",
                 allowed_paths=[str(SAMPLES.parent)],
             )
