@@ -224,6 +224,11 @@ def sample_images() -> list[tuple[str, str]]:
     return [(str(SAMPLES.parent / item.name), item.label or "") for item in dataset.items]
 
 
+def uploaded_path(payload: Any) -> str | None:
+    """Path of an upload, or None where there is none."""
+    return None if payload is None else payload.path
+
+
 def make_page(served: Served) -> gr.Blocks:
     """The page for a server that is up."""
     page, models = Page(served), served.models()
@@ -246,6 +251,8 @@ def make_page(served: Served) -> gr.Blocks:
                     height=300,
                     elem_id="image",
                 )
+                # The file goes on as it came: the server's decoder judges it, not Gradio's, whose refusals are long and its own.
+                image.preprocess = uploaded_path  # type: ignore[method-assign]
                 gallery = gr.Gallery(
                     [path for path, _ in samples],
                     label="Samples",
