@@ -10,6 +10,7 @@ import tyro
 from data.datasets import open_dataset
 from data.errors import InputError, run_cli
 from training.loop import train
+from training.recipe import Recipe
 from training.recipes import find_recipe
 
 
@@ -18,6 +19,7 @@ def main(
     data: str,
     out: Path,
     split: str | None = None,
+    init: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -34,6 +36,7 @@ def main(
         data: Folder, CSV, tar shards or packed set; several joined by commas.
         out: Run folder to make or to resume.
         split: Use only the rows of this split, such as train.
+        init: Begin with these weights instead of random ones: a run folder (with its heads) or a backbone as `--ckpt` takes it.
         epochs: Instead of the recipe's.
         batch_size: Images a step, instead of the recipe's; the learning rate follows.
         seed: Of initialisation, order and views.
@@ -46,21 +49,43 @@ def main(
         chosen = dataclasses.replace(chosen, epochs=epochs)
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
-    if threads is not None:
-        torch.set_num_threads(max(threads, 1))
-    dataset = open_dataset(data, split)
-    path = train(
-        chosen,
-        dataset,
+    set_threads(threads)
+    print(start(chosen, recipe, data, out, split, seed, workers, pick_device(device), init))
+
+
+def start(
+    recipe: Recipe,
+    name: str,
+    data: str,
+    out: Path,
+    split: str | None,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    init: str | None,
+) -> Path:
+    """Open the data and train; returns the checkpoint's path. For commands."""
+    return train(
+        recipe,
+        open_dataset(data, split),
         out,
-        recipe_name=recipe,
+        recipe_name=name,
         source=data,
         revision=source_revision(),
         seed=seed,
         workers=workers,
-        device=pick_device(device),
+        device=device,
+        init=init,
     )
-    print(path)
+
+
+def set_threads(threads: int | None) -> None:
+    """Bound torch's threads where a number is given. Raises InputError."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads {threads}: want at least 1")
+    torch.set_num_threads(threads)
 
 
 def pick_device(name: str) -> torch.device:

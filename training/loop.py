@@ -34,6 +34,7 @@ from training.picture import attention_picture
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.schedules import Cosine, LinearWarmup
+from training.warm_start import warm_start_
 
 SAVE_EVERY_S = 120.0
 LINE_EVERY_S = 15.0
@@ -57,7 +58,7 @@ class Plan:
         self.momentum = Cosine(*optim.momentum, steps)
         # DINOv1 warms the teacher up by the epoch, DINOv2 by the step.
         self.steps_per_temperature = 1 if isinstance(recipe.step, Dinov2Spec) else steps_per_epoch
-        temperatures = optim.teacher_warmup_epochs * steps_per_epoch // self.steps_per_temperature
+        temperatures = round(optim.teacher_warmup_epochs * steps_per_epoch / self.steps_per_temperature)
         self.temperature = LinearWarmup(*optim.teacher_temperature, temperatures)
         self.frozen_steps = round(optim.freeze_last_layer_epochs * steps_per_epoch)
 
@@ -83,9 +84,12 @@ def train(
     seed: int = 0,
     workers: int = 1,
     device: torch.device | None = None,
+    init: str | None = None,
     stop_at_step: int | None = None,
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
+
+    `init` names the weights to begin with instead of random ones; see `warm_start_`.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
@@ -99,10 +103,13 @@ def train(
     loader = ViewLoader(dataset, recipe.crops, recipe.batch_size, seed, workers, device=device)
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
+    resolved |= {"init": init} if init else {}
     resuming = folder.open(resolved)
     plan = Plan(recipe, recipe.epoch_steps or len(loader))
     torch.manual_seed(seed)
     state = make_state(recipe, device)
+    if init and not resuming:
+        warm_start_(state, init)
     step = restore_(state, folder) if resuming else 0
     folder.keep_log_until(step)
     run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision})

@@ -147,6 +147,10 @@ PUBLISHED: dict[str, Recipe] = {
         source="vitl14.yaml with four registers (Darcet et al. 2023)",
         expected={},
     ),
+    # Begins with another run's weights: name it with --init. The paper's phase has 10,000 steps; its code was never released.
+    "dinov2_vitl14_518": replace(
+        _V2_L14.at_high_resolution(518, 8), source="Oquab et al. 2023, section 4; learning rate as in Franca's"
+    ),
     "dinov2_vitg14": _V2_G14,
     "dinov2_vitg14_reg4": replace(
         _V2_G14,

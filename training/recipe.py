@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from backbones.resnet import ResNetSpec
 from backbones.vit import ViTSpec
@@ -12,6 +12,10 @@ from data.preprocess import Preprocess
 from training.dinov2 import Dinov2Spec
 from training.distillation import StepSpec
 from training.projection_head import HeadSpec
+
+HIGH_RESOLUTION_LR = 0.35
+"""Peak learning rate of the high-resolution phase over the first one's. DINOv2's paper says only "lower"; this is Franca's 7.05e-5 over
+DINOv2's 2e-4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class OptimSpec:
     """The teacher's moving average, first and last value of a cosine; lower it for small batches and short runs."""
     teacher_temperature: tuple[float, float] = (0.04, 0.04)
     """First and last value of a linear warm-up."""
-    teacher_warmup_epochs: int = 0
+    teacher_warmup_epochs: float = 0
     freeze_last_layer_epochs: float = 1
     """While it lasts the prototypes keep their first values, which steadies the start."""
     layer_decay: float = 1.0
@@ -88,3 +92,59 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)
+
+    def at_high_resolution(self, px: int, epochs: int, lr_share: float = HIGH_RESOLUTION_LR) -> "Recipe":
+        """The recipe of a short phase on global crops of `px` pixels, all durations compressed to `epochs` (Oquab et al. 2023, section 4).
+
+        Raises InputError for what cannot be made larger.
+        """
+        if not isinstance(self.backbone, ViTSpec):
+            raise InputError("a ResNet has no position encodings to resize; train it with larger crops from the start")
+        if px <= self.crops.global_px:
+            raise InputError(f"--px {px}: want more than the {self.crops.global_px} px of the run's global crops")
+        share, larger, patch = epochs / self.epochs, px / self.crops.global_px, self.backbone.patch_px
+        replace, optim, seen = dataclasses.replace, self.optim, self.preprocess
+        return replace(
+            self,
+            backbone=replace(self.backbone, img_px=px),
+            crops=replace(self.crops, global_px=px),
+            preprocess=replace(
+                seen,
+                size_px=round(seen.size_px * larger / patch) * patch,
+                resize_px=round(seen.resize_px * larger / patch) * patch,
+                whole_px=round(seen.whole_px * larger / patch) * patch,
+            ),
+            optim=replace(
+                optim,
+                lr=optim.lr * lr_share,
+                warmup_epochs=optim.warmup_epochs * share,
+                teacher_warmup_epochs=optim.teacher_warmup_epochs * share,
+                freeze_last_layer_epochs=optim.freeze_last_layer_epochs * share,
+            ),
+            epochs=epochs,
+            expected={},
+        )
+
+    @staticmethod
+    def from_json(values: Any) -> "Recipe":
+        """The recipe whose `to_json` this is. Raises InputError for anything else."""
+        if not isinstance(values, dict):
+            raise InputError("this run's recipe.json holds no recipe; train the run anew")
+        try:
+            return _decoded(Recipe, values)
+        except TypeError as error:
+            raise InputError(f"this run's recipe is not of this version ({error}); train the run anew") from error
+
+
+def _decoded(kind: Any, value: Any) -> Any:
+    """`value` as `kind`: objects become the dataclass that has their fields, lists tuples."""
+    options = [
+        option for option in get_args(kind) or (kind,) if isinstance(option, type) and dataclasses.is_dataclass(option)
+    ]
+    if not options or value is None:
+        return tuple(value) if isinstance(value, list) else value
+    for option in options:
+        hints = get_type_hints(option)
+        if isinstance(value, dict) and hints.keys() == value.keys():
+            return option(**{name: _decoded(hints[name], inner) for name, inner in value.items()})
+    raise TypeError(f"{' or '.join(option.__name__ for option in options)} has other fields")

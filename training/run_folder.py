@@ -31,6 +31,10 @@ class RunFolder:
         return self.path / "state.pt"
 
     @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
@@ -44,7 +48,7 @@ class RunFolder:
 
     def open(self, resolved: Mapping[str, Any]) -> bool:
         """Make the folder, or check that it belongs to this run. True if there is a state to resume from."""
-        recipe = self.path / "recipe.json"
+        recipe = self.recipe
         wanted = json.dumps(resolved, indent=1, sort_keys=True)
         if self.state.is_file():
             found = read_object(recipe)

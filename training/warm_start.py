@@ -1,0 +1,77 @@
+"""Starting from weights that are there: a run's student, teacher and heads, or any backbone; the position table is fitted to the recipe's.
+
+This is how a high-resolution phase begins (Oquab et al. 2023, section 4), and how published backbones are trained on.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.checkpoints import load_backbone
+from backbones.position import resample_table
+from data.errors import InputError
+from training.distillation import State
+from training.run_folder import RunFolder
+
+TABLE = "pos_embed"
+
+
+def warm_start_(state: State[Any], source: str) -> None:
+    """Load `source` into student and teacher. Raises InputError where its weights do not fit the recipe.
+
+    A run folder gives student, teacher, heads and centres. A backbone (whatever `--ckpt` takes) gives both backbones; heads start fresh.
+    """
+    folder = RunFolder(Path(source))
+    if folder.state.is_file():
+        saved = folder.load_state()
+        try:
+            parts = [(state.student, saved["student"]), (state.teacher, saved["teacher"])]
+            centers = {name: saved["centers"][name] for name in state.centers}
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{folder.state}: is no state of a run of this method; name a backbone instead") from error
+        for network, weights in parts:
+            fit_(network, weights, source)
+        for name, center_K in state.centers.items():
+            if centers[name].shape != center_K.shape:
+                raise InputError(f"{source}: has {len(centers[name])} prototypes, the recipe {len(center_K)}")
+            center_K.copy_(centers[name])
+        return
+    weights = load_backbone(source).model.state_dict()
+    for network in (state.student, state.teacher):
+        fit_(network.backbone, weights, source)
+
+
+def fit_(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load all weights, the position table resampled where its grid differs; only a mask token may be missing, and starts as it is."""
+    own, given = network.state_dict(), dict(weights)
+    for name in own:
+        if name.split(".")[-1] == TABLE and name in given and given[name].shape != own[name].shape:
+            given[name] = resize_table(given[name], own[name].shape[1])
+        if name.split(".")[-1] == "mask_token":
+            given.setdefault(name, own[name])
+    for name in own.keys() | given.keys():
+        if name not in given:
+            raise InputError(
+                f"{source}: has no weight {name}, which the recipe wants; choose a recipe of its architecture"
+            )
+        if name not in own:
+            raise InputError(
+                f"{source}: has a weight {name}, which the recipe has not; choose a recipe of its architecture"
+            )
+        if given[name].shape != own[name].shape:
+            raise InputError(
+                f"{source}: weight {name} has shape {list(given[name].shape)}, the recipe's {list(own[name].shape)}; "
+                "choose a recipe of its architecture"
+            )
+    network.load_state_dict(given)
+
+
+def resize_table(table_1ND: Tensor, n_rows: int) -> Tensor:
+    """Position encodings [1, 1 + M * M, D] for another square grid, bicubic by size; the CLS row stays. `n_rows` = 1 + wanted M * M."""
+    side, wanted = (round((n - 1) ** 0.5) for n in (table_1ND.shape[1], n_rows))
+    table_MMD = table_1ND[0, 1:].unflatten(0, (side, side))
+    patches_ND = resample_table(table_MMD, wanted, wanted, square=True, offset=0.0, antialias=False)
+    return torch.cat([table_1ND[:, :1], patches_ND[None]], dim=1)
