@@ -20,6 +20,7 @@ def main(
     out: Path,
     split: str | None = None,
     init: str | None = None,
+    teacher: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -37,6 +38,7 @@ def main(
         out: Run folder to make or to resume.
         split: Use only the rows of this split, such as train.
         init: Begin with these weights instead of random ones: a run folder (with its heads) or a backbone as `--ckpt` takes it.
+        teacher: Distil the frozen teacher of this finished DINOv2 run, usually of a larger backbone, with its heads.
         epochs: Instead of the recipe's.
         batch_size: Images a step, instead of the recipe's; the learning rate follows.
         seed: Of initialisation, order and views.
@@ -50,7 +52,7 @@ def main(
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
     set_threads(threads)
-    print(start(chosen, recipe, data, out, split, seed, workers, pick_device(device), init))
+    print(start(chosen, recipe, data, out, split, seed, workers, pick_device(device), init, teacher))
 
 
 def start(
@@ -63,6 +65,7 @@ def start(
     workers: int,
     device: torch.device,
     init: str | None,
+    teacher: str | None = None,
 ) -> Path:
     """Open the data and train; returns the checkpoint's path. For commands."""
     return train(
@@ -76,6 +79,7 @@ def start(
         workers=workers,
         device=device,
         init=init,
+        teacher=teacher,
     )
 
 

@@ -99,13 +99,14 @@ def train_step_(
 ) -> dict[str, float]:
     """One step on views [B, 3, h, w], the two global ones first, and masks of the global crops; returns each term as it was optimised.
 
-    A loss that is not finite changes nothing; the caller sees it in `loss`.
+    With a guide the student sees every patch, and the masks only say which patches are compared. A loss that is not finite changes
+    nothing; the caller sees it in `loss`.
     """
     set_rates_(state.optimizer, at.lr, at.weight_decay, 0.0 if at.freeze_last_layer else at.lr)
     global_crops = torch.cat(list(views[:2]))
     with torch.no_grad():
         targets = teacher_says_(state, global_crops, masks_GN, at.teacher_temperature, spec)
-    terms = loss_terms(state.student, views, masks_GN, targets, spec)
+    terms = loss_terms(state.student, views, masks_GN, targets, spec, hide=state.guide is None)
     loss = torch.stack(list(terms.values())).sum()
     state.optimizer.zero_grad(set_to_none=True)
     found = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
@@ -129,9 +130,10 @@ def train_step_(
 def teacher_says_(
     state: State, global_crops: Tensor, masks_GN: Tensor, temperature: float, spec: Dinov2Spec
 ) -> Targets:
-    """The teacher's probabilities for CLS tokens and masked patches; the centres move on, for the next step to use."""
-    cls_GD, patches_GND = state.teacher.encode([global_crops], None, spec.bf16_backbone)
-    cls_GK, patches_RK = state.teacher.logits(cls_GD, patches_GND[masks_GN])
+    """The teacher's (or guide's) probabilities for CLS tokens and masked patches; the centres move on, for the next step to use."""
+    teacher = state.teacher if state.guide is None else state.guide
+    cls_GD, patches_GND = teacher.encode([global_crops], None, spec.bf16_backbone)
+    cls_GK, patches_RK = teacher.logits(cls_GD, patches_GND[masks_GN])
     if spec.targets == "sinkhorn":
         cls_probs_GK = sinkhorn_knopp(cls_GK, temperature, spec.sinkhorn_iterations)
         patch_probs_RK = (
@@ -147,7 +149,12 @@ def teacher_says_(
 
 
 def loss_terms(
-    student: Dinov2Learner, views: Sequence[Tensor], masks_GN: Tensor, targets: Targets, spec: Dinov2Spec
+    student: Dinov2Learner,
+    views: Sequence[Tensor],
+    masks_GN: Tensor,
+    targets: Targets,
+    spec: Dinov2Spec,
+    hide: bool = True,
 ) -> dict[str, Tensor]:
     """Every weighted term of the loss; their sum is what is optimised.
 
@@ -155,7 +162,7 @@ def loss_terms(
     """
     n_images, n_views = len(views[0]), len(views)
     crops = [torch.cat(list(same)) for same in (views[:2], views[2:]) if same]
-    cls_VD, patches_GND = student.encode(crops, masks_GN, spec.bf16_backbone)
+    cls_VD, patches_GND = student.encode(crops, masks_GN if hide else None, spec.bf16_backbone)
     logits_VK, patches_RK = student.logits(cls_VD, patches_GND[masks_GN])
     logits_VBK = logits_VK.unflatten(0, (n_views, n_images))
     dino = dino_cross_entropy(logits_VBK, targets.cls_TBK, spec.student_temperature)

@@ -6,7 +6,7 @@ Axes: V views, T teacher views (the two global ones), B images, D features, K pr
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,9 @@ class State(Generic[L]):
     centers: dict[str, Tensor]
     """Running means [K] of the teacher's logits, by head."""
     optimizer: torch.optim.Optimizer
+    guide: Any = None
+    """A frozen learner, usually larger, whose targets are learned instead of the teacher's. The teacher then only is the student's moving
+    average, and what the run is for (Oquab et al. 2023, section 5)."""
 
 
 def make_learners(backbone: ViT | ResNet, head: HeadSpec) -> tuple[Learner, Learner]:

@@ -22,7 +22,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from backbones.checkpoints import Manifest, save_backbone
+from backbones.checkpoints import Manifest, save_backbone, weights_sha256
 from backbones.vit import ViT
 from data.datasets import Dataset
 from data.errors import CheckFailed, InputError
@@ -34,7 +34,7 @@ from training.picture import attention_picture
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.schedules import Cosine, LinearWarmup
-from training.warm_start import warm_start_
+from training.warm_start import frozen_teacher, warm_start_
 
 SAVE_EVERY_S = 120.0
 LINE_EVERY_S = 15.0
@@ -85,11 +85,13 @@ def train(
     workers: int = 1,
     device: torch.device | None = None,
     init: str | None = None,
+    teacher: str | None = None,
     stop_at_step: int | None = None,
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
-    `init` names the weights to begin with instead of random ones; see `warm_start_`.
+    `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the run whose frozen teacher is learned
+    from, see `frozen_teacher`.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
@@ -104,10 +106,14 @@ def train(
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
     resolved |= {"init": init} if init else {}
+    guide = frozen_teacher(teacher, recipe, device) if teacher else None
+    if guide is not None:
+        resolved |= {"teacher": {"run": teacher, "weights_sha256": weights_sha256(guide.state_dict())}}
     resuming = folder.open(resolved)
     plan = Plan(recipe, recipe.epoch_steps or len(loader))
     torch.manual_seed(seed)
     state = make_state(recipe, device)
+    state.guide = guide
     if init and not resuming:
         warm_start_(state, init)
     step = restore_(state, folder) if resuming else 0

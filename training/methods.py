@@ -45,6 +45,10 @@ def take_step_(
     spec = recipe.step
     if not isinstance(spec, Dinov2Spec):
         return distillation.train_step_(state, views, at, spec)
+    n_crops = 2 * len(views[0])
     h, w = (side // state.student.backbone.patch_px for side in views[0].shape[2:])
-    masks_GN = torch.from_numpy(batch_masks(2 * len(views[0]), h, w, spec.masks, rng)).to(views[0].device)
-    return dinov2.train_step_(state, views, masks_GN, at, spec)
+    if state.guide is None:
+        masks_GN = torch.from_numpy(batch_masks(n_crops, h, w, spec.masks, rng))
+    else:
+        masks_GN = torch.ones(n_crops, h * w, dtype=torch.bool)
+    return dinov2.train_step_(state, views, masks_GN.to(views[0].device), at, spec)

@@ -102,6 +102,19 @@ _V2_G14 = replace(
     expected=scores(83.5, 86.5),
 )
 
+
+def distilled(size: str, knn: float, linear: float) -> Recipe:
+    """DINOv2's small models: the loop of the giant, learning from it; name it with `--teacher`."""
+    return replace(
+        _V2_G14,
+        backbone=vit(size, 14, layer_scale=1e-5, mask_token=True),
+        optim=replace(_V2_L14.optim, lr=1e-3),
+        batch_size=2048,
+        source="Oquab et al. 2023, tables 16 and 17, on LVD-142M; heads as in vitg14.yaml, since theirs were not released",
+        expected=scores(knn, linear),
+    )
+
+
 PUBLISHED: dict[str, Recipe] = {
     "dino_vits16": _DINO_S16,
     "dino_vits16_300": replace(
@@ -151,6 +164,9 @@ PUBLISHED: dict[str, Recipe] = {
     "dinov2_vitl14_518": replace(
         _V2_L14.at_high_resolution(518, 8), source="Oquab et al. 2023, section 4; learning rate as in Franca's"
     ),
+    "dinov2_vits14_distilled": distilled("small", 79.0, 81.1),
+    "dinov2_vitb14_distilled": distilled("base", 82.1, 84.5),
+    "dinov2_vitl14_distilled": distilled("large", 83.5, 86.3),
     "dinov2_vitg14": _V2_G14,
     "dinov2_vitg14_reg4": replace(
         _V2_G14,

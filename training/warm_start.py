@@ -1,6 +1,7 @@
-"""Starting from weights that are there: a run's student, teacher and heads, or any backbone; the position table is fitted to the recipe's.
+"""Weights that are there: to begin with (a run's student, teacher and heads, or any backbone), or to learn from (a run's frozen teacher).
 
-This is how a high-resolution phase begins (Oquab et al. 2023, section 4), and how published backbones are trained on.
+The position table is fitted to the recipe's. This is how a high-resolution phase begins (Oquab et al. 2023, section 4), and how
+published backbones are trained on.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 from backbones.checkpoints import load_backbone
 from backbones.position import resample_table
+from backbones.vit import ViTSpec
 from data.errors import InputError
+from training.dinov2 import Dinov2Spec
 from training.distillation import State
-from training.run_folder import RunFolder
+from training.methods import make_state
+from training.recipe import Recipe
+from training.run_folder import RunFolder, read_object
 
 TABLE = "pos_embed"
 
@@ -42,6 +47,35 @@ def warm_start_(state: State[Any], source: str) -> None:
     weights = load_backbone(source).model.state_dict()
     for network in (state.student, state.teacher):
         fit_(network.backbone, weights, source)
+
+
+def frozen_teacher(source: str, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The teacher of a finished DINOv2 run, with its heads, as a guide for `recipe`. Raises InputError where the two do not fit."""
+    folder = RunFolder(Path(source))
+    if not folder.state.is_file():
+        raise InputError(f"--teacher {source}: is no run folder; a backbone alone has no heads to learn from")
+    found = Recipe.from_json(read_object(folder.recipe).get("recipe"))
+    for name, one in (("the teacher", found), ("the recipe", recipe)):
+        if not isinstance(one.step, Dinov2Spec):
+            raise InputError(f"--teacher {source}: {name} is a DINOv1 run; both must be DINOv2")
+    wanted, given = (describe_targets(one) for one in (recipe, found))
+    for name, value in wanted.items():
+        if given[name] != value:
+            raise InputError(f"--teacher {source}: has {name} {given[name]}, the recipe {value}; they must be equal")
+    guide = make_state(found, device).teacher
+    fit_(guide, folder.load_state()["teacher"], source)
+    return guide.eval()
+
+
+def describe_targets(recipe: Recipe) -> dict[str, int]:
+    """What teacher and student must agree on for their targets to be comparable."""
+    assert isinstance(recipe.step, Dinov2Spec)
+    assert isinstance(recipe.backbone, ViTSpec)
+    return {
+        "patches of px": recipe.backbone.patch_px,
+        "prototypes": recipe.head.prototypes,
+        "prototypes for patches": (recipe.step.ibot_head or recipe.head).prototypes,
+    }
 
 
 def fit_(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
