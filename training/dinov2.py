@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from backbones.vit import ViT
 from data.errors import InputError
-from training.distillation import Schedule, State, ema_update_, feature_spread, teacher_copy, update_center_
+from training.distillation import Schedule, State, ema_update_, teacher_copy, update_center_
 from training.losses import (
     dino_cross_entropy,
-    entropy,
     ibot_loss,
     koleo_loss,
     row_cross_entropy,
@@ -24,6 +23,7 @@ from training.losses import (
     teacher_targets,
 )
 from training.masking import MaskSpec
+from training.monitors import collapse_monitors
 from training.optimizer import set_rates_
 from training.projection_head import HeadSpec, ProjectionHead
 
@@ -116,15 +116,11 @@ def train_step_(
     found |= clip_each_network_(state.student, spec.clip_norm)
     state.optimizer.step()
     ema_update_(state.teacher, state.student, at.momentum)
-    target_entropy = entropy(targets.cls_TBK).item()
+    watched = collapse_monitors(targets.cls_TBK.flatten(0, 1), targets.cls_TBD.flatten(0, 1), state.centers["dino"])
     cross_entropy = (
         (found["dino_local"] + found["dino_global"]) / spec.dino_weight if spec.dino_weight else float("nan")
     )
-    return found | {
-        "target_entropy_nats": target_entropy,
-        "kl_nats": cross_entropy - target_entropy,
-        "feature_spread": feature_spread(targets.cls_TBD.flatten(0, 1)),
-    }
+    return found | {"kl_nats": cross_entropy - watched["target_entropy_nats"], **watched}
 
 
 def teacher_says_(

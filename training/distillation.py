@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from backbones.resnet import ResNet
 from backbones.vit import Block, ViT
-from training.losses import dino_cross_entropy, entropy, teacher_targets
+from training.losses import dino_cross_entropy, teacher_targets
+from training.monitors import collapse_monitors
 from training.optimizer import clip_each_, set_rates_
 from training.projection_head import HeadSpec, ProjectionHead
 
@@ -117,13 +118,12 @@ def train_step_(state: State[Learner], views: Sequence[Tensor], at: Schedule, sp
     state.optimizer.step()
     ema_update_(state.teacher, state.student, at.momentum)
     update_center_(state.centers["dino"], teacher_logits_TBK, spec.center_momentum)
-    target_entropy = entropy(targets_TBK).item()
+    watched = collapse_monitors(targets_TBK.flatten(0, 1), teacher_features_TBD.flatten(0, 1), state.centers["dino"])
     return {
         "loss": loss.item(),
         "grad_norm": grad_norm.item(),
-        "target_entropy_nats": target_entropy,
-        "kl_nats": loss.item() - target_entropy,
-        "feature_spread": feature_spread(teacher_features_TBD.flatten(0, 1)),
+        "kl_nats": loss.item() - watched["target_entropy_nats"],
+        **watched,
     }
 
 
@@ -137,9 +137,3 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None
 def update_center_(center_K: Tensor, teacher_logits: Tensor, momentum: float) -> None:
     """centre <- m * centre + (1 - m) * mean of the raw teacher logits (Caron et al. 2021, eq. 4)."""
     center_K.mul_(momentum).add_(teacher_logits.float().flatten(0, -2).mean(dim=0), alpha=1 - momentum)
-
-
-def feature_spread(features_BD: Tensor) -> float:
-    """Mean standard deviation over a batch of unit-length features, times sqrt(D): near 1 when spread out, 0 when collapsed."""
-    unit_BD = torch.nn.functional.normalize(features_BD.float(), dim=-1)
-    return (unit_BD.std(dim=0).mean() * features_BD.shape[-1] ** 0.5).item()

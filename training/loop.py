@@ -30,6 +30,7 @@ from data.loader import ViewLoader
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.methods import make_state, take_step_
+from training.monitors import collapse_warning
 from training.picture import attention_picture
 from training.recipe import Recipe
 from training.run_folder import RunFolder
@@ -41,8 +42,6 @@ LINE_EVERY_S = 15.0
 PICTURE_IMAGES = 6
 MAX_BAD_STEPS = 5
 """So many steps in a row without a finite loss end the run."""
-COLLAPSE_SPREAD = 0.05
-"""Features whose spread stays below this point all in one direction."""
 
 
 class Plan:
@@ -211,21 +210,10 @@ class Run:
                     "lower lr or the teacher temperature, and resume from the last state"
                 )
         if step % self.plan.steps_per_epoch == self.plan.steps_per_epoch - 1:
-            self._warn_of_collapse(step, found)
+            warning = collapse_warning(found, self.recipe.head.prototypes) if self.bad_steps == 0 else None
+            if warning:
+                tqdm.write(f"step {step}: collapse? {warning}", file=sys.stderr)
         return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
-
-    def _warn_of_collapse(self, step: int, found: dict[str, float]) -> None:
-        prototypes = self.recipe.head.prototypes
-        if found.get("feature_spread", 1) < COLLAPSE_SPREAD:
-            warning = f"features of different images are nearly equal (spread {found['feature_spread']:.3f})"
-        elif found.get("target_entropy_nats", 0) > 0.99 * math.log(prototypes):
-            warning = f"the teacher's targets are uniform (entropy {found['target_entropy_nats']:.2f} of {math.log(prototypes):.2f})"
-        else:
-            return
-        tqdm.write(
-            f"step {step}: collapse? {warning}. Lower the teacher temperature, the learning rate or the number of prototypes.",
-            file=sys.stderr,
-        )
 
     def save(self, step: int) -> None:
         """Write state, checkpoint, picture and list of skipped images."""
