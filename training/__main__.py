@@ -21,6 +21,7 @@ def main(
     split: str | None = None,
     init: str | None = None,
     teacher: str | None = None,
+    eval_data: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -39,6 +40,7 @@ def main(
         split: Use only the rows of this split, such as train.
         init: Begin with these weights instead of random ones: a run folder (with its heads) or a backbone as `--ckpt` takes it.
         teacher: Distil the frozen teacher of this finished DINOv2 run, usually of a larger backbone, with its heads.
+        eval_data: Labelled images, on which k-NN measures the teacher after each epoch; labels are used for nothing else.
         epochs: Instead of the recipe's.
         batch_size: Images a step, instead of the recipe's; the learning rate follows.
         seed: Of initialisation, order and views.
@@ -52,7 +54,7 @@ def main(
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
     set_threads(threads)
-    print(start(chosen, recipe, data, out, split, seed, workers, pick_device(device), init, teacher))
+    print(start(chosen, recipe, data, out, split, seed, workers, pick_device(device), init, teacher, eval_data))
 
 
 def start(
@@ -66,6 +68,7 @@ def start(
     device: torch.device,
     init: str | None,
     teacher: str | None = None,
+    eval_data: str | None = None,
 ) -> Path:
     """Open the data and train; returns the checkpoint's path. For commands."""
     return train(
@@ -80,6 +83,7 @@ def start(
         device=device,
         init=init,
         teacher=teacher,
+        eval_data=eval_data,
     )
 
 

@@ -32,6 +32,7 @@ from training.distillation import Schedule, State
 from training.methods import make_state, take_step_
 from training.monitors import collapse_warning
 from training.picture import attention_picture
+from training.probe import KnnProbe
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.schedules import Cosine, LinearWarmup
@@ -85,12 +86,13 @@ def train(
     device: torch.device | None = None,
     init: str | None = None,
     teacher: str | None = None,
+    eval_data: str | None = None,
     stop_at_step: int | None = None,
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
     `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the run whose frozen teacher is learned
-    from, see `frozen_teacher`.
+    from, see `frozen_teacher`; `eval_data` a labelled set on which the run's teacher is measured after each epoch.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
@@ -102,6 +104,7 @@ def train(
             f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
         )
     loader = ViewLoader(dataset, recipe.crops, recipe.batch_size, seed, workers, device=device)
+    probe = KnnProbe(eval_data) if eval_data else None
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
     resolved |= {"init": init} if init else {}
@@ -117,7 +120,7 @@ def train(
         warm_start_(state, init)
     step = restore_(state, folder) if resuming else 0
     folder.keep_log_until(step)
-    run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision})
+    run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision}, probe)
     with stop_signals() as stopped, SummaryWriter(str(out / "tensorboard"), purge_step=step) as curves:
         run.go(step, min(plan.steps, stop_at_step or plan.steps), stopped, curves)
     return folder.checkpoint
@@ -148,11 +151,17 @@ class Run:
         state: State[Any],
         loader: ViewLoader,
         resolved: dict[str, Any],
+        probe: KnnProbe | None,
     ) -> None:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
-        self.resolved = resolved
+        self.resolved, self.probe = resolved, probe
         self.bad_steps = 0
         self.n_listed = 0
+
+    @property
+    def device(self) -> str:
+        """Where the networks are."""
+        return self.state.centers["dino"].device.type
 
     def go(self, step: int, end: int, stopped: Callable[[], int | None], curves: SummaryWriter) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
@@ -167,6 +176,10 @@ class Run:
                     "images_per_s": round(self.recipe.batch_size / took, 2),
                     "data_wait": round((began - waited_from) / took, 4),
                 }
+                if self.probe and (step + 1) % self.plan.steps_per_epoch == 0:
+                    backbone = self.state.teacher.backbone
+                    record["knn_top1"] = self.probe.top1(backbone, self._manifest(step + 1), self.device)
+                    tqdm.write(f"step {step + 1}: k-NN top-1 of the teacher {record['knn_top1']:.4f}", file=sys.stderr)
                 waited_from = time.monotonic()
                 log.write(json.dumps(record) + "\n")
                 step += 1
@@ -227,7 +240,12 @@ class Run:
                 "step": step,
             }
         )
-        manifest = Manifest(
+        save_backbone(self.folder.checkpoint, state.teacher.backbone, self._manifest(step))
+        self._save_picture()
+        self._list_skipped()
+
+    def _manifest(self, step: int) -> Manifest:
+        return Manifest(
             architecture={},
             preprocess=self.recipe.preprocess,
             recipe={"name": self.resolved["name"], "seed": self.resolved["seed"], **self.resolved["recipe"]},
@@ -236,9 +254,6 @@ class Run:
             revision=self.resolved["revision"],
             data_fingerprint=self.resolved["data"],
         )
-        save_backbone(self.folder.checkpoint, state.teacher.backbone, manifest)
-        self._save_picture()
-        self._list_skipped()
 
     def _list_skipped(self) -> None:
         skipped = self.loader.skipped
@@ -265,7 +280,7 @@ class Run:
                 continue
         if images and isinstance(self.state.teacher.backbone, ViT):
             picture = attention_picture(self.state.teacher.backbone.cpu(), images, self.recipe.preprocess)
-            self.state.teacher.backbone.to(self.state.centers["dino"].device)
+            self.state.teacher.backbone.to(self.device)
             scratch = self.folder.path / ".attention.part.png"
             cv2.imwrite(str(scratch), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
             scratch.replace(self.folder.picture)

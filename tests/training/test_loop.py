@@ -19,6 +19,8 @@ from backbones.resnet import ResNetSpec
 from data.crops import CropSpec
 from data.datasets import open_dataset
 from data.errors import CheckFailed, InputError
+from evaluators import knn
+from evaluators.classification import ClassificationRun
 from training import loop
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, StepSpec, train_step_
@@ -128,6 +130,26 @@ def test_the_teacher_follows_the_student(folder: Path, tmp_path: Path) -> None:
     trained = load_backbone(checkpoint).model.state_dict()
     moved = (trained["blocks.0.mlp.fc1.weight"] - first["blocks.0.mlp.fc1.weight"]).abs().max()
     assert 0 < moved < 1e-2
+
+
+def test_knn_of_the_teacher_is_what_the_evaluator_measures_on_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    labelled = tmp_path / "labelled"
+    for split, n in (("train", 6), ("val", 4)):
+        for name, value in (("dark", 60), ("light", 200)):
+            (labelled / split / name).mkdir(parents=True)
+            rng = np.random.default_rng([n, value])
+            for i in range(n):
+                noise = rng.integers(0, 50, (40, 40, 3)).astype(np.uint8)
+                cv2.imwrite(str(labelled / split / name / f"{i}.png"), noise + np.uint8(value))
+    out = tmp_path / "run"
+    checkpoint = train(smoke(), open_dataset(str(folder)), out, workers=0, eval_data=str(labelled), **WORDS)
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["knn_top1" in record for record in records] == [False, True, False, True], "after each epoch of two steps"
+    wanted = knn.run(ClassificationRun(ckpt=str(checkpoint), data=str(labelled), cache_dir=None, device="cpu"))
+    assert records[-1]["knn_top1"] == wanted["metrics"]["top1"]["value"]
+    plain = train(smoke(), open_dataset(str(folder)), tmp_path / "plain", workers=0, **WORDS)
+    one, other = load_backbone(checkpoint), load_backbone(plain)
+    assert one.manifest.weights_sha256 == other.manifest.weights_sha256, "measuring changes nothing"
 
 
 def test_another_recipe_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
