@@ -21,6 +21,7 @@ import numpy as np
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
 import tyro
+from geventhttpclient.response import HTTPParseError
 from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest, load_backbone, load_tensors, weights_sha256
@@ -29,7 +30,7 @@ from data.decode import decode_image
 from data.errors import InputError, run_cli
 from exports.to_onnx import export_onnx
 from runtimes.open import open_runtime
-from runtimes.remote import config_parameters
+from runtimes.remote import config_parameters, split_address
 from runtimes.runtime import step_px
 from server.config import ServerConfig
 from server.run import Running
@@ -53,10 +54,7 @@ class Served:
     """A server's models as this page asks for them; a client is made for each call, so that a restarted server is found again."""
 
     def __init__(self, address: str, pictures: str | None = None) -> None:
-        scheme, _, self.where = address.partition("://")
-        if scheme not in ("grpc", "http") or not self.where.strip("/"):
-            raise InputError(f"--server {address}: wanted grpc://host:port or http://host:port")
-        self.where = self.where.rstrip("/")
+        scheme, self.where = split_address(address)
         self.address = address
         self.pictures = pictures or (address.rstrip("/") if scheme == "http" else None)
         """Where REST gives the thumbnails of collections; None if only gRPC is known."""
@@ -99,17 +97,19 @@ class Served:
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
         timeouts = {} if self._wire is grpc_client else {"connection_timeout": TIMEOUT_S, "network_timeout": TIMEOUT_S}
-        client = self._wire.InferenceServerClient(self.where, **timeouts)
-        try:
-            yield client
-        except (InferenceServerException, OSError) as error:
-            raise gr.Error(_words(error, self.address), print_exception=False) from error
-        finally:
-            client.close()
+        with contextlib.ExitStack() as stack:
+            try:
+                client = self._wire.InferenceServerClient(self.where, **timeouts)
+                stack.callback(client.close)
+                yield client
+            except (InferenceServerException, OSError, HTTPParseError) as error:
+                raise gr.Error(_words(error, self.address), print_exception=False) from error
 
 
 def _words(error: Exception, address: str) -> str:
     """What a visitor is told: the server's reason, or that it cannot be reached."""
+    if isinstance(error, HTTPParseError):
+        return f"The server at {address} does not answer in HTTP. Is this its gRPC port?"
     message = error.message() if isinstance(error, InferenceServerException) else str(error)
     if isinstance(error, OSError) or "UNAVAILABLE" in str(error):
         return f"The server at {address} does not answer. Start it, then try again."

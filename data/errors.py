@@ -3,6 +3,7 @@
 Exit status of every command: 0 done, 2 bad input, 3 a check failed, 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,6 +28,8 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
         _fail(error, 2)
     except CheckFailed as error:
         _fail(error, 3)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

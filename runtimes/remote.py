@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,21 @@ TIMEOUT_S = 120.0
 """For one part of a batch."""
 
 
+def split_address(address: str) -> tuple[str, str]:
+    """Scheme, and host:port, of a server's address. Raises InputError."""
+    scheme, _, where = address.partition("://")
+    where = where.rstrip("/")
+    host, _, port = where.rpartition(":")
+    if (
+        f"{scheme}://" not in REMOTE_SCHEMES
+        or not host
+        or "/" in host
+        or not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65_536)
+    ):
+        raise InputError(f"{address}: wanted grpc://host:port or http://host:port")
+    return scheme, where
+
+
 class RemoteRuntime(Runtime):
     """The network behind `grpc://host:port` or `http://host:port`. It must serve `backbone` with our manifest.
 
@@ -34,11 +50,7 @@ class RemoteRuntime(Runtime):
     """
 
     def __init__(self, address: str) -> None:
-        scheme, _, where = address.partition("://")
-        self._where = where.rstrip("/")
-        host, _, port = self._where.rpartition(":")
-        if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 65_536):
-            raise InputError(f"{address}: wanted grpc://host:port or http://host:port")
+        scheme, self._where = split_address(address)
         self.name, self.device, self._address = "remote", "remote", address
         self._wire: Any = grpc_client if scheme == "grpc" else http_client
         self._channel: Any = None

@@ -75,19 +75,27 @@ def load_artifacts(config: ServerConfig) -> Loaded:
 def read_artifact(path: Path) -> Artifact:
     """What a .safetensors or .onnx file is. Raises InputError for a file that is not ours."""
     metadata, outputs = _onnx_metadata(path) if path.suffix == ".onnx" else (_safetensors_metadata(path), ())
-    try:
-        manifest, heads = json.loads(metadata.get(MANIFEST_KEY, "{}")), json.loads(metadata.get(HEADS_KEY, "{}"))
-    except ValueError as error:
-        raise InputError(f"{path}: its manifest is not JSON ({error}); write the file anew") from error
+    manifest, heads = (_json_object(metadata.get(key, "{}"), path) for key in (MANIFEST_KEY, HEADS_KEY))
     kind = manifest.get("kind")
-    if kind != "backbone" and kind not in HEADS:
-        found = f"is a {kind}" if kind else "has no manifest of ours"
+    if not isinstance(kind, str) or (kind != "backbone" and kind not in HEADS):
+        found = f"is a {kind!s:.40}" if kind else "has no manifest of ours"
         raise InputError(
             f"{path}: {found}; wanted a backbone or a head ({', '.join(HEADS)}); move it out of the folder"
         )
     fits = manifest.get("weights_sha256" if kind == "backbone" else "backbone_sha256", "")
     depth = heads.get("depth", {}) if kind == "backbone" else manifest if kind == "depth" else {}
-    return Artifact(path, kind, fits, outputs, depth.get("weights_sha256"))
+    depth_sha256 = depth.get("weights_sha256") if isinstance(depth, dict) else None
+    return Artifact(path, kind, str(fits), outputs, depth_sha256)
+
+
+def _json_object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its manifest is not JSON ({error!s:.120}); write the file anew") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: its manifest is a JSON {type(value).__name__}, not an object; write the file anew")
+    return value
 
 
 def _safetensors_metadata(path: Path) -> dict[str, str]:
@@ -143,7 +151,8 @@ def _pick_form(backbones: Sequence[Artifact], depth: Artifact | None, folder: Pa
     whole.sort(key=lambda one: -len(one.outputs))
     if whole:
         return whole[0].path, None
-    assert depth is not None
+    if depth is None:  # nothing here is exported
+        return checkpoints[0].path, None
     if not checkpoints:
         raise InputError(
             f"--models {folder}: {exported[0].path.name} was exported without the depth head {depth.path.name}; "

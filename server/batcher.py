@@ -20,6 +20,7 @@ from server.errors import Draining, EngineFailed, Expired
 Run = Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]
 """(key, rows [B, ...]) -> named arrays [B, ...]; called in the thread of its instance, never twice at once."""
 
+MAX_INT = 1 << 62
 PATIENCE_S = 30.0
 """A request without a deadline is queued as if it had this one, so that urgent ones pass it but cannot starve it."""
 
@@ -96,8 +97,12 @@ class _Instance:
 class Batcher:
     """Feeds one or more instances of the same network. Lives on one event loop; use it from there only."""
 
-    def __init__(self, runs: Sequence[Run], spec: BatchSpec) -> None:
+    def __init__(
+        self, runs: Sequence[Run], spec: BatchSpec, most_rows: Callable[[Hashable], int] = lambda _: MAX_INT
+    ) -> None:
+        """`most_rows` says how many rows of a key an instance has memory for; the spec's bound holds beside it."""
         self.spec = spec
+        self._most_rows = most_rows
         self.executions = 0
         self.expired_rows = 0
         self.cancelled_rows = 0
@@ -176,7 +181,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while self._idle and self._buckets:
             self._drop_late()
-            ripe = [key for key, bucket in self._buckets.items() if self._ripe_at(bucket) <= loop.time()]
+            ripe = [key for key in self._buckets if self._ripe_at(key) <= loop.time()]
             if not ripe:
                 break
             key = min(ripe, key=lambda key: min((entry.due_s, entry.order) for entry in self._buckets[key]))
@@ -184,10 +189,14 @@ class Batcher:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self._idle and self._buckets:
-            self._timer = loop.call_at(min(map(self._ripe_at, self._buckets.values())), self._dispatch)
+            self._timer = loop.call_at(min(map(self._ripe_at, self._buckets)), self._dispatch)
 
-    def _ripe_at(self, bucket: list[_Entry]) -> float:
-        if sum(entry.left for entry in bucket) >= self.spec.max_rows:
+    def _room(self, key: Hashable) -> int:
+        return min(self.spec.max_rows, self._most_rows(key))
+
+    def _ripe_at(self, key: Hashable) -> float:
+        bucket = self._buckets[key]
+        if sum(entry.left for entry in bucket) >= self._room(key):
             return -math.inf
         return min(entry.arrived_s for entry in bucket) + self.spec.max_delay_us / 1e6
 
@@ -201,7 +210,7 @@ class Batcher:
         """Rows for one batch, the earliest deadline first, rows of one request in order."""
         bucket = sorted(self._buckets[key], key=lambda entry: (entry.due_s, entry.order))
         pieces: list[_Piece] = []
-        room = self.spec.max_rows
+        room = self._room(key)
         for entry in bucket:
             stop = min(len(entry.rows), entry.taken + room)
             if stop > entry.taken:

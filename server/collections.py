@@ -90,7 +90,11 @@ class Collections:
     def __init__(self, folder: Path, binding: Binding) -> None:
         self.binding = binding
         self._lock_file = _lock_folder(folder)
-        self._db = _open_sqlite(folder / "collections.sqlite")
+        try:
+            self._db = _open_sqlite(folder / "collections.sqlite")
+        except StorageFailed as error:
+            os.close(self._lock_file)
+            raise InputError(f"--collections {folder}: {error}; move the file away, or name another folder") from error
         self._snapshots: dict[str, Snapshot] = {}
         self._writing = threading.Lock()
 
@@ -156,7 +160,16 @@ class Collections:
     def _taken(self, db: Connection, name: str, rows: list[dict[str, Any]]) -> str:
         ids = [row["id"] for row in rows]
         twice = [one for one in ids if ids.count(one) > 1]
-        return f"id {twice[0]!r} comes twice in this request" if twice else "one of these ids is taken; delete it first"
+        if twice:
+            return f"id {twice[0]!r:.80} comes twice in this request"
+        here = items.c.collection == name
+        for start in range(0, len(ids), MAX_VARIABLES):
+            taken = db.execute(
+                select(items.c.id).where(here, items.c.id.in_(ids[start : start + MAX_VARIABLES]))
+            ).first()
+            if taken:
+                return f"id {taken[0]!r:.80} is taken; delete it first"
+        return "one of these ids is taken; delete it first"
 
     def _row(self, name: str, item: NewItem) -> dict[str, Any]:
         vector = np.ascontiguousarray(item.vector, "<f4")
@@ -166,8 +179,10 @@ class Collections:
             length = np.linalg.norm(vector)
         if not 0 < length < np.inf:
             raise InputError("an embedding is zero or not finite, so it has no direction to compare")
-        if item.id is not None and not ID.fullmatch(item.id):
-            raise InputError(f"id {item.id!r:.80}: wanted 1 to 256 characters, no control characters and no '/'")
+        if item.id is not None and (not ID.fullmatch(item.id) or item.id in (".", "..")):
+            raise InputError(
+                f"id {item.id!r:.80}: wanted 1 to 256 characters, no control characters, no '/', and not '.' or '..'"
+            )
         return {
             "collection": name,
             "id": item.id if item.id is not None else uuid.uuid4().hex,

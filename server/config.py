@@ -1,6 +1,7 @@
 """Everything the operator can set: one frozen dataclass, which is also the command line."""
 
 import ipaddress
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class ServerConfig:
     queue_rows: int = 256
     """Rows that may be inside the server at once; more are refused (RESOURCE_EXHAUSTED, 429)."""
     queue_mb: int = 1024
-    """Memory that these rows may need."""
+    """Memory that these rows may need, and as much again for the network while it runs."""
     max_message_mb: int = 64
     """Largest request and reply."""
     max_size_px: int = 1024
@@ -73,7 +74,7 @@ class ServerConfig:
         at_least = {"instances": 1, "decode_threads": 1, "max_batch_rows": 1, "batch_delay_us": 0, "queue_rows": 1}
         at_least |= {"queue_mb": 1, "max_message_mb": 1, "max_size_px": 1, "drain_delay_s": 0, "grace_s": 0}
         for name, lowest in at_least.items():
-            if getattr(self, name) < lowest:
+            if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least {lowest}")
         for name in ("http_port", "grpc_port", "metrics_port"):
             if not 0 <= getattr(self, name) < 1 << 16:

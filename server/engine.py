@@ -17,6 +17,7 @@ from data.errors import InputError
 from data.preprocess import Preprocess, center_view, whole_view
 from runtimes.runtime import Runtime
 from server.batcher import Batcher, BatchSpec
+from server.errors import TooLarge
 from server.statistics import Times
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ class EngineSpec:
     max_size_px: int = 1024
     """Largest side of what the network is given."""
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    working_bytes: int = 1 << 30
+    """Memory that the networks may need while they run, all instances together."""
 
 
 class Engine:
@@ -43,7 +46,7 @@ class Engine:
         self.preprocess: Preprocess = self.manifest.preprocess
         self.step_px = _step_px(self.manifest.architecture)
         self.shapes = self._probe()
-        self.batcher = Batcher([_run_with(runtime) for runtime in runtimes], spec.batching)
+        self.batcher = Batcher([_run_with(runtime) for runtime in runtimes], spec.batching, self._most_rows)
         self._pool = ThreadPoolExecutor(spec.decode_threads, thread_name_prefix="decode")
 
     @property
@@ -69,7 +72,7 @@ class Engine:
         return shapes
 
     def check_size(self, height_px: int, width_px: int, what: str) -> None:
-        """Raise InputError, naming the nearest good sizes, unless the network takes this size."""
+        """Raise InputError, naming the nearest good sizes, or TooLarge, unless the network takes this size."""
         step, largest = self.step_px, self.spec.max_size_px
         for side in (height_px, width_px):
             low = max(step, min(side, largest) // step * step)
@@ -79,6 +82,34 @@ class Engine:
                     f"{what} {side} does not fit: sides are multiples of {step} from {step} to {largest} pixels; "
                     f"nearest: {' or '.join(map(str, good))}"
                 )
+
+        needed = self._row_bytes(height_px, width_px)
+        if needed > self._instance_bytes:
+            raise TooLarge(
+                f"{what} {max(height_px, width_px)}: one such image needs about {needed >> 20} MB inside the network, and "
+                f"{self._instance_bytes >> 20} MB are allowed; ask for a smaller size, or start the server with more --queue-mb"
+            )
+
+    @property
+    def _instance_bytes(self) -> int:
+        return self.spec.working_bytes // len(self.runtimes)
+
+    def _row_bytes(self, height_px: int, width_px: int) -> int:
+        """What one image takes inside the network at its widest: ONNX Runtime holds a block's attention twice, before and after softmax.
+
+        torch computes attention in tiles and never holds it whole.
+        """
+        heads = int(self.manifest.architecture.get("heads", 0))
+        if self.name != "onnxruntime" or not heads:
+            return 0
+        tokens = 1 + int(self.manifest.architecture.get("registers", 0))
+        tokens += (height_px // self.step_px) * (width_px // self.step_px)
+        return 2 * 4 * heads * tokens**2
+
+    def _most_rows(self, key: Hashable) -> int:
+        """Rows of one batch that fit into the memory of an instance, at least one."""
+        assert isinstance(key, tuple)
+        return max(1, self._instance_bytes // max(1, self._row_bytes(key[0], key[1])))
 
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Do CPU work in the decode pool; work that has not begun is dropped with its caller."""

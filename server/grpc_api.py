@@ -1,7 +1,7 @@
 """KServe v2 over gRPC, on the stubs that come with tritonclient.
 
 Only translation: messages to InferRequest and back, errors to codes. What is not overridden here (shared memory, trace and
-log settings, load and unload, streams) answers UNIMPLEMENTED, which is the stubs' default.
+log settings, load and unload) answers UNIMPLEMENTED.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from tritonclient.grpc.service_pb2_grpc import (
 from data.errors import InputError
 from server import describe
 from server.errors import message, outcome, retry_after
-from server.service import InferReply, InferRequest, Service
+from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
 from server.tensors import Tensor, from_raw, from_values, to_raw
 
 SERVICE_NAME = "inference.GRPCInferenceService"
@@ -41,8 +41,6 @@ _CONTENTS_OF = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-_UNSUPPORTED = ("shared_memory_region", "classification")
-
 Handler = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
@@ -115,14 +113,22 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         given = request.id
         # Logs, and the reply to an internal error, name a request even if its client did not.
         request.id = given or uuid.uuid4().hex[:12]
-        wanted = request_from(request, context.time_remaining())
+        wanted = await off_loop_if_large(request.ByteSize(), request_from, request, context.time_remaining())
         return reply_message(await self.service.infer(wanted), given)
+
+    async def ModelStreamInfer(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
+        """Streams are not offered."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, _not_offered("ModelStreamInfer"))
+
+
+def _not_offered(method: str) -> str:
+    return f"{method} is not offered by this server; models are called one request at a time, by ModelInfer"
 
 
 def request_from(request: Any, timeout_s: float | None) -> InferRequest:
     """The protocol's message as an InferRequest. Raises InputError where it contradicts itself."""
     for part in (*request.inputs, *request.outputs):
-        for name in _UNSUPPORTED:
+        for name in UNSUPPORTED:
             if name in part.parameters:
                 raise InputError(f"{part.name!r} asks for {name}, which this server does not have")
     return InferRequest(
@@ -155,7 +161,7 @@ def _typed(tensor: Any) -> Tensor:
     field = _CONTENTS_OF.get(tensor.datatype)
     if field is None:
         return from_raw(tensor.name, tensor.datatype, tensor.shape, b"")
-    return from_values(tensor.name, tensor.datatype, tensor.shape, getattr(tensor.contents, field))
+    return from_values(tensor.name, tensor.datatype, tensor.shape, list(getattr(tensor.contents, field)))
 
 
 def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,9 +184,15 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """The method's handler, with a reader that never raises."""
         handler = await continuation(details)
-        if handler is None or not asyncio.iscoroutinefunction(handler.unary_unary):
+        if handler is None or handler.unary_unary is None:
             return handler
         method = details.method.rpartition("/")[2]
+        if not asyncio.iscoroutinefunction(handler.unary_unary):
+
+            async def refuse(request: Any, context: grpc.aio.ServicerContext) -> Any:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, _not_offered(method))
+
+            return grpc.unary_unary_rpc_method_handler(refuse, bytes, bytes)
 
         def read(data: bytes) -> Any:
             try:

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import logging
 import re
 import uuid
 import zlib
@@ -12,14 +13,15 @@ from typing import Any, TypeVar
 
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import InputError
-from server.errors import Disconnected, TooLarge, message, outcome, retry_after
+from server.errors import Disconnected, Draining, TooLarge, message, outcome, retry_after
 
 T = TypeVar("T")
+log = logging.getLogger("server")
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 MAX_FILES = 1024
@@ -50,6 +52,12 @@ class Guard:
 
         try:
             await self.app(scope, self._bounded(scope, receive), named)
+        except ClientDisconnect:
+            log.debug("client left", extra={"fields": {"id": request_id}})
+        except asyncio.CancelledError:  # the server leaves, and waited long enough for the rest of this request
+            if started:
+                raise
+            await error_reply(Draining("the server is shutting down"), request_id)(scope, receive, named)
         except Exception as error:
             if started:
                 raise
@@ -119,10 +127,25 @@ def compressed(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
     return packed, {"content-encoding": coding}
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that is half of a character; alone it is no text, and cannot be stored or sent on."""
+
+
+def check_json(value: Any, what: str) -> None:
+    """Raise InputError for what Python reads and JSON does not have: NaN, and numbers beyond all doubles."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} cannot be written as JSON ({error!s:.80})") from error
+
+
 def parse_json(body: bytes) -> Any:
     """The body as JSON. Raises InputError with the place where it breaks."""
     try:
-        return json.loads(body)
+        value = json.loads(body)
+        if _SURROGATE.search(body):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise InputError(f"the request is not JSON: {str(error) or type(error).__name__:.120}") from error
 

@@ -6,6 +6,7 @@ long it is. (Triton, extension_binary_data.)
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from data.errors import InputError
 from server import describe
 from server.errors import Draining
 from server.http_body import compressed, parse_json, read_body, unless_disconnected
-from server.service import InferReply, InferRequest, Service
+from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
 from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -32,10 +33,12 @@ def make_v2_routes(service: Service, max_body_bytes: int) -> APIRouter:
     async def server_metadata() -> JSONResponse:
         return JSONResponse(describe.server_metadata())
 
+    @router.head("/v2/health/live", include_in_schema=False)
     @router.get("/v2/health/live", summary="The process answers")
     async def live() -> Response:
         return Response()
 
+    @router.head("/v2/health/ready", include_in_schema=False)
     @router.get("/v2/health/ready", summary="Requests are taken")
     async def ready() -> Response:
         return Response(status_code=200 if service.ready else 503)
@@ -137,23 +140,31 @@ async def _infer(request: Request, service: Service, max_body_bytes: int) -> Res
     name, version = _model_of(request)
     service.model(name, version)
     body = await read_body(request, max_body_bytes)
-    header, binary = _split(body, request.headers.get(HEADER_LENGTH))
-    wanted = _request(header, binary, name, version, request)
+    wanted, header = await off_loop_if_large(len(body), _read_request, body, name, version, request)
     reply = await unless_disconnected(request, service.infer(wanted))
     return _response(request, reply, header)
+
+
+def _read_request(body: bytes, name: str, version: str, request: Request) -> tuple[InferRequest, dict[str, Any]]:
+    header, binary = _split(body, request.headers.get(HEADER_LENGTH))
+    return _request(header, binary, name, version, request), header
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
     if header_length is None:
         return _object(parse_json(body), "the request"), memoryview(b"")
-    if not header_length.isdigit() or int(header_length) > len(body):
+    length = whole_number(header_length)
+    if length is None or length > len(body):
         raise InputError(f"Inference-Header-Content-Length is {header_length!r:.40}, the body has {len(body)} bytes")
-    length = int(header_length)
     return _object(parse_json(body[:length]), "the request"), memoryview(body)[length:]
 
 
 def _request(header: dict[str, Any], binary: memoryview, name: str, version: str, request: Request) -> InferRequest:
     outputs = _list(header, "outputs")
+    for part in (*outputs, *_list(header, "inputs")):
+        for unsupported in UNSUPPORTED:
+            if unsupported in part.get("parameters", {}):
+                raise InputError(f"{part.get('name')!r:.80} asks for {unsupported}, which this server does not have")
     parameters = dict(_object(header.get("parameters", {}), "'parameters'"))
     return InferRequest(
         model=name,
@@ -173,8 +184,6 @@ def _tensors(inputs: list[dict[str, Any]], binary: memoryview) -> list[Tensor]:
     for one in inputs:
         name, datatype, shape = _text(one, "name"), _text(one, "datatype"), _shape(one)
         parameters = _object(one.get("parameters", {}), f"'parameters' of input {name!r}")
-        if "shared_memory_region" in parameters:
-            raise InputError(f"input {name!r} asks for shared_memory_region, which this server does not have")
         size = parameters.get("binary_data_size")
         if size is None:
             if "data" not in one:
@@ -222,9 +231,15 @@ def timeout_of(request: Request) -> float | None:
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
         return None
-    if not given.isdigit() or int(given) == 0:
+    milliseconds = whole_number(given)
+    if not milliseconds:
         raise InputError(f"X-Timeout-Ms is {given!r:.40}; wanted milliseconds as a whole number above 0")
-    return int(given) / 1000
+    return milliseconds / 1000
+
+
+def whole_number(text: str) -> int | None:
+    """A header's value as a number of up to 12 digits; None where it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,12}", text) else None
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

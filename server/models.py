@@ -88,7 +88,13 @@ class BackboneModel(ServedModel):
         finite = np.isfinite(pixels).all(axis=(1, 2, 3))
         if not finite.all():
             raise InputError(f"input 'pixels': row {int(np.argmin(finite))} holds values that are not finite")
-        return await self.engine.run(pixels, outputs, times, deadline_s)
+        answers = await self.engine.run(pixels, outputs, times, deadline_s)
+        for name, array in answers.items():
+            if not np.isfinite(array).all():
+                raise InputError(
+                    f"output {name!r} is not finite: the pixels are too large; normalise them as the manifest says"
+                )
+        return answers
 
 
 class EmbeddingModel(ServedModel):

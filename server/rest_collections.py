@@ -17,9 +17,10 @@ from starlette.responses import JSONResponse, Response
 from data.decode import decode_image
 from data.errors import InputError
 from server.collections import Item, NewItem, check_name
-from server.http_body import Upload, parse_json, read_body
+from server.http_body import Upload, check_json, parse_json, read_body
 from server.pictures import thumbnail
 from server.rest import PROBLEMS, UPLOAD_BODY, Rest
+from server.service import off_loop_if_large
 
 VOTE_TEMPERATURE = 0.07
 """T of the vote exp(cosine / T) (Wu et al. 2018; DINO's k-NN protocol)."""
@@ -84,7 +85,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     @router.get("/{name}/items", summary="List items in the order of adding")
     async def items(
         name: str,
-        after: Annotated[int, Query(ge=0, description="`next` of the page before")] = 0,
+        after: Annotated[int, Query(ge=0, lt=1 << 63, description="`next` of the page before")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
         label: str | None = None,
     ) -> JSONResponse:
@@ -162,7 +163,10 @@ def vote(neighbours: Sequence[tuple[str | None, float]]) -> list[dict[str, Any]]
 
 
 async def _vector_items(rest: Rest, request: Request) -> list[NewItem]:
-    given = VectorItems.model_validate(parse_json(await read_body(request, rest.max_body_bytes)))
+    body = await read_body(request, rest.max_body_bytes)
+    given = VectorItems.model_validate(await off_loop_if_large(len(body), parse_json, body))
+    for one in given.items:
+        check_json(one.metadata, "'metadata'")
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
         vectors = [np.array(one.embedding, np.float32) for one in given.items]
     return [
@@ -212,6 +216,7 @@ def _metadata(text: str | None, file_name: str) -> dict[str, Any]:
     value = parse_json(text.encode())
     if not isinstance(value, dict):
         raise InputError(f"field 'metadata' is a JSON {type(value).__name__}; wanted an object")
+    check_json(value, "field 'metadata'")
     return value
 
 

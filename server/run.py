@@ -59,6 +59,7 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         batching=BatchSpec(max_rows=config.max_batch_rows, max_delay_us=config.batch_delay_us),
         decode_threads=config.decode_threads,
         max_size_px=config.max_size_px,
+        working_bytes=config.queue_mb << 20,
     )
     loaded = await asyncio.to_thread(load, config)
     engine = Engine(loaded.runtimes, spec)
@@ -88,11 +89,13 @@ async def serve(
     with contextlib.ExitStack() as sockets:
         http_socket = sockets.enter_context(_listen(config.host, config.http_port, "--http-port"))
         metrics_socket = sockets.enter_context(_listen(config.host, config.metrics_port, "--metrics-port"))
+        if config.grpc_port:  # gRPC binds its port by itself, and only after the network is loaded; look now
+            _listen(config.host, config.grpc_port, "--grpc-port").close()
         async with assembled(config, load) as (service, evaluations):
             grpc_server = GrpcServer(service, config.host, config.grpc_port, max_bytes)
             http = [
-                _Http(make_http_app(service, evaluations, max_bytes), http_socket, config.grace_s),
-                _Http(make_metrics_app(service), metrics_socket, config.grace_s),
+                _Http(make_http_app(service, evaluations, max_bytes), http_socket),
+                _Http(make_metrics_app(service), metrics_socket),
             ]
             for one in http:
                 await one.start()
@@ -123,23 +126,20 @@ async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer
     await grpc_server.announce(False)
     await asyncio.sleep(config.drain_delay_s)
     service.state = "closed"
-    await asyncio.gather(_leave_grpc(config.grace_s, service, grpc_server), *(one.stop() for one in http))
-    log.info("left", extra={"fields": {"unanswered": service.in_flight}})
-
-
-async def _leave_grpc(grace_s: float, service: Service, grpc_server: GrpcServer) -> None:
-    """Close the listener when nothing runs any more: one that is closing lets new calls hang, this one refuses them."""
     loop = asyncio.get_running_loop()
-    end_s = loop.time() + grace_s
+    end_s = loop.time() + config.grace_s
+    # Listeners close when nothing runs any more: one that is closing lets new calls hang, these refuse them.
     while service.in_flight and loop.time() < end_s:
         await asyncio.sleep(0.01)
-    await grpc_server.stop(min(LAST_REPLIES_S, max(0.0, end_s - loop.time())))
+    left_s = min(LAST_REPLIES_S, max(0.0, end_s - loop.time()))
+    await asyncio.gather(grpc_server.stop(left_s), *(one.stop(left_s) for one in http))
+    log.info("left", extra={"fields": {"unanswered": service.in_flight}})
 
 
 class _Http(uvicorn.Server):
     """uvicorn on a socket of ours, in a loop of ours; signals are none of its business."""
 
-    def __init__(self, app: FastAPI, listener: socket.socket, grace_s: float) -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -147,7 +147,6 @@ class _Http(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
-                timeout_graceful_shutdown=max(1, round(grace_s)),
             )
         )
         self._listener = listener
@@ -161,8 +160,9 @@ class _Http(uvicorn.Server):
                 raise RuntimeError("an HTTP listener could not start")
             await asyncio.sleep(0.01)
 
-    async def stop(self) -> None:
-        """Take no new requests, finish the others."""
+    async def stop(self, grace_s: float) -> None:
+        """Take no new requests, and give those that are not answered `grace_s` to finish."""
+        self.config.timeout_graceful_shutdown = max(1, round(grace_s))
         self.should_exit = True
         await self.task
 

@@ -7,9 +7,9 @@ This is the one way in. gRPC, the v2 REST routes and the routes for people all b
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,12 @@ from server.statistics import Metrics, ModelCounts, Times
 from server.tensors import Tensor, TensorSpec
 
 log = logging.getLogger("server")
+T = TypeVar("T")
+
+UNSUPPORTED = ("shared_memory_region", "classification")
+"""Parameters of inputs and outputs that ask for what this server does not have, on either wire."""
+LARGE_BYTES = 1 << 20
+"""From here on a request's numbers are read off the event loop."""
 
 NAME = "dinoscope"
 VERSION = "0.1.0"
@@ -138,7 +144,9 @@ class Service:
             except TimeoutError as error:
                 if not limit.expired():
                     raise EngineFailed("a part of the server timed out") from error
-                raise Expired(f"the deadline of {timeout_s:.3f} s passed before the answer was ready") from error
+                raise Expired(
+                    f"the deadline of {(timeout_s or 0) * 1e3:g} ms passed before the answer was ready"
+                ) from error
             finally:
                 counts.pending -= 1
         total_ns = time.perf_counter_ns() - began_ns
@@ -171,6 +179,11 @@ class Service:
         show("dinoscope_rejected_requests", "Requests refused because of rows or bytes", lambda: admission.rejected)
         show("dinoscope_expired_rows", "Rows dropped before compute: deadline", lambda: batcher.expired_rows)
         show("dinoscope_cancelled_rows", "Rows dropped before compute: caller left", lambda: batcher.cancelled_rows)
+
+
+async def off_loop_if_large(nbytes: int, work: Callable[..., T], *args: Any) -> T:
+    """Do the parsing of a request, in a thread where it is so large that other clients would have to wait for it."""
+    return await asyncio.to_thread(work, *args) if nbytes > LARGE_BYTES else work(*args)
 
 
 def _wanted(model: ServedModel, names: Sequence[str]) -> tuple[str, ...]:
@@ -231,7 +244,7 @@ def _timeout_s(request: InferRequest) -> float | None:
     given = request.parameters.get("timeout")
     if given is None:
         return request.timeout_s
-    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 1 << 63:
         raise InputError(f"parameter 'timeout' is {given!r:.40}; wanted microseconds as a whole number")
     if given == 0:
         return request.timeout_s

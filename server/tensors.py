@@ -16,6 +16,11 @@ import numpy as np
 
 from data.errors import InputError
 
+MAX_DIMENSIONS = 8
+MAX_SIZE = 1 << 31
+"""Largest size of one axis."""
+MAX_ELEMENTS = 1 << 16
+"""Images or texts in one BYTES tensor: far more than a request may have rows, few enough to count."""
 NUMPY_OF = {
     "BOOL": np.dtype(np.bool_),
     "UINT8": np.dtype(np.uint8),
@@ -57,13 +62,12 @@ class Tensor:
 def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Tensor:
     """A tensor from its wire bytes; numbers are not copied. Raises InputError when bytes and shape disagree."""
     dtype = _dtype(name, datatype)
-    size = _element_count(name, shape)
+    size = _element_count(name, shape, datatype)
     if datatype == "BYTES":
-        elements = _split_elements(name, bytes(raw))
+        elements = _split_elements(name, bytes(raw), size)
         if len(elements) != size:
-            raise InputError(
-                f"input {name!r}: shape {list(shape)} asks for {size} elements, its bytes hold {len(elements)}"
-            )
+            held = "more" if len(elements) > size else len(elements)
+            raise InputError(f"input {name!r}: shape {list(shape)} asks for {size} elements, its bytes hold {held}")
         return Tensor(name, datatype, object_array(elements, shape))
     if len(raw) != size * dtype.itemsize:
         raise InputError(
@@ -76,7 +80,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
 def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> Tensor:
     """A tensor from a flat or nested sequence (protobuf's typed contents, JSON `data`). Raises InputError."""
     dtype = _dtype(name, datatype)
-    size = _element_count(name, shape)
+    size = _element_count(name, shape, datatype)
     if datatype == "BYTES":
         flat: Any = list(_flatten(values))
         if not all(isinstance(element, bytes) for element in flat):
@@ -135,16 +139,26 @@ def _dtype(name: str, datatype: str) -> np.dtype:
     return NUMPY_OF[datatype]
 
 
-def _element_count(name: str, shape: Sequence[int]) -> int:
+def _element_count(name: str, shape: Sequence[int], datatype: str) -> int:
+    if len(shape) > MAX_DIMENSIONS:
+        raise InputError(f"input {name!r}: its shape has {len(shape)} dimensions; wanted at most {MAX_DIMENSIONS}")
     if any(size < 0 for size in shape):
         raise InputError(f"input {name!r}: shape {list(shape)} has a negative size")
-    return math.prod(shape)
+    if any(size > MAX_SIZE for size in shape):
+        raise InputError(f"input {name!r}: shape {list(shape)!s:.200} has a size above {MAX_SIZE}")
+    count = math.prod(shape)
+    if datatype == "BYTES" and count > MAX_ELEMENTS:
+        raise InputError(
+            f"input {name!r}: shape {list(shape)} asks for {count} elements; wanted at most {MAX_ELEMENTS}"
+        )
+    return count
 
 
-def _split_elements(name: str, raw: bytes) -> list[bytes]:
+def _split_elements(name: str, raw: bytes, most: int) -> list[bytes]:
+    """The elements; reading ends with one more than `most`."""
     elements: list[bytes] = []
     at = 0
-    while at < len(raw):
+    while at < len(raw) and len(elements) <= most:
         stop = at + 4
         if stop <= len(raw):
             stop += struct.unpack_from("<I", raw, at)[0]

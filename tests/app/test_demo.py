@@ -206,9 +206,19 @@ def test_another_server_can_be_named(browser: Any, demo: dict[str, str], repo_ro
         stop(process)
 
 
-def test_no_server_at_the_address_is_one_line(repo_root: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("grpc://127.0.0.1:{free}", "does not answer"),
+        ("http://127.0.0.1:{grpc}", "Is this its gRPC port?"),
+        ("http://127.0.0.1:abc", "wanted grpc://host:port or http://host:port"),
+        ("127.0.0.1:8001", "wanted grpc://host:port or http://host:port"),
+    ],
+)
+def test_no_server_at_the_address_is_one_line(demo: dict[str, str], repo_root: Path, address: str, words: str) -> None:
+    at = address.format(free=free_port(), grpc=demo["grpc"].rpartition(":")[2])
     done = subprocess.run(
-        [sys.executable, "app.py", "--server", f"grpc://127.0.0.1:{free_port()}", "--port", str(free_port())],
+        [sys.executable, "app.py", "--server", at, "--port", str(free_port())],
         cwd=repo_root,
         capture_output=True,
         text=True,
@@ -217,4 +227,4 @@ def test_no_server_at_the_address_is_one_line(repo_root: Path) -> None:
     )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "does not answer" in done.stderr
+    assert words in done.stderr

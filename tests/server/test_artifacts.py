@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import save_file
 
+from backbones.checkpoints import MANIFEST_KEY
 from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, save_head
 from data.errors import InputError
 from runtimes.onnx_runtime import HEADS_KEY
@@ -51,6 +53,13 @@ def test_a_checkpoint_alone_is_served_without_depth(network, tmp_path):
     assert [one.name for one in loaded.runtimes] == ["torch"]
     assert (loaded.runtimes[0].outputs, loaded.version) == (("embedding", "patches", "attention"), "1")
     assert loaded.depth_unit is None
+
+
+def test_a_folder_with_a_checkpoint_alone_is_served_without_depth(folder, tmp_path):
+    (folder / "depth.safetensors").unlink()
+    loaded = load(folder, tmp_path)
+    assert [one.name for one in loaded.runtimes] == ["torch"]
+    assert "depth" not in loaded.runtimes[0].outputs
 
 
 def test_an_onnx_alone_is_served_with_all_it_has(onnx_file, runtime, tmp_path):
@@ -175,6 +184,13 @@ def test_a_file_cut_short_is_an_error(folder, onnx_file, tmp_path, name):
     (folder / name).write_bytes(whole.read_bytes()[:3000])
     refused(folder / name, tmp_path)
     assert name in refused(folder, tmp_path)
+
+
+@pytest.mark.parametrize("manifest", ["[]", '"x"', "null", "{", '{"kind": []}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_an_error(folder, tmp_path, manifest):
+    save_file({"w": np.zeros(1, np.float32)}, str(folder / "other.safetensors"), {MANIFEST_KEY: manifest})
+    with pytest.raises(InputError, match=r"other\.safetensors: (its manifest is|has no manifest)"):
+        load(folder, tmp_path)
 
 
 def test_a_head_alone_is_an_error(folder, tmp_path):

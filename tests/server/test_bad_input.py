@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from server.tensors import _split_elements
 from tests.server.conftest import MAX_MESSAGE_MB, QUEUE_ROWS
 from tests.server.images import BAD_IMAGES, bomb, png
 from tests.server.wires import Refused, images, open_wire
@@ -118,6 +119,11 @@ def test_a_bad_request_is_refused(wire, what):
     assert (got, words in line) == (kind, True), line
 
 
+def test_pixels_too_large_for_the_network_are_refused_and_not_answered_with_nan(wire):
+    got, line = refused(wire.infer, "backbone", {"pixels": np.full((1, 3, 8, 8), 3e38, np.float32)})
+    assert (got, "is not finite: the pixels are too large" in line) == ("invalid", True), line
+
+
 def test_a_wire_deadline_that_cannot_be_met_is_told(wire):
     assert refused(wire.infer, "embedding", GOOD, (), {"timeout": 1})[0] == "late"
     assert refused(wire.infer, "embedding", GOOD, (), {"timeout": -1})[0] == "invalid"
@@ -166,8 +172,10 @@ MESSAGES = {
     "too few bytes": (broken("raw", bytes(760)), "is 768 bytes, and 760 came"),
     "too many bytes": (broken("raw", bytes(772)), "is 768 bytes, and 772 came"),
     "negative shape": (broken("shape", [1, 3, -8, -8]), "has a negative size"),
-    "a shape that overflows": (broken("shape", [2**62, 3, 8, 8]), "bytes, and 768 came"),
-    "a shape of no rows without end": (broken("shape", [0, 3, 2**62, 2**62]), "768 came"),
+    "a shape that overflows": (broken("shape", [2**62, 3, 8, 8]), "has a size above"),
+    "a shape of no rows without end": (broken("shape", [0, 3, 2**62, 2**62]), "has a size above"),
+    "a shape of more bytes than there are": (broken("shape", [2**31, 3, 8, 8]), "bytes, and 768 came"),
+    "a shape of 65 dimensions": (broken("shape", [1] * 65), "has 65 dimensions; wanted at most 8"),
     "unknown datatype": (broken("datatype", "FP33"), "datatype 'FP33' is unknown"),
     "FP16": (broken("datatype", "FP16"), "is 384 bytes"),
     "more raw contents than inputs": (lambda r: r.raw_input_contents.append(b""), "1 inputs and 2 raw_input_contents"),
@@ -180,7 +188,7 @@ MESSAGES = {
     "an element cut short": (as_image(struct.pack("<I", 1000) + b"abc"), "element 0 is cut short"),
     "a length cut short": (as_image(b"\x01\x00"), "element 0 is cut short"),
     "a length without end": (as_image(b"\xff\xff\xff\xff"), "element 0 is cut short"),
-    "two elements for one": (as_image(bytes(8)), "asks for 1 elements, its bytes hold 2"),
+    "two elements for one": (as_image(bytes(8)), "asks for 1 elements, its bytes hold more"),
     "a name without end": (broken("name", "x" * 100_000), "no input 'xxx"),
 }  # fmt: skip
 
@@ -203,6 +211,36 @@ def test_a_message_that_is_no_message_is_refused(server):
 def test_a_message_beyond_the_limit_is_refused(server):
     code, _ = model_infer(server, broken("raw", bytes((MAX_MESSAGE_MB << 20) + 1)))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_flood_of_empty_elements_is_refused_without_reading_them_all(server):
+    """Of 3 MB of zeros, 786,432 elements, two are read; other clients do not wait meanwhile."""
+    code, line = model_infer(server, as_image(bytes(3 << 20)))
+    assert (code, "its bytes hold more" in line) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    assert _split_elements("image", bytes(1 << 20), 1) == [b"", b""]
+
+
+def test_a_count_of_elements_beyond_all_batches_is_refused(server):
+    code, line = model_infer(server, lambda r: (as_image(b"")(r), r.inputs[0].shape.__setitem__(0, 1 << 30)))
+    assert (code, "wanted at most 65536" in line) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+OFFERED_ELSEWHERE = {
+    "RepositoryModelLoad": service_pb2.RepositoryModelLoadRequest(model_name="embedding"),
+    "RepositoryModelUnload": service_pb2.RepositoryModelUnloadRequest(model_name="embedding"),
+    "TraceSetting": service_pb2.TraceSettingRequest(),
+    "LogSettings": service_pb2.LogSettingsRequest(),
+    "SystemSharedMemoryStatus": service_pb2.SystemSharedMemoryStatusRequest(),
+    "ModelStreamInfer": iter([service_pb2.ModelInferRequest(model_name="embedding")]),
+}
+
+
+@pytest.mark.parametrize("method", OFFERED_ELSEWHERE)
+def test_what_only_other_servers_offer_is_unimplemented_in_words(server, method):
+    with grpc.insecure_channel(server.addresses.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(getattr(service_pb2_grpc.GRPCInferenceServiceStub(channel), method)(OFFERED_ELSEWHERE[method]))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.details().startswith(f"{method} is not offered by this server")
 
 
 PIXELS_JSON = {"name": "pixels", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0.0] * 192}
@@ -232,6 +270,22 @@ BODIES = {
     "binary that did not come": (
         "backbone", {"inputs": [without("data") | {"parameters": {"binary_data_size": 768}}]}, "0 bytes follow",
     ),
+    "a shape of 65 dimensions": ("backbone", {"inputs": [PIXELS_JSON | {"shape": [1] * 65}]}, "has 65 dimensions"),
+    "a shape without end": ("backbone", {"inputs": [PIXELS_JSON | {"shape": [0, 2**63]}]}, "has a size above"),
+    "no rows of images without end": ("embedding", {"inputs": [IMAGE_JSON | {"shape": [0, 2**40], "data": []}]}, "has a size above"),
+    "half a character": ("embedding", json.dumps({"inputs": [IMAGE_JSON | {"data": ["\ud800"]}]}).encode(), "not JSON"),
+    "half a character in a parameter": ("knn", b'{"inputs": [], "parameters": {"collection": "\\ud800"}}', "not JSON"),
+    "a deadline without end": ("backbone", {"inputs": [PIXELS_JSON], "parameters": {"timeout": 10**400}}, "parameter 'timeout'"),
+    "classification": (
+        "backbone",
+        {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"classification": 3}}]},
+        "'embedding' asks for classification",
+    ),
+    "an output in shared memory": (
+        "backbone",
+        {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"shared_memory_region": "x"}}]},
+        "'embedding' asks for shared_memory_region",
+    ),
     "no base64": ("embedding", {"inputs": [IMAGE_JSON | {"data": ["%%%"]}]}, "not base64"),
     "numbers for images": ("embedding", {"inputs": [IMAGE_JSON | {"data": [3]}]}, "wants strings"),
     "unknown content type": (
@@ -249,11 +303,17 @@ def test_a_body_that_cannot_be_read_is_refused(http, what):
     assert words in answer.json()["error"]
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "99999999", "10"])
+@pytest.mark.parametrize("length", ["-1", "x", "99999999", "10", b"\xb2", "1" * 5000])
 def test_a_wrong_header_length_is_refused(http, length):
     body = json.dumps({"inputs": [PIXELS_JSON]}).encode()
     answer = http.post("/v2/models/backbone/infer", content=body, headers={"Inference-Header-Content-Length": length})
     assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", b"\xb2", "9" * 400, "1" * 5000])
+def test_a_wrong_deadline_header_is_refused(http, given):
+    answer = http.post("/v2/models/backbone/infer", json={"inputs": [PIXELS_JSON]}, headers={"X-Timeout-Ms": given})
+    assert (answer.status_code, "X-Timeout-Ms" in answer.json()["error"]) == (400, True)
 
 
 def test_left_over_bytes_are_refused(http):
@@ -315,6 +375,7 @@ ROUTES = {
     "wrong method": ("GET", "/v1/embeddings", 405, "does not take GET"),
     "query of another type": ("POST", "/v1/attention?size=big", 400, "size"),
     "unknown format": ("POST", "/v1/attention?format=gif", 400, "format"),
+    "a page beyond all pages": ("GET", "/v1/collections/samples/items?after=99999999999999999999", 400, "after"),
     "page size 0": ("GET", "/v1/collections/samples/items?limit=0", 400, "limit"),
     "unknown collection": ("GET", "/v1/collections/nothing/items", 404, "no collection 'nothing'"),
     "unknown item": ("GET", "/v1/collections/samples/items/nothing/thumbnail", 404, "no item 'nothing'"),
@@ -333,6 +394,7 @@ def test_a_bad_address_is_refused(http, what):
     assert words in answer.json()["error"]
 
 
+ONES = b",".join([b"1.0"] * 48)
 ITEMS = {
     "no items": ({"items": []}, 400, "items"),
     "no embedding": ({"items": [{"id": "a"}]}, 400, "embedding"),
@@ -340,6 +402,23 @@ ITEMS = {
     "zeros": ({"items": [{"embedding": [0.0] * 48}]}, 400, "zero or not finite"),
     "too large for float32": ({"items": [{"embedding": [1e300] * 48}]}, 400, "zero or not finite"),
     "a slash in the id": ({"items": [{"embedding": [1.0] * 48, "id": "a/b"}]}, 400, "no '/'"),
+    "an id that is a path": ({"items": [{"embedding": [1.0] * 48, "id": ".."}]}, 400, "not '.' or '..'"),
+    "NaN in the metadata": (
+        b'{"items": [{"embedding": [%s], "metadata": {"a": NaN}}]}' % ONES,
+        400,
+        "cannot be written as JSON",
+    ),
+    "a number beyond all": (
+        b'{"items": [{"embedding": [%s], "metadata": {"a": 1e999}}]}' % ONES,
+        400,
+        "cannot be written as JSON",
+    ),
+    "half a character in the metadata": (
+        b'{"items": [{"embedding": [%s], "metadata": {"a": "\\ud800"}}]}' % ONES,
+        400,
+        "not JSON",
+    ),
+    "half a character in the id": (b'{"items": [{"embedding": [%s], "id": "\\ud800"}]}' % ONES, 400, "not JSON"),
     "the same id twice": ({"items": [{"embedding": [1.0] * 48, "id": "a"}] * 2}, 409, "comes twice"),
 }
 
@@ -347,8 +426,18 @@ ITEMS = {
 @pytest.mark.parametrize("what", ITEMS)
 def test_a_bad_item_is_not_added(http, what):
     body, status, words = ITEMS[what]
-    answer = http.post("/v1/collections/bad-items/items", json=body)
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    answer = http.post("/v1/collections/bad-items/items", content=content, headers={"content-type": "application/json"})
     assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
+    assert http.get("/v1/collections/bad-items/items").status_code == 404
+
+
+@pytest.mark.parametrize("metadata", ['{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "[]", "{"])
+def test_metadata_that_cannot_be_listed_again_is_not_added_with_an_image(http, metadata):
+    answer = http.post(
+        "/v1/collections/bad-items/items", files={"file": ("x.png", png(0))}, data={"metadata": metadata}
+    )
+    assert answer.status_code == 400, answer.text
     assert http.get("/v1/collections/bad-items/items").status_code == 404
 
 

@@ -103,6 +103,19 @@ def test_a_request_larger_than_a_batch_is_split_and_comes_back_in_order():
     assert answer.outputs["twice"][:, 0].tolist() == [2 * n for n in range(11)]
 
 
+def test_a_batch_holds_no_more_rows_than_an_instance_has_memory_for():
+    async def scenario():
+        batcher = Batcher([double], BatchSpec(max_rows=8), lambda key: {"large": 2, "small": 100}[key])
+        answers = [await batcher.submit(key, rows(1, 2, 3, 4, 5)) for key in ("large", "small")]
+        await batcher.close()
+        return answers
+
+    large, small = asyncio.run(scenario())
+    assert [one.batch_rows for one in large.executions] == [2, 2, 1]
+    assert [one.batch_rows for one in small.executions] == [5]
+    assert large.outputs["twice"].tolist() == small.outputs["twice"].tolist()
+
+
 def test_a_delay_collects_rows_and_ends_when_the_batch_is_full():
     async def scenario():
         gate = Gate()

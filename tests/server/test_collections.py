@@ -14,7 +14,7 @@ import pytest
 
 from data.errors import InputError
 from server.collections import Binding, Collections, NewItem
-from server.errors import Conflict, NotFound, StorageFailed
+from server.errors import Conflict, NotFound
 
 BINDING = Binding("a" * 64, "{}", 4)
 
@@ -147,10 +147,12 @@ def test_one_server_at_a_time_has_the_folder(store, tmp_path):
         Collections(tmp_path, BINDING)
 
 
-def test_a_store_that_cannot_be_read_is_an_error_of_its_own(tmp_path):
+def test_a_store_that_cannot_be_read_is_bad_input_that_names_the_folder(tmp_path):
     (tmp_path / "collections.sqlite").write_bytes(b"this is no database" * 100)
-    with pytest.raises(StorageFailed, match="not a database"):
+    with pytest.raises(InputError, match=f"--collections {tmp_path}: .*not a database"):
         Collections(tmp_path, BINDING)
+    (tmp_path / "collections.sqlite").unlink()
+    Collections(tmp_path, BINDING).close()  # the folder was let go of
 
 
 def test_searches_run_beside_writes(store):

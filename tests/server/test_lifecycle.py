@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from geventhttpclient.response import HTTPParseError
 from data.errors import InputError
 from server.run import Running
 from tests.server.conftest import config_of
+from tests.server.gate import wait_for
 from tests.server.images import png
 from tests.server.wires import Refused, images, open_wire
 
@@ -132,6 +134,8 @@ FLAGS = {
     "instances": ({"instances": 0}, "--instances 0: wanted at least 1"),
     "threads": ({"threads": 0}, "--threads 0: wanted at least 1"),
     "rows": ({"max_batch_rows": 0}, "--max-batch-rows 0: wanted at least 1"),
+    "no grace at all": ({"grace_s": float("nan")}, "--grace-s nan: wanted at least 0"),
+    "grace without end": ({"grace_s": float("inf")}, "--grace-s inf: wanted at least 0"),
     "other machines": ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could reach"),
     "device": ({"device": "tpu"}, "--device 'tpu' is unknown"),
     "samples": ({"samples": "/nothing/here"}, "/nothing/here"),
@@ -160,6 +164,48 @@ def test_a_port_that_is_taken_is_named(network, server, tmp_path):
     taken = int(server.addresses.grpc.rpartition(":")[2])
     with pytest.raises(InputError, match=f"--grpc-port {taken}: cannot listen"):
         Running(config_of(network, tmp_path / "state", grpc_port=taken)).__enter__()
+
+
+def test_a_request_that_is_never_finished_does_not_hold_the_server_up(network, tmp_path):
+    """Half a body, then SIGTERM: the server tells it, and leaves long before the grace is over, without a traceback."""
+    with process(network, tmp_path / "state", "--samples", "none", "--grace-s", "60") as (started, at):
+        host, port = at["http"].removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(
+                b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx"
+            )
+            wait_for(lambda: httpx.get(f"{at['http']}/v2/health/ready").status_code == 200)
+            began = time.monotonic()
+            started.send_signal(signal.SIGTERM)
+            _, said = started.communicate(timeout=50)
+            assert time.monotonic() - began < 30
+            half.settimeout(5)
+            assert half.recv(1000).startswith(b"HTTP/1.1 503")
+        assert started.returncode == 0
+        assert "Traceback" not in said
+
+
+def test_a_client_who_leaves_amid_the_body_is_no_error(network, tmp_path):
+    with process(network, tmp_path / "state", "--samples", "none") as (started, at):
+        host, port = at["http"].removeprefix("http://").split(":")
+        for path in ("/v1/embeddings", "/v2/models/embedding/infer", "/v1/evaluations"):
+            with socket.create_connection((host, int(port))) as half:
+                half.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nx".encode())
+        time.sleep(0.5)
+        started.send_signal(signal.SIGTERM)
+        _, said = started.communicate(timeout=50)
+        assert "Traceback" not in said
+        assert '"level": "error"' not in said
+
+
+def test_an_image_that_the_exported_network_has_no_memory_for_is_refused(onnx_file, tmp_path):
+    """257 tokens squared, three heads, twice, in float32: 1.6 MB."""
+    with Running(config_of(onnx_file, tmp_path / "state", queue_mb=1)) as running:
+        wire = open_wire("grpc", running.addresses)
+        assert wire.infer("attention", images(png(0)), (), {"size": 64})["attention"].shape == (1, 3, 8, 8)
+        with pytest.raises(Refused, match="needs about 1 MB inside the network"):
+            wire.infer("attention", images(png(0)), (), {"size": 128})
+        wire.close()
 
 
 def test_a_folder_serves_one_server_at_a_time(network, tmp_path):

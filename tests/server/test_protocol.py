@@ -13,6 +13,7 @@ import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http as http_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest
@@ -134,6 +135,18 @@ def test_compressed_requests_and_replies_say_the_same(server):
             got = opened.client.infer("attention", [tensor], **how).as_numpy("attention")
             np.testing.assert_array_equal(got, plain[name])
         opened.close()
+
+
+def test_images_may_come_as_typed_contents(server):
+    """As clients that know only the protocol's messages send them, without tritonclient's length prefixes."""
+    wanted = open_wire("grpc", server.addresses).infer("embedding", images(png(0), png(1)))["embedding"]
+    request = service_pb2.ModelInferRequest(model_name="embedding")
+    tensor = request.inputs.add(name="image", datatype="BYTES", shape=[2])
+    tensor.contents.bytes_contents.extend([png(0), png(1)])
+    with grpc.insecure_channel(server.addresses.grpc) as channel:
+        answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    found = np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(answer.outputs[0].shape)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_typed_contents_are_read_like_raw_ones(server, runtime):

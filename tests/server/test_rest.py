@@ -141,6 +141,11 @@ def test_what_is_deleted_is_not_found_again(http, birds):
     assert "birds" not in {one["name"] for one in http.get("/v1/collections").json()["collections"]}
 
 
+def test_health_is_answered_without_a_body_too(http):
+    for path in ("/v2/health/live", "/v2/health/ready"):
+        assert http.head(path).status_code == 200
+
+
 def test_an_id_is_taken_once(http, birds):
     answer = http.post(f"{birds}/items", files=upload(png(9)), data={"id": "bird0"})
     assert answer.status_code == 409
