@@ -127,7 +127,7 @@ def compressed(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
     return packed, {"content-encoding": coding}
 
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape that is half of a character; alone it is no text, and cannot be stored or sent on."""
 
 
@@ -140,10 +140,11 @@ def check_json(value: Any, what: str) -> None:
 
 
 def parse_json(body: bytes) -> Any:
-    """The body as JSON. Raises InputError with the place where it breaks."""
+    """The body, in UTF-8, as JSON. Raises InputError with the place where it breaks."""
     try:
-        value = json.loads(body)
-        if _SURROGATE.search(body):
+        text = body.decode("utf-8-sig")  # strictly: Python's own reader takes halves of characters, and UTF-16 too
+        value = json.loads(text)
+        if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
@@ -211,7 +212,16 @@ async def _read_form(request: Request) -> Upload:
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     fields: dict[str, tuple[str, ...]] = {}
     for name, value in form.multi_items():
+        _check_text(name, value if isinstance(value, str) else value.filename or "")
         if isinstance(value, str):
             fields[name] = (*fields.get(name, ()), value)
     images = tuple([await file.read() for file in files])
     return Upload(images, tuple(file.filename or "image" for file in files), fields)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise InputError for half a character, which some of the encodings that a form may name can say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"field {name!r:.80} is {text!r:.40}, which is no text; send the form in UTF-8") from error

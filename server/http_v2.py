@@ -160,7 +160,9 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memo
 
 
 def _request(header: dict[str, Any], binary: memoryview, name: str, version: str, request: Request) -> InferRequest:
-    outputs = _list(header, "outputs")
+    outputs, given_id = _list(header, "outputs"), header.get("id")
+    if not isinstance(given_id, str | int | None):
+        raise InputError(f"'id' is {given_id!r:.40}; wanted text")
     for part in (*outputs, *_list(header, "inputs")):
         for unsupported in UNSUPPORTED:
             if unsupported in part.get("parameters", {}):
@@ -169,7 +171,7 @@ def _request(header: dict[str, Any], binary: memoryview, name: str, version: str
     return InferRequest(
         model=name,
         version=version,
-        id=str(header.get("id") or request.state.request_id)[:128],
+        id=str(given_id or request.state.request_id)[:128],
         tensors=_tensors(_list(header, "inputs"), binary),
         outputs=[_text(output, "name") for output in outputs],
         parameters=parameters,

@@ -18,7 +18,7 @@ from data.errors import InputError
 
 MAX_DIMENSIONS = 8
 MAX_SIZE = 1 << 31
-"""Largest size of one axis."""
+"""Largest product of the sizes above 0: no message carries more, and numpy counts bytes in 64 bits even where a size is 0."""
 MAX_ELEMENTS = 1 << 16
 """Images or texts in one BYTES tensor: far more than a request may have rows, few enough to count."""
 NUMPY_OF = {
@@ -144,8 +144,8 @@ def _element_count(name: str, shape: Sequence[int], datatype: str) -> int:
         raise InputError(f"input {name!r}: its shape has {len(shape)} dimensions; wanted at most {MAX_DIMENSIONS}")
     if any(size < 0 for size in shape):
         raise InputError(f"input {name!r}: shape {list(shape)} has a negative size")
-    if any(size > MAX_SIZE for size in shape):
-        raise InputError(f"input {name!r}: shape {list(shape)!s:.200} has a size above {MAX_SIZE}")
+    if math.prod(size or 1 for size in shape) > MAX_SIZE:
+        raise InputError(f"input {name!r}: shape {list(shape)!s:.200} is for more than {MAX_SIZE} elements; send fewer")
     count = math.prod(shape)
     if datatype == "BYTES" and count > MAX_ELEMENTS:
         raise InputError(

@@ -172,9 +172,10 @@ MESSAGES = {
     "too few bytes": (broken("raw", bytes(760)), "is 768 bytes, and 760 came"),
     "too many bytes": (broken("raw", bytes(772)), "is 768 bytes, and 772 came"),
     "negative shape": (broken("shape", [1, 3, -8, -8]), "has a negative size"),
-    "a shape that overflows": (broken("shape", [2**62, 3, 8, 8]), "has a size above"),
-    "a shape of no rows without end": (broken("shape", [0, 3, 2**62, 2**62]), "has a size above"),
-    "a shape of more bytes than there are": (broken("shape", [2**31, 3, 8, 8]), "bytes, and 768 came"),
+    "a shape that overflows": (broken("shape", [2**62, 3, 8, 8]), "is for more than"),
+    "a shape of no rows without end": (broken("shape", [0, 3, 2**62, 2**62]), "is for more than"),
+    "a shape of no rows that numpy cannot hold": (broken("shape", [0, 2**31, 2**31, 2**31]), "is for more than"),
+    "a shape of more bytes than there are": (broken("shape", [2**23, 3, 8, 8]), "bytes, and 768 came"),
     "a shape of 65 dimensions": (broken("shape", [1] * 65), "has 65 dimensions; wanted at most 8"),
     "unknown datatype": (broken("datatype", "FP33"), "datatype 'FP33' is unknown"),
     "FP16": (broken("datatype", "FP16"), "is 384 bytes"),
@@ -271,9 +272,13 @@ BODIES = {
         "backbone", {"inputs": [without("data") | {"parameters": {"binary_data_size": 768}}]}, "0 bytes follow",
     ),
     "a shape of 65 dimensions": ("backbone", {"inputs": [PIXELS_JSON | {"shape": [1] * 65}]}, "has 65 dimensions"),
-    "a shape without end": ("backbone", {"inputs": [PIXELS_JSON | {"shape": [0, 2**63]}]}, "has a size above"),
-    "no rows of images without end": ("embedding", {"inputs": [IMAGE_JSON | {"shape": [0, 2**40], "data": []}]}, "has a size above"),
+    "a shape without end": ("backbone", {"inputs": [PIXELS_JSON | {"shape": [0, 2**63]}]}, "is for more than"),
+    "no rows of images without end": ("embedding", {"inputs": [IMAGE_JSON | {"shape": [0, 2**40], "data": []}]}, "is for more than"),
     "half a character": ("embedding", json.dumps({"inputs": [IMAGE_JSON | {"data": ["\ud800"]}]}).encode(), "not JSON"),
+    "half a character, not escaped": ("knn", b'{"inputs": [], "parameters": {"collection": "\xed\xa0\x80"}}', "not JSON"),
+    "UTF-16": ("backbone", '{"id": "\\ud800", "inputs": []}'.encode("utf-16"), "not JSON"),
+    "an id that is no number": ("backbone", b'{"id": NaN, "inputs": []}', "'id' is nan; wanted text"),
+    "an id that is an object": ("backbone", {"id": {}, "inputs": []}, "'id' is {}; wanted text"),
     "half a character in a parameter": ("knn", b'{"inputs": [], "parameters": {"collection": "\\ud800"}}', "not JSON"),
     "a deadline without end": ("backbone", {"inputs": [PIXELS_JSON], "parameters": {"timeout": 10**400}}, "parameter 'timeout'"),
     "classification": (
@@ -418,6 +423,11 @@ ITEMS = {
         400,
         "not JSON",
     ),
+    "half a character, not escaped": (
+        b'{"items": [{"embedding": [%s], "metadata": {"a": "\xed\xa0\x80"}}]}' % ONES,
+        400,
+        "not JSON",
+    ),
     "half a character in the id": (b'{"items": [{"embedding": [%s], "id": "\\ud800"}]}' % ONES, 400, "not JSON"),
     "the same id twice": ({"items": [{"embedding": [1.0] * 48, "id": "a"}] * 2}, 409, "comes twice"),
 }
@@ -438,6 +448,16 @@ def test_metadata_that_cannot_be_listed_again_is_not_added_with_an_image(http, m
         "/v1/collections/bad-items/items", files={"file": ("x.png", png(0))}, data={"metadata": metadata}
     )
     assert answer.status_code == 400, answer.text
+    assert http.get("/v1/collections/bad-items/items").status_code == 404
+
+
+@pytest.mark.parametrize("field", ["id", "label", "metadata", "file"])
+def test_half_a_character_in_a_form_of_an_odd_encoding_is_not_stored(http, field):
+    parts = {"file": ("x.png", png(0)), field: ("\\ud800.png", png(0)) if field == "file" else (None, '["\\ud800"]')}
+    form = httpx.Request("POST", "http://server", files=parts)
+    kind = form.headers["content-type"] + "; charset=raw_unicode_escape"
+    answer = http.post("/v1/collections/bad-items/items", content=form.read(), headers={"content-type": kind})
+    assert (answer.status_code, "which is no text; send the form in UTF-8" in answer.text) == (400, True), answer.text
     assert http.get("/v1/collections/bad-items/items").status_code == 404
 
 
