@@ -2,8 +2,8 @@
 
 A file lands in $XDG_CACHE_HOME/dinoscope (by default ~/.cache/dinoscope) in one step, so that an interrupted download leaves nothing.
 The publisher gives no hashes. Those below are SHA-256 sums that independent projects recorded of the same URL and agree on; where none
-could be confirmed, `sha256` is None, and the file is pinned on first use: its hash goes into FILE.sha256 beside it, and a file that
-differs later is refused.
+could be confirmed, `sha256` is None, and the file is pinned when it first has been loaded: its hash goes into FILE.sha256 beside it, and
+a file that differs later is refused.
 """
 
 import hashlib
@@ -94,16 +94,26 @@ def fetch(name: str) -> Path:
     """The checked file of a catalog name, downloaded if the cache lacks it. Raises CheckpointError."""
     entry = CATALOG[name]
     path = cache_folder() / entry.file
-    pin = path.with_name(f"{path.name}.sha256")
+    pinned = _pin_of(path)
     if not path.is_file():
         _download(entry, path)
-    wanted = entry.sha256 or (pin.read_text().strip() if pin.is_file() else None)
-    found = _sha256(path)
-    if wanted is None:
-        pin.write_text(f"{found}\n")
-    elif found != wanted:
+    wanted = entry.sha256 or (pinned.read_text().strip() if pinned.is_file() else None)
+    if wanted is not None and (found := _sha256(path)) != wanted:
         raise CheckpointError(f"{path}: its SHA-256 is {found}, want {wanted}; delete it to download {entry.url} anew")
     return path
+
+
+def pin(name: str) -> None:
+    """Remember the hash of a file that was published without one; call it once the file has proved to hold the network."""
+    path = cache_folder() / CATALOG[name].file
+    if CATALOG[name].sha256 is None and not _pin_of(path).is_file():
+        found = _sha256(path)
+        print(f"{path}: published without a hash; from now on it must have SHA-256 {found}", file=sys.stderr)
+        _pin_of(path).write_text(f"{found}\n")
+
+
+def _pin_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _download(entry: Published, path: Path) -> None:

@@ -77,9 +77,11 @@ class Backbone:
 def make_backbone(architecture: Mapping[str, Any]) -> ViT | ResNet:
     """An initialised network from a manifest's `architecture`. Raises CheckpointError where it names no network of ours."""
     families = {"vit": (ViT, ViTSpec), "resnet": (ResNet, ResNetSpec)}
+    if not isinstance(architecture, Mapping):
+        raise CheckpointError(f"architecture is a {type(architecture).__name__}, want an object with `family`")
     fields = dict(architecture)
     family = fields.pop("family", None)
-    if family not in families:
+    if not isinstance(family, str) or family not in families:
         raise CheckpointError(f"architecture family {family!r} is unknown; want one of {', '.join(families)}")
     network, spec = families[family]
     known = {f.name for f in dataclasses.fields(spec)}
@@ -133,7 +135,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: what safetensors gives is a view of the mapped file, and would change, or crash, when the file is replaced in place.
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; give the path of a .safetensors checkpoint") from error
     except (SafetensorError, OSError, ValueError) as error:
@@ -142,7 +145,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return state, None
     try:
         return state, json.loads(metadata[MANIFEST_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its manifest is not JSON ({error}); write the file anew") from error
 
 
@@ -207,11 +210,16 @@ def load_own_checkpoint(path: Path) -> Backbone:
         raise CheckpointError(
             f"{path}: has no manifest, so it is not a checkpoint of ours; give its Hugging Face folder instead"
         )
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path}: its manifest is a {type(plain).__name__}, want an object; write the file anew")
     if plain.get("kind") != "backbone":
         raise CheckpointError(
-            f"{path}: holds a {plain.get('kind')} head, not a backbone; give the backbone's checkpoint"
+            f"{path}: holds a {plain.get('kind')!s:.40} head, not a backbone; give the backbone's checkpoint"
         )
-    manifest = Manifest.from_json(plain)
+    try:
+        manifest = Manifest.from_json(plain)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     model = build_backbone(manifest.architecture, state, path)
     if manifest.weights_sha256 != weights_sha256(state):
         raise CheckpointError(
@@ -226,17 +234,22 @@ def load_backbone(ckpt: str | Path) -> Backbone:
     A .safetensors checkpoint of ours, a published .pth file, a Hugging Face folder, or a catalog name such as `dinov2_vits14`.
     """
     # The readers of other formats build on this file.
-    from backbones.catalog import CATALOG, fetch
+    from backbones.catalog import CATALOG, fetch, pin
     from backbones.huggingface import load_huggingface
     from backbones.published import load_published
 
     path = Path(ckpt)
-    if path.is_dir():
-        return load_huggingface(path)
+    try:
+        if path.is_dir():
+            return load_huggingface(path)
+    except OSError as error:
+        raise CheckpointError(f"{str(ckpt)[:80]}: cannot be opened ({error.strerror}); give a shorter path") from error
     if path.suffix in (".pth", ".pt"):
         return load_published(path)
     if str(ckpt) in CATALOG and not path.exists():
-        return load_published(fetch(str(ckpt)), source=str(ckpt))
+        backbone = load_published(fetch(str(ckpt)), source=str(ckpt))
+        pin(str(ckpt))
+        return backbone
     if path.suffix == ".safetensors":
         return load_own_checkpoint(path)
     raise CheckpointError(

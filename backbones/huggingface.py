@@ -12,7 +12,7 @@ configurations also name a LayerNorm epsilon of 1e-12 where DINOv1 has 1e-6; 1e-
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from backbones.checkpoints import Backbone, CheckpointError, load_tensors
 from backbones.published import backbone_from_state, find_state, read_pickle
+from data.errors import InputError
 from data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit")
@@ -61,7 +62,15 @@ _WRAPPERS = ("dinov2.", "dinov2_with_registers.", "vit.")
 
 def load_huggingface(folder: str | Path) -> Backbone:
     """Read a folder as written by transformers' `save_pretrained`. Raises CheckpointError."""
-    folder = Path(folder)
+    try:
+        return _load(Path(folder))
+    except InputError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{folder}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: a field of its configuration is of an unexpected type ({error})") from error
+
+
+def _load(folder: Path) -> Backbone:
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -141,24 +150,33 @@ def _rename(name: str, names: Mapping[str, str]) -> str:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder: model.safetensors, its shards, or pytorch_model.bin (read without unpickling objects)."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return load_tensors(folder / "model.safetensors")[0]
-    if index.is_file():
-        return _read_shards(folder, _read_json(index).get("weight_map"), index)
-    if (folder / "pytorch_model.bin").is_file():
-        return dict(find_state(read_pickle(folder / "pytorch_model.bin"), folder))
-    raise CheckpointError(f"{folder}: has no model.safetensors; give a folder as written by save_pretrained")
+    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return read(folder / name)
+        if index.is_file():
+            return _read_shards(folder, _read_json(index).get("weight_map"), index, read)
+    raise CheckpointError(
+        f"{folder}: has no model.safetensors or pytorch_model.bin; give a folder as written by save_pretrained"
+    )
 
 
-def _read_shards(folder: Path, files: Any, index: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    return load_tensors(path)[0]
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    return dict(find_state(read_pickle(path), path))
+
+
+def _read_shards(folder: Path, files: Any, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     if not isinstance(files, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in files.values()
     ):
         raise CheckpointError(f"{index}: its weight_map does not name files of this folder; was it altered?")
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        state.update(load_tensors(folder / file)[0])
+        state.update(read(folder / file))
     if missing := sorted(set(files) - set(state)):
         raise CheckpointError(f"{index}: {len(missing)} weights are in none of its files, first {missing[0]}")
     return state
@@ -179,6 +197,8 @@ def read_preprocess(path: Path) -> Preprocess:
         raise CheckpointError(f"{path}: resample is {config['resample']!r}, want 2 (bilinear) or 3 (bicubic)")
     if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-4):
         raise CheckpointError(f"{path}: rescale_factor is {config['rescale_factor']!r}, want 1/255")
+    if not config.get("do_rescale", True):
+        raise CheckpointError(f"{path}: do_rescale is off, so pixels of 0 to 255 are wanted; here they are 0 to 1")
     normalised = config.get("do_normalize", True)
     return Preprocess(
         size_px=size_px,
@@ -203,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         plain = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; give a Hugging Face folder with config.json") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); download it anew") from error
     if not isinstance(plain, dict):
         raise CheckpointError(f"{path}: holds a {type(plain).__name__}, want an object with named fields")

@@ -94,10 +94,19 @@ def read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = _in_our_words(str(error)) or type(error).__name__
         raise CheckpointError(
             f"{path}: not a file of plain weights ({reason}); was it cut short, or is it another kind of pickle?"
         ) from error
+
+
+def _in_our_words(text: str) -> str:
+    """The unpickler's reason without its advice, which is meant for whoever calls torch.load."""
+    plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    found = re.search(r"WeightsUnpickler error: (.+?)(?: Please| Check|$)", plain)
+    return (found[1] if found else re.split(r" ?(?:In PyTorch 2\.6|Re-running|Please file)", plain)[0]).rstrip(" .")[
+        :160
+    ]
 
 
 def find_state(content: Any, path: Path) -> Mapping[str, Any]:
@@ -106,6 +115,9 @@ def find_state(content: Any, path: Path) -> Mapping[str, Any]:
         content = next((content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, want named weights; is it a checkpoint?")
+    for network in ("teacher.", "student."):  # both networks side by side, as DINOv2's own trainer keeps them
+        if found := {n.removeprefix(network): weight for n, weight in content.items() if n.startswith(network)}:
+            return found
     return content
 
 
@@ -120,6 +132,10 @@ def clean_state(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
         if not isinstance(weight, Tensor):
             raise CheckpointError(f"{path}: {name} is a {type(weight).__name__}, want a tensor; is it a checkpoint?")
+        if weight.layout is not torch.strided:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {weight.layout}, want a dense tensor; save it with to_dense()"
+            )
         if name in clean:
             raise CheckpointError(f"{path}: {name} is there twice; want one network in the file")
         clean[name] = weight

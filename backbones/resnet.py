@@ -21,7 +21,7 @@ class ResNetSpec:
     depth: int = 50
 
     def __post_init__(self) -> None:
-        if self.depth not in STAGES:
+        if type(self.depth) is not int or self.depth not in STAGES:
             raise InputError(f"ResNet depth is {self.depth}; want one of {', '.join(map(str, STAGES))}")
 
 

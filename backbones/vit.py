@@ -6,9 +6,10 @@ Axes: B images, T tokens (CLS, registers, patches), R registers, N patches (N = 
 S all tokens of a packed sequence.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ VIT_SIZES: dict[str, tuple[int, int, int]] = {
 """Width, depth and heads by name (Caron et al. 2021, table 1; Oquab et al. 2023, table 17)."""
 
 
+Ffn = Literal["mlp", "swiglu"]
+MAX_SIZE = 65_536
+MAX_SIZES = {"depth": 1024}
+"""What no network has; a manifest that says more is damaged or hostile."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViTSpec:
     """The architecture of a ViT; stored in every checkpoint."""
@@ -40,7 +47,7 @@ class ViTSpec:
     """Side of the square image that the position table was made for."""
     registers: int = 0
     """Extra tokens after CLS (Darcet et al. 2023)."""
-    ffn: Literal["mlp", "swiglu"] = "mlp"
+    ffn: Ffn = "mlp"
     layer_scale: float | None = None
     """Initial gain of each residual branch; None leaves LayerScale out."""
     qkv_bias: bool = True
@@ -55,9 +62,21 @@ class ViTSpec:
     in_channels: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("patch_px", "width", "depth", "heads", "img_px", "in_channels"):
-            if getattr(self, name) < 1:
-                raise InputError(f"ViT {name} is {getattr(self, name)}; want at least 1")
+        sizes = {"patch_px": 1, "width": 1, "depth": 1, "heads": 1, "img_px": 1, "in_channels": 1, "registers": 0}
+        for name, least in sizes.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= MAX_SIZES.get(name, MAX_SIZE):
+                most = MAX_SIZES.get(name, MAX_SIZE)
+                raise InputError(
+                    f"ViT {name} is {value!s:.40}; want a whole number, at least {least} and at most {most}"
+                )
+        for name in ("layer_scale", "pos_offset", "drop_path"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if not number and not (name == "layer_scale" and value is None):
+                raise InputError(f"ViT {name} is {value!s:.40}; want a number")
+        if self.ffn not in get_args(Ffn):
+            raise InputError(f"ViT ffn is {self.ffn!s:.40}; want one of {', '.join(get_args(Ffn))}")
         if self.width % self.heads:
             raise InputError(f"ViT width {self.width} does not divide into {self.heads} heads; change one of them")
         if self.img_px < self.patch_px:

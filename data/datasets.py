@@ -119,9 +119,11 @@ def _joined(text: str, parts: Sequence[str], split: str | None) -> Dataset:
         while prefix in prefixes:
             prefix = f"{base}#{len(prefixes) + 1}"
         prefixes.add(prefix)
-        for record in _scan(Path(part)):
+        scanned = _scan(Path(part))
+        all_train = split == "train" and all(record.item.split is None for record in scanned)
+        for record in scanned:
             item = dataclasses.replace(record.item, name=f"{prefix}/{record.item.name}")
-            if item.split is None and split == "train":
+            if all_train:
                 item = dataclasses.replace(item, split="train")
             records.append(Record(item, record.members))
     joined = Dataset(records, name=text)

@@ -42,6 +42,9 @@ Reason = Literal[
 MAX_JPEG_SCANS = 200
 """A progressive JPEG has about 10 scans; thousands of empty ones keep the decoder busy for hours."""
 
+MAX_FULL_SCANS = 20
+"""Scans that an image of the most pixels may have; a smaller one may have more, in proportion."""
+
 _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -107,6 +110,10 @@ def _decode_jpeg(data: bytes, limits: DecodeLimits) -> np.ndarray:
     _check_size(header.width, header.height, limits)
     if header.scans > MAX_JPEG_SCANS:
         raise DecodeError("corrupt", f"this JPEG has {header.scans} scans, at most {MAX_JPEG_SCANS} make sense")
+    if header.scans * header.width * header.height > MAX_FULL_SCANS * limits.max_pixels:
+        raise DecodeError(
+            "corrupt", f"this JPEG has {header.scans} scans of {header.width}x{header.height} pixels; save it anew"
+        )
     if header.precision_bits != 8:
         raise DecodeError("unsupported", f"JPEG of {header.precision_bits} bits is not accepted; save it with 8 bits")
     if not header.complete:

@@ -27,6 +27,9 @@ _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEI
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD8)))
+MAX_SEGMENTS = 10_000
+"""A photograph has some dozens; millions of empty ones would only cost time."""
+_NOT_FILL = re.compile(rb"[^\xff]")
 _NEXT_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 """Inside a scan 0xFF is followed by 0 or a restart marker; anything else ends the scan."""
 
@@ -65,7 +68,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
     """Walk all markers of a JPEG file. Raises HeaderError where the structure is broken before its first scan."""
     frame: tuple[int, int, int, int, int] | None = None
     exif, scans, position = b"", 0, 2
-    while True:
+    for _ in range(MAX_SEGMENTS):
         marker, position = _marker_at(data, position)
         if marker == 0xD9 or marker is None:
             break
@@ -91,6 +94,8 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
                 marker = None
                 break
             position = found.start()
+    else:
+        raise HeaderError(f"it has more than {MAX_SEGMENTS} segments")
     if frame is None or not scans:
         raise HeaderError("it ends before its first scan")
     width, height, components, precision, sof = frame
@@ -102,9 +107,8 @@ def _marker_at(data: bytes, position: int) -> tuple[int | None, int]:
     start = data.find(b"\xff", position)
     if start < 0:
         return None, len(data)
-    while start < len(data) and data[start] == 0xFF:
-        start += 1
-    return (data[start], start + 1) if start < len(data) else (None, start)
+    found = _NOT_FILL.search(data, start)
+    return (found[0][0], found.end()) if found else (None, len(data))
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

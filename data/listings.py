@@ -6,6 +6,7 @@
 
 import csv
 import os
+import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -68,6 +69,7 @@ def scan_folder(root: Path) -> list[Record]:
     """
     images, folders = _entries(root)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
+    _refuse_stray(root, images, [folder for folder in splits if _has_images(folder)])
     if splits and not images:
         others = [folder for folder in folders if folder not in splits and _has_images(folder)]
         if not others:
@@ -87,6 +89,15 @@ def scan_folder(root: Path) -> list[Record]:
     return records
 
 
+def _refuse_stray(folder: Path, images: list[Path], beside: list[Path]) -> None:
+    """An image beside folders that mean something would have to lose them their meaning, splits among them. Raises InputError."""
+    if images and beside:
+        raise InputError(
+            f"{folder}: {images[0].name} lies beside the folder {beside[0].name}/; "
+            "move such images into a folder, or out, so that it is clear what they belong to"
+        )
+
+
 def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
     records: list[Record] = []
     taken: dict[str, str] = {}
@@ -96,6 +107,7 @@ def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
             raise InputError(f"{root}: {taken[split]}/ and {folder.name}/ both mean split {split!r}; keep one of them")
         taken[split] = folder.name
         images, classes = _entries(folder)
+        _refuse_stray(folder, images, [inner for inner in classes if _has_images(inner)])
         if images:
             records += [_file_record(root, path, None, split) for path in images_under(folder)]
         else:
@@ -153,8 +165,8 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV with a header, all values text. Raises InputError with the line of what is wrong."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = list(reader.fieldnames or [])
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
             if not columns:
                 raise InputError(f"{path}: it is empty; wanted a header such as path,label,split and a row an image")
             if len(set(columns)) < len(columns):
@@ -193,7 +205,7 @@ def scan_csv(path: Path) -> list[Record]:
         where = f"{path}, row {line}"
         members = {IMAGE: _listed_file(path.parent, row["path"], where)}
         members |= {kind: _listed_file(path.parent, row[kind], where) for kind in FILE_COLUMNS if row.get(kind)}
-        name = row["path"].replace("\\", "/")
+        name = posixpath.normpath(row["path"].replace("\\", "/"))
         if name in first_line:
             raise InputError(f"{where}: {name} stands in row {first_line[name]} already; list every image once")
         first_line[name] = line
@@ -208,6 +220,10 @@ def _listed_file(folder: Path, text: str, where: str) -> Member:
     if ".." in written.parts or ".." in PureWindowsPath(text).parts:
         raise InputError(f"{where}: {text!r} climbs out of the folder of the list; write the full path instead")
     target = folder / written
-    if not target.is_file():
-        raise InputError(f"{where}: {text!r} is missing; paths are relative to {folder}")
+    try:
+        there = target.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
+        raise InputError(f"{where}: {text!r:.200} is missing; paths are relative to {folder}")
     return Member(str(target))

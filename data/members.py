@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from data.errors import InputError
+from data.headers import image_format
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Nothing larger is read into memory, whatever a listing says."""
@@ -20,6 +21,7 @@ MAX_MEMBER_BYTES = 256 * 2**20
 SAMPLE_BYTES = 4096
 """Read at each of three places of a file whose checksum is not known."""
 
+_COMPRESSED = ("JPEG", "PNG", "WebP")
 _TAR_BLOCK = 512
 _ZIP_HEADER = struct.Struct("<4s22xHH")
 """Local file header: signature, lengths of name and extra field (APPNOTE 4.3.7)."""
@@ -75,17 +77,21 @@ def member_bytes(member: Member) -> int:
 def content_mark(member: Member) -> str:
     """Size and checksum of a member's bytes, `SIZE CRC`, for a fingerprint. Raises InputError when it has gone.
 
-    Where an archive knows its checksums nothing is read. Otherwise the checksum is over the first, middle and last
-    SAMPLE_BYTES, so that a set of a million files costs seconds: an altered image of unaltered size shows there, since
-    compression carries a change on to the end of the file.
+    Where an archive knows its checksums nothing is read. Of a JPEG, PNG or WebP the checksum is over the first, middle
+    and last SAMPLE_BYTES, so that a set of a million files costs seconds: an altered image of unaltered size shows there,
+    since compression carries a change on to the end of the file. Anything else is read as a whole.
     """
     if member.crc32 is not None:
         return f"{member_bytes(member)} {member.crc32}"
     size = member_bytes(member)
     try:
         with open(member.path, "rb", buffering=0) as file:
-            checksum = 0
-            for start in sorted({0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)}):
+            file.seek(member.offset)
+            first = file.read(min(SAMPLE_BYTES, size))
+            if image_format(first) not in _COMPRESSED:
+                return f"{size} {zlib.crc32(read_bytes(member))}"
+            checksum = zlib.crc32(first)
+            for start in sorted({max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)} - {0}):
                 file.seek(member.offset + start)
                 checksum = zlib.crc32(file.read(min(SAMPLE_BYTES, size - start)), checksum)
     except OSError as error:
@@ -160,6 +166,8 @@ def list_tar(path: Path) -> Iterator[tuple[str, Member]]:
             total = file.seek(0, 2)
             file.seek(end)
             rest = file.read(_TAR_BLOCK)
+    except InputError:
+        raise
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
         hint = "unpack it first (gunzip)" if _is_compressed(path) else "copy or pack it again"
         raise InputError(f"{path}: cannot be read as a tar archive ({error}); {hint}") from error

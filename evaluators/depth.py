@@ -7,6 +7,7 @@ Read in this order: DepthSpec, evaluate, choose_lr, run.
 Legend: n images, H W pixels.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,13 +77,13 @@ class DepthSpec:
     """Far end of the head's range in metres (10: indoors; 80: streets); measurements beyond it do not count."""
 
     def __post_init__(self) -> None:
-        if not self.lr or min(self.lr) <= 0:
+        if not self.lr or not all(0 < lr < math.inf for lr in self.lr):
             raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
-        if self.steps < 1 or self.batch < 1 or self.weight_decay < 0:
+        if self.steps < 1 or self.batch < 1 or not 0 <= self.weight_decay < math.inf:
             raise InputError("--steps and --batch: wanted at least 1 each; --weight-decay: at least 0")
         if not 1 <= self.held_out <= FOLDS:
             raise InputError(f"--held-out {self.held_out}: wanted 1 to {FOLDS} fifths of the training scenes")
-        if not self.max_depth >= 0.1:
+        if not 0.1 <= self.max_depth < math.inf:
             raise InputError(f"--max-depth {self.max_depth}: wanted at least 0.1 metres")
 
     def head(self, width: int) -> DepthHeadSpec:

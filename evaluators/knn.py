@@ -5,6 +5,7 @@ share one search and one pass over the votes. Read in this order: nearest, votes
 Legend: n training images, q test images, k neighbours, C classes, D feature size.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -50,7 +51,7 @@ class KnnSpec:
     """Where the k of the headline is chosen: leave-one-out on the training images, or, as published, on the test."""
 
     def __post_init__(self) -> None:
-        if self.temperature < MIN_TEMPERATURE:
+        if not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise InputError(f"--temperature {self.temperature}: wanted at least {MIN_TEMPERATURE} (published: 0.07)")
         if self.k is not None and (not self.k or min(self.k) < 1):
             raise InputError(f"--k {' '.join(map(str, self.k)) or '(empty)'}: wanted whole numbers of at least 1")

@@ -8,6 +8,7 @@ Read in this order: LinearSpec, combinations, held_out_scores, evaluate, run.
 Legend: n images, H heads (one per learning rate), C classes, D feature size.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, save_head
-from data.errors import InputError, run_cli
+from data.errors import CheckFailed, InputError, run_cli
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
 from evaluators.classification import (
     ClassificationRun,
@@ -60,7 +61,7 @@ class LinearSpec:
     """Where the headline's head is chosen: held-out training images, or, as published, the test images."""
 
     def __post_init__(self) -> None:
-        if not self.lr or min(self.lr) <= 0:
+        if not self.lr or not all(0 < lr < math.inf for lr in self.lr):
             raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
         if self.epochs < 1 or self.min_steps < 1 or (self.batch is not None and self.batch < 1):
             raise InputError("--epochs, --min-steps and --batch: wanted at least 1 each")
@@ -128,7 +129,10 @@ def evaluate(
     spec: LinearSpec = LinearSpec(),
     seed: int = 0,
 ) -> Measurement:
-    """The linear accuracy of `test` after training on `train`; the chosen head is in `learned`."""
+    """The linear accuracy of `test` after training on `train`; the chosen head is in `learned`.
+
+    Raises InputError for sets that do not fit, CheckFailed where every head diverged.
+    """
     train_labels, test_labels_n, classes = index_labels(train, test)
     labels_n = torch.from_numpy(train_labels)
     train_features = {name: torch.tensor(array) for name, array in combinations(train).items()}
@@ -154,6 +158,8 @@ def evaluate(
                 entry["train_held_out_loss"] = float(held_out[name][1][head])
             grid.append(entry)
             fitted.append((guesses, heads.weight_DHC[:, head].T.contiguous(), heads.bias_HC[head]))
+    if all(entry["diverged"] for entry in grid):
+        raise CheckFailed(f"all {len(grid)} heads diverged; lower the learning rates with --lr")
     return _measurement(train, test, spec, grid, fitted, test_labels_n, classes)
 
 

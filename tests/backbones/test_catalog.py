@@ -115,19 +115,32 @@ class TestPins:
         monkeypatch.setitem(CATALOG, "tiny_net", Published(entry.url))
         return entry
 
-    def test_the_first_use_pins_the_hash(self, unknown: Published) -> None:
-        fetch("tiny_net")
-        assert (cache_folder() / "tiny.pth.sha256").read_text() == f"{unknown.sha256}\n"
+    def test_the_first_use_pins_the_hash_and_says_so(
+        self, unknown: Published, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert load_backbone("tiny_net").manifest.source == "tiny_net"
+        assert (cache_folder() / "tiny.pth.sha256").read_text() == f"{unknown.sha256}\n"
+        assert f"published without a hash; from now on it must have SHA-256 {unknown.sha256}" in capsys.readouterr().err
+
+    def test_a_file_that_is_no_network_is_not_pinned(self, unknown: Published, served: tuple[Path, str]) -> None:
+        """Such as the page of a network that wants a log-in first."""
+        good = (served[0] / "tiny.pth").read_bytes()
+        (served[0] / "tiny.pth").write_text("<html>log in</html>")
+        with pytest.raises(CheckpointError):
+            load_backbone("tiny_net")
+        (cache_folder() / "tiny.pth").write_bytes(good)
+        load_backbone("tiny_net")
+        assert (cache_folder() / "tiny.pth.sha256").read_text() == f"{unknown.sha256}\n"
 
     def test_a_file_that_differs_later_is_refused(self, unknown: Published) -> None:
-        path = fetch("tiny_net")
-        torch.save(small_vit(depth=1).state_dict(), path)
+        load_backbone("tiny_net")
+        torch.save(small_vit(depth=1).state_dict(), cache_folder() / "tiny.pth")
         with pytest.raises(CheckpointError, match=f"want {unknown.sha256}"):
             fetch("tiny_net")
 
     def test_a_new_download_must_equal_the_pinned_one(self, unknown: Published, served: tuple[Path, str]) -> None:
-        fetch("tiny_net").unlink()
+        load_backbone("tiny_net")
+        (cache_folder() / "tiny.pth").unlink()
         torch.save(small_vit(depth=1).state_dict(), served[0] / "tiny.pth")
         with pytest.raises(CheckpointError, match=f"want {unknown.sha256}"):
             fetch("tiny_net")

@@ -130,6 +130,38 @@ class TestContentHash:
             load_backbone(path)
 
 
+class TestReplacedFiles:
+    """What was loaded stays as it was, whatever becomes of the file."""
+
+    def test_weights_do_not_change_when_the_file_is_written_over(self, path: Path) -> None:
+        found, pixels = load_backbone(path), torch.randn(1, 3, 32, 32)
+        before = found.model(pixels)
+        with path.open("r+b") as file:
+            file.write(bytes([0x7F]) * path.stat().st_size)
+        assert torch.equal(found.model(pixels), before)
+
+    def test_weights_stay_when_the_file_is_cut(self, path: Path) -> None:
+        """In a process of its own: a mapped file would end it."""
+        program = (
+            "import sys, torch; from backbones.checkpoints import load_backbone\n"
+            "found = load_backbone(sys.argv[1]); open(sys.argv[1], 'wb').close(); found.model(torch.randn(1, 3, 32, 32))"
+        )
+        done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", "[" * 100_000])
+def test_a_manifest_that_is_no_object_is_one_line(path: Path, manifest: str) -> None:
+    save_file(load_file(path), path, metadata={MANIFEST_KEY: manifest})
+    with pytest.raises(CheckpointError, match=r"net\.safetensors: its manifest is"):
+        load_backbone(path)
+
+
+def test_a_name_longer_than_names_may_be_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match="give a shorter path"):
+        load_backbone("x" * 5000)
+
+
 class TestStrictness:
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -145,11 +177,21 @@ class TestStrictness:
             (lambda s, m: m["architecture"].update(family="cnn"), "family 'cnn' is unknown; want one of vit, resnet"),
             (lambda s, m: m["architecture"].update(wings=2), r"unknown fields \['wings'\]"),
             (lambda s, m: m["architecture"].pop("width"), "family vit is incomplete or mistyped"),
-            (lambda s, m: m["architecture"].update(width="64"), "family vit is incomplete or mistyped"),
+            (lambda s, m: m["architecture"].update(width="64"), r"net\.safetensors: ViT width is 64; want a whole number"),
+            (lambda s, m: m["architecture"].update(width=10**12), "ViT width is 1000000000000; want a whole number"),
+            (lambda s, m: m["architecture"].update(depth=10**9), "ViT depth is 1000000000; want a whole number"),
+            (lambda s, m: m["architecture"].update(registers=-1), "ViT registers is -1; want a whole number, at least 0"),
+            (lambda s, m: m["architecture"].update(pos_offset="a"), "ViT pos_offset is a; want a number"),
+            (lambda s, m: m["architecture"].update(ffn="cnn"), "ViT ffn is cnn; want one of mlp, swiglu"),
+            (lambda s, m: m["architecture"].update(family=["vit"]), r"family \['vit'\] is unknown"),
+            (lambda s, m: m.update(architecture="vit"), r"net\.safetensors: architecture is a str"),
+            (lambda s, m: m.update(architecture=None), r"net\.safetensors: architecture is a NoneType"),
+            (lambda s, m: m.update(preprocess=None), r"net\.safetensors: "),
+            (lambda s, m: m["preprocess"].update(size_px=0), r"net\.safetensors: .*size_px is 0"),
             (lambda s, m: m["architecture"].update(heads=7), r"net\.safetensors: ViT width 64 does not divide into 7 heads"),
             (lambda s, m: m["architecture"].update(depth=3), r"missing, first blocks\.2\."),
             # Shapes are compared before memory is taken: this network would need terabytes.
-            (lambda s, m: m["architecture"].update(width=640_000), "of another shape, first "),
+            (lambda s, m: m["architecture"].update(width=64_000), "of another shape, first "),
         ],
     )  # fmt: skip
     def test_what_does_not_fit_is_named(self, path: Path, change: Any, message: str) -> None:

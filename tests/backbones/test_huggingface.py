@@ -162,6 +162,17 @@ class TestLayouts:
         assert "pooler.dense.weight" in load_file(reference / "hf" / "vit_dinov1" / "model.safetensors")
         assert not [key for key in load_backbone(reference / "hf" / "vit_dinov1").model.state_dict() if "pooler" in key]
 
+    def test_older_shards_are_pickles_of_plain_weights(self, folder: Path) -> None:
+        wanted, state = load_huggingface(folder).manifest.weights_sha256, load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(state)
+        parts = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
+        for file, part in parts.items():
+            torch.save({name: state[name] for name in part}, folder / file)
+        index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        assert load_huggingface(folder).manifest.weights_sha256 == wanted
+
     def test_older_folders_hold_a_pickle_of_plain_weights(self, folder: Path) -> None:
         plain = load_huggingface(folder).manifest.weights_sha256
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -199,6 +210,10 @@ class TestPreprocessing:
             ({"size": None}, "a size is None"),
             ({"size": 224, "resample": 0}, "resample is 0"),
             ({"size": 224, "rescale_factor": 1.0}, r"rescale_factor is 1\.0"),
+            ({"size": 224, "rescale_factor": "x"}, "net: a field of its configuration is of an unexpected type"),
+            ({"size": 224, "resample": [3]}, "net: a field of its configuration is of an unexpected type"),
+            ({"size": {"shortest_edge": {"a": 1}}}, "net: a field of its configuration is of an unexpected type"),
+            ({"size": 224, "do_rescale": False}, "do_rescale is off"),
         ],
     )
     def test_what_cannot_be_expressed_is_an_error(self, folder: Path, fields: dict[str, Any], message: str) -> None:
@@ -220,6 +235,7 @@ class TestErrors:
             ({"image_size": 84}, r"pos_embed is \[1, 26, 24\], want \[1, 37, 24\]"),
             ({"use_swiglu_ffn": True}, r"missing, first blocks\.0\.mlp\.w12\.bias"),
             ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+            ({"layerscale_value": None}, "net: a field of its configuration is of an unexpected type"),
             ({"layer_norm_eps": 1e-3}, r"layer_norm_eps 0\.001"),
         ],
     )
@@ -242,7 +258,7 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=r"1 weights are unknown, first encoder\.extra"):
             load_huggingface(folder)
 
-    @pytest.mark.parametrize("content", ["", "not json", "[1, 2]"])
+    @pytest.mark.parametrize("content", ["", "not json", "[1, 2]", "[" * 100_000])
     def test_a_damaged_configuration(self, folder: Path, content: str) -> None:
         (folder / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"config\.json"):

@@ -135,6 +135,15 @@ class TestLayouts:
             model.state_dict()
         )
 
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_both_networks_side_by_side_give_the_teacher(self, tmp_path: Path, wrapped: bool) -> None:
+        teacher, student = small_vit().state_dict(), small_vit(depth=1).state_dict()
+        both = {f"student.backbone.{name}": weight for name, weight in student.items()}
+        both |= {f"teacher.backbone.{name}": weight for name, weight in teacher.items()}
+        both["teacher.dino_head.last_layer.weight_g"] = torch.ones(3, 1)
+        torch.save({"model": both} if wrapped else both, tmp_path / "net.pth")
+        assert load_backbone(tmp_path / "net.pth").model.spec.depth == 2
+
     def test_half_precision_becomes_float32(self, tmp_path: Path) -> None:
         torch.save({k: v.half() for k, v in small_vit().state_dict().items()}, tmp_path / "net.pt")
         assert {t.dtype for t in load_backbone(tmp_path / "net.pt").model.state_dict().values()} == {torch.float32}
@@ -244,6 +253,15 @@ class TestDamagedFiles:
             load_backbone(tmp_path / name)
         assert "\n" not in str(caught.value)
 
+    def test_the_reason_is_ours_and_not_advice_to_programmers(self, tmp_path: Path) -> None:
+        for content in (b"<html>404 not found</html>\n", pickle.dumps({"path": tmp_path})):
+            (tmp_path / "net.pth").write_bytes(content)
+            with pytest.raises(CheckpointError) as caught:
+                load_backbone(tmp_path / "net.pth")
+            said = str(caught.value)
+            assert "\x1b" not in said
+            assert not any(word in said for word in ("torch.load", "weights_only", "add_safe_globals", "PyTorch 2.6"))
+
     @pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "nothing"])
     def test_a_missing_file(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(CheckpointError, match=name):
@@ -269,6 +287,10 @@ class TestStrictness:
             (lambda s: s.update(pos_embed=torch.ones(1, 12, 64)), "pos_embed has 12 rows"),
             (lambda s: s.update(pos_embed=torch.ones(64)), r"pos_embed is \[64\], want 3 axes"),
             (lambda s: s.update({"norm.bias": torch.ones(64).int()}), r"norm\.bias is torch\.int32"),
+            (
+                lambda s: s.update({"norm.bias": torch.ones(64).to_sparse()}),
+                r"norm\.bias is stored as torch\.sparse_coo",
+            ),
             (lambda s: s.update({"norm.bias": "text"}), r"norm\.bias is a str, want a tensor"),
             (lambda s: s.update({"backbone.norm.bias": torch.ones(64)}), r"norm\.bias is there twice"),
             (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.0.")], "block 0 is missing"),

@@ -43,7 +43,7 @@ def test_swiglu_is_two_thirds_as_wide_in_multiples_of_8() -> None:
     ("fields", "message"),
     [
         ({"heads": 5}, "width 64 does not divide into 5 heads"),
-        ({"depth": 0}, "depth is 0; want at least 1"),
+        ({"depth": 0}, "depth is 0; want a whole number, at least 1"),
         ({"img_px": 4}, "img_px 4 is smaller than one patch of 8 px"),
         ({"drop_path": 1.0}, r"drop_path is 1\.0; want 0 <= drop_path < 1"),
     ],

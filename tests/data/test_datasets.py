@@ -71,6 +71,15 @@ def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("stray", ["preview.png", "train/preview.png"])
+def test_a_stray_image_beside_folders_that_mean_something_is_refused(tmp_path: Path, stray: str) -> None:
+    """Taken for a plain folder the set would lose its splits, and training on `train` would see `val`."""
+    for name in ("train/cat/1.png", "val/cat/2.png", stray):
+        put(tmp_path / name)
+    with pytest.raises(InputError, match=r"preview\.png lies beside the folder (train|cat)/"):
+        open_dataset(tmp_path, "train")
+
+
 def test_split_folders_beside_others_are_refused(tmp_path: Path) -> None:
     for name in ("train/cat/1.png", "backup/cat/1.png"):
         put(tmp_path / name)
@@ -132,6 +141,13 @@ def test_a_list_gives_path_label_split_and_carries_other_columns(tmp_path: Path)
     assert dataset.read(1) == (tmp_path / "sub" / "b, c.png").read_bytes()
 
 
+def test_spaces_after_the_commas_do_not_matter(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    put(tmp_path / "b.png")
+    path = write_list(tmp_path, "path, label , split\na.png, cat, train\nb.png, dog, val\n")
+    assert rows(open_dataset(path)) == [("a.png", "cat", "train"), ("b.png", "dog", "val")]
+
+
 def test_a_list_of_paths_alone_is_enough(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     assert rows(open_dataset(write_list(tmp_path, "\ufeffpath\r\na.png\r\n"))) == [("a.png", None, None)]
@@ -155,6 +171,8 @@ def test_a_full_path_in_a_list_is_taken_as_written(tmp_path: Path) -> None:
         ("path,label\n,cat\n", "row 2: the path is empty"),
         ("path,label\na\0.png,cat\n", "(no file name|line contains NUL|is it a CSV file)"),
         ("path,label\na.png,cat\na.png,dog\n", r"row 3: a\.png stands in row 2 already"),
+        ("path,label\na.png,cat\n./a.png,dog\n", r"row 3: a\.png stands in row 2 already"),
+        ("path,label\n" + "x" * 5000 + ",cat\n", "row 2: 'xxx.* is missing"),
         ("path,label\na.png,cat,extra\n", "line 2: wanted 2 values as in the header"),
         ("path,label\na.png\n", "line 2: wanted 2 values as in the header"),
         ("file,label\na.png,cat\n", r"no column `path` \(it has file, label\)"),
@@ -163,7 +181,7 @@ def test_a_full_path_in_a_list_is_taken_as_written(tmp_path: Path) -> None:
         ("", "it is empty; wanted a header"),
         ('path,label\n"a.png,cat\n', "is it a CSV file"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_a_list_that_cannot_be_used_says_where_and_why(tmp_path: Path, text: str, words: str) -> None:
     put(tmp_path / "a.png")
@@ -207,6 +225,16 @@ def test_several_sets_are_joined_and_their_names_stay_apart(tmp_path: Path) -> N
     train = open_dataset(text, "train")
     assert [item.name for item in train.items] == ["one/train/x/a.png", "two/a.png", "two#3/a.png"]
     assert len({train.read(i) for i in range(3)}) == 3
+
+
+def test_an_empty_split_is_no_training_image_alone_and_joined_alike(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        put(tmp_path / name)
+    put(tmp_path / "more" / "c.png")
+    path = write_list(tmp_path, "path,split\na.png,train\nb.png,\n")
+    assert len(open_dataset(path, "train")) == 1
+    joined = open_dataset(f"{path},{tmp_path / 'more'}", "train")
+    assert [item.name for item in joined.items] == ["list/a.png", "more/c.png"]
 
 
 def test_a_folder_with_a_comma_in_its_name_is_one_set(tmp_path: Path) -> None:
@@ -259,7 +287,7 @@ def test_the_fingerprint_changes_with_content_name_label_split_and_order(tmp_pat
     for k, name in enumerate(("a.bmp", "b.bmp")):
         (tmp_path / name).write_bytes(encode(flat + k, "BMP"))
     found = [open_dataset(tmp_path).fingerprint(), open_dataset(tmp_path).subset([1, 0]).fingerprint()]
-    for place in ((0, 0), (-1, -1)):  # a BMP keeps its size whatever it shows
+    for place in ((0, 0), (-1, -1), (40, 7)):  # a BMP keeps its size whatever it shows
         changed = flat.copy()
         changed[place] = 9
         (tmp_path / "a.bmp").write_bytes(encode(changed, "BMP"))

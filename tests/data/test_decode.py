@@ -353,6 +353,23 @@ def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     assert reason_for(data[:at] + scan * 5_000 + data[-2:]) == "corrupt"
 
 
+def test_a_large_jpeg_of_many_scans_is_refused_and_a_small_one_is_not() -> None:
+    """190 scans of 64 megapixels keep a core busy for seconds; of a stamp they do not matter."""
+    for side, wanted in ((4096, "corrupt"), (64, None)):
+        data = encode(np.zeros((side, side, 3), np.uint8), "JPEG", progressive=True)
+        at = data.rindex(b"\xff\xda")
+        data = data[:at] + data[at:-2] * 100 + data[-2:]
+        if wanted:
+            assert reason_for(data) == wanted
+        else:
+            assert decode_image(data).shape == (side, side, 3)
+
+
+def test_millions_of_empty_segments_or_fill_bytes_are_refused_at_once() -> None:
+    assert reason_for(b"\xff\xd8" + b"\xff\xe0\0\x02" * 2_000_000) == "corrupt"
+    assert reason_for(b"\xff\xd8" + b"\xff" * 8_000_000) == "truncated"
+
+
 def test_damaged_png_rows_are_corrupt() -> None:
     data = bytearray(encode(noise(32, 32), "PNG"))
     at = data.index(b"IDAT") + 40

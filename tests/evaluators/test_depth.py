@@ -1,5 +1,6 @@
 """The depth probe: the head it trains is the one that is served, its choice is blind to the test, its floor is known."""
 
+import math
 from pathlib import Path
 
 import cv2
@@ -201,6 +202,7 @@ def test_a_corrupt_image_is_left_out_with_its_own_depth_map(tmp_path: Path) -> N
     ("flags", "message"),
     [
         ({"lr": (-1.0,)}, "--lr"),
+        ({"lr": (math.nan,)}, "--lr"),
         ({"steps": 0}, "--steps"),
         ({"held_out": 0}, "--held-out 0"),
         ({"max_depth": 0.0}, "--max-depth"),

@@ -1,6 +1,7 @@
 """Weighted k-NN: the official numbers, the slow oracle, ties, and the border cases that break published code."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,8 @@ def test_leave_one_out_never_asks_another_view_of_the_same_thing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "temperature", "message"), [((), 0.07, "--k"), ((0,), 0.07, "--k"), ((1,), 0.0, "--temp")]
+    ("k", "temperature", "message"),
+    [((), 0.07, "--k"), ((0,), 0.07, "--k"), ((1,), 0.0, "--temp"), ((1,), math.nan, "--temp")],
 )
 def test_impossible_settings_are_refused(k: tuple[int, ...], temperature: float, message: str) -> None:
     with pytest.raises(InputError, match=message):

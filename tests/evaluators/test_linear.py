@@ -1,5 +1,6 @@
 """The linear evaluator: what it trains on, how it chooses, and the head it writes."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from backbones.checkpoints import CheckpointError
 from backbones.heads import LinearHead, load_head
-from data.errors import InputError
+from data.errors import CheckFailed, InputError
 from evaluators.classification import ClassificationRun
 from evaluators.extract import FeatureTable, extract
 from evaluators.linear import FOLDS, LinearSpec, combinations, evaluate, held_out_scores, run
@@ -120,6 +121,8 @@ def test_a_head_file_of_another_ending_is_refused_before_anything_runs(tmp_path:
     [
         ({"lr": ()}, "--lr"),
         ({"lr": (0.0,)}, "--lr"),
+        ({"lr": (math.nan,)}, "--lr"),
+        ({"lr": (0.1, math.inf)}, "--lr"),
         ({"epochs": 0}, "--epochs"),
         ({"batch": 0}, "--batch"),
         ({"held_out": 6}, "--held-out 6: wanted 1 to 5"),
@@ -128,3 +131,8 @@ def test_a_head_file_of_another_ending_is_refused_before_anything_runs(tmp_path:
 def test_impossible_settings_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         LinearSpec(**flags)
+
+
+def test_a_grid_of_diverged_heads_is_no_result() -> None:
+    with pytest.raises(CheckFailed, match="all 4 heads diverged; lower the learning rates"):
+        evaluate(blobs(40, 0), blobs(20, 1), LinearSpec(lr=(1e30, 1e35), min_steps=20, epochs=1))
