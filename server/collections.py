@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection, Engine, create_engine, delete, event, func, insert, select
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from data.errors import InputError
 from server.errors import Conflict, NotFound, StorageFailed
@@ -147,29 +148,24 @@ class Collections:
                 else:
                     self._check_usable(row)
                 if rows:
-                    try:
-                        db.execute(insert(items), rows)
-                    except IntegrityError as error:
-                        raise Conflict(f"collection {name!r}: {self._taken(db, name, rows)}") from error
+                    self._check_new(db, name, [row["id"] for row in rows])
+                    db.execute(insert(items), rows)
             if replace:
                 self._snapshots.pop(name, None)
             elif name in self._snapshots:
                 self._snapshots[name] = self._snapshots[name].extended(rows)
         return [row["id"] for row in rows]
 
-    def _taken(self, db: Connection, name: str, rows: list[dict[str, Any]]) -> str:
-        ids = [row["id"] for row in rows]
-        twice = [one for one in ids if ids.count(one) > 1]
-        if twice:
-            return f"id {twice[0]!r:.80} comes twice in this request"
-        here = items.c.collection == name
+    def _check_new(self, db: Connection, name: str, ids: Sequence[str]) -> None:
+        """Raise Conflict for an id that comes twice or is taken. Asked before anything is written: afterwards all are there."""
+        twice = next((one for one, n in Counter(ids).items() if n > 1), None)
+        if twice is not None:
+            raise Conflict(f"collection {name!r}: id {twice!r:.80} comes twice in this request")
         for start in range(0, len(ids), MAX_VARIABLES):
-            taken = db.execute(
-                select(items.c.id).where(here, items.c.id.in_(ids[start : start + MAX_VARIABLES]))
-            ).first()
-            if taken:
-                return f"id {taken[0]!r:.80} is taken; delete it first"
-        return "one of these ids is taken; delete it first"
+            same = items.c.id.in_(ids[start : start + MAX_VARIABLES])
+            taken = db.execute(select(items.c.id).where(items.c.collection == name, same)).scalar()
+            if taken is not None:
+                raise Conflict(f"collection {name!r}: id {taken!r:.80} is taken; delete it first")
 
     def _row(self, name: str, item: NewItem) -> dict[str, Any]:
         vector = np.ascontiguousarray(item.vector, "<f4")

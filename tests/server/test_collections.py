@@ -78,10 +78,12 @@ def test_a_snapshot_in_use_does_not_change_under_writes(store):
 
 def test_all_items_of_a_request_are_added_or_none(store):
     store.add("birds", [item(1, 0, 0, 0, id="a")])
-    with pytest.raises(Conflict, match="taken"):
+    with pytest.raises(Conflict, match="'a' is taken"):
         store.add("birds", [item(1, 0, 0, 0, id="new"), item(1, 0, 0, 0, id="a")])
     with pytest.raises(Conflict, match="'twin' comes twice"):
         store.add("birds", [item(1, 0, 0, 0, id="twin"), item(1, 0, 0, 0, id="twin")])
+    with pytest.raises(Conflict, match="'a' is taken"):  # the last of more ids than one statement may name
+        store.add("birds", [*(item(1, 0, 0, 0, id=f"n{n}") for n in range(12_000)), item(1, 0, 0, 0, id="a")])
     assert store.snapshot("birds").ids == ("a",)
     assert [one.id for one in store.page("birds", 0, 10, None)] == ["a"]
 
