@@ -102,7 +102,7 @@ class Served:
                 client = self._wire.InferenceServerClient(self.where, **timeouts)
                 stack.callback(client.close)
                 yield client
-            except (InferenceServerException, OSError, HTTPParseError) as error:
+            except (InferenceServerException, OSError, HTTPParseError, ValueError) as error:
                 raise gr.Error(_words(error, self.address), print_exception=False) from error
 
 
@@ -110,6 +110,8 @@ def _words(error: Exception, address: str) -> str:
     """What a visitor is told: the server's reason, or that it cannot be reached."""
     if isinstance(error, HTTPParseError):
         return f"The server at {address} does not answer in HTTP. Is this its gRPC port?"
+    if isinstance(error, ValueError):
+        return f"The address {address} cannot be used ({error})."
     message = error.message() if isinstance(error, InferenceServerException) else str(error)
     if isinstance(error, OSError) or "UNAVAILABLE" in str(error):
         return f"The server at {address} does not answer. Start it, then try again."

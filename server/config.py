@@ -75,7 +75,8 @@ class ServerConfig:
         at_least |= {"queue_mb": 1, "max_message_mb": 1, "max_size_px": 1, "drain_delay_s": 0, "grace_s": 0}
         for name, lowest in at_least.items():
             if not lowest <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least {lowest}")
+                wanted = "a time that ends" if getattr(self, name) == math.inf else f"at least {lowest}"
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted {wanted}")
         for name in ("http_port", "grpc_port", "metrics_port"):
             if not 0 <= getattr(self, name) < 1 << 16:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 to 65535")

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import gradio as gr
 import numpy as np
 import pytest
+
+from app import Served
 
 pytestmark = pytest.mark.browser
 START_S = 180
@@ -228,3 +231,8 @@ def test_no_server_at_the_address_is_one_line(demo: dict[str, str], repo_root: P
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert words in done.stderr
+
+
+def test_a_name_that_no_machine_can_have_is_told_in_words() -> None:
+    with pytest.raises(gr.Error, match=r"The address http://a\.\.b:8000 cannot be used"):
+        Served("http://a..b:8000").models()

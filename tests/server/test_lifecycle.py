@@ -135,7 +135,7 @@ FLAGS = {
     "threads": ({"threads": 0}, "--threads 0: wanted at least 1"),
     "rows": ({"max_batch_rows": 0}, "--max-batch-rows 0: wanted at least 1"),
     "no grace at all": ({"grace_s": float("nan")}, "--grace-s nan: wanted at least 0"),
-    "grace without end": ({"grace_s": float("inf")}, "--grace-s inf: wanted at least 0"),
+    "grace without end": ({"grace_s": float("inf")}, "--grace-s inf: wanted a time that ends"),
     "other machines": ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could reach"),
     "device": ({"device": "tpu"}, "--device 'tpu' is unknown"),
     "samples": ({"samples": "/nothing/here"}, "/nothing/here"),
