@@ -59,7 +59,9 @@ def test_each_room_is_packaged_and_stands_in_the_import_contract(pyproject: dict
 def test_make_help_lists_every_target(repo_root: Path) -> None:
     makefile = (repo_root / "Makefile").read_text()
     phony = set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split())  # type: ignore[index]
-    help_text = subprocess.run(["make", "help"], cwd=repo_root, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=repo_root, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[0] for line in help_text.splitlines()} == phony
 
 
