@@ -26,6 +26,8 @@ log = logging.getLogger("server")
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 MAX_FILES = 1024
 MAX_FIELDS = 4096
+MAX_NESTING = 64
+"""Lists and objects inside each other in what is stored; Python's reader takes a little more than its writer can write."""
 MIN_COMPRESSED_BYTES = 512
 
 
@@ -132,7 +134,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def check_json(value: Any, what: str) -> None:
-    """Raise InputError for what Python reads and JSON does not have: NaN, and numbers beyond all doubles."""
+    """Raise InputError for what Python reads once and may not write again: NaN, numbers beyond all doubles, deep nesting."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise InputError(f"{what} is nested more than {MAX_NESTING} deep; send it flatter")
+        boxes = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [inner for box in boxes for inner in box]
     try:
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:

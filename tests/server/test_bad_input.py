@@ -399,6 +399,13 @@ def test_a_bad_address_is_refused(http, what):
     assert words in answer.json()["error"]
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 ONES = b",".join([b"1.0"] * 48)
 ITEMS = {
     "no items": ({"items": []}, 400, "items"),
@@ -418,6 +425,7 @@ ITEMS = {
         400,
         "cannot be written as JSON",
     ),
+    "metadata without end": ({"items": [{"embedding": [1.0] * 48, "metadata": nested(952)}]}, 400, "more than 64 deep"),
     "half a character in the metadata": (
         b'{"items": [{"embedding": [%s], "metadata": {"a": "\\ud800"}}]}' % ONES,
         400,
@@ -442,7 +450,9 @@ def test_a_bad_item_is_not_added(http, what):
     assert http.get("/v1/collections/bad-items/items").status_code == 404
 
 
-@pytest.mark.parametrize("metadata", ['{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "[]", "{"])
+@pytest.mark.parametrize(
+    "metadata", ['{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "[]", "{", json.dumps(nested(952))]
+)
 def test_metadata_that_cannot_be_listed_again_is_not_added_with_an_image(http, metadata):
     answer = http.post(
         "/v1/collections/bad-items/items", files={"file": ("x.png", png(0))}, data={"metadata": metadata}
