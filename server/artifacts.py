@@ -183,7 +183,10 @@ def _open(path: Path, depth_head: Path | None, version: str, config: ServerConfi
     threads = config.threads or max(1, _cores() // n)
     if path.suffix == ".onnx":
         sessions = [OnnxRuntime(path, device=config.device, threads=threads) for _ in range(n)]
-        unit = sessions[0].heads.get("depth", {}).get("spec", {}).get("unit")
+        try:
+            unit = sessions[0].heads.get("depth", {}).get("spec", {}).get("unit")
+        except AttributeError as error:
+            raise InputError(f"{path}: the manifest of its heads is damaged; export it again") from error
         return Loaded(tuple(sessions), version, unit)
     backbone = load_backbone(path)
     head = None if depth_head is None else load_depth_head(depth_head, backbone.manifest.weights_sha256)[0]

@@ -193,6 +193,14 @@ def test_a_manifest_that_is_none_is_an_error(folder, tmp_path, manifest):
         load(folder, tmp_path)
 
 
+@pytest.mark.parametrize("heads", ["[]", '{"depth": 3}', '{"depth": {"spec": []}}'])
+def test_heads_that_are_none_are_an_error(onnx_file, tmp_path, heads):
+    model = onnx.load(str(onnx_file))
+    next(one for one in model.metadata_props if one.key == HEADS_KEY).value = heads
+    onnx.save(model, str(tmp_path / "odd.onnx"))
+    assert "export it again" in refused(tmp_path / "odd.onnx", tmp_path)
+
+
 def test_a_head_alone_is_an_error(folder, tmp_path):
     assert "not a backbone" in refused(folder / "depth.safetensors", tmp_path)
 
