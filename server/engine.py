@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from backbones.heads import DepthHead, DepthHeadSpec
 from data.decode import DecodeLimits, decode_image
 from data.errors import InputError
 from data.preprocess import Preprocess, center_view, whole_view
@@ -71,8 +72,8 @@ class Engine:
             shapes = {name: array.shape for name, array in runtime.run(blank, runtime.outputs).items()}
         return shapes
 
-    def check_size(self, height_px: int, width_px: int, what: str) -> None:
-        """Raise InputError, naming the nearest good sizes, or TooLarge, unless the network takes this size."""
+    def check_size(self, height_px: int, width_px: int, what: str, outputs: Sequence[str] = ()) -> None:
+        """Raise InputError, naming the nearest good sizes, or TooLarge, unless the network has these outputs for this size."""
         step, largest = self.step_px, self.spec.max_size_px
         for side in (height_px, width_px):
             low = max(step, min(side, largest) // step * step)
@@ -82,8 +83,7 @@ class Engine:
                     f"{what} {side} does not fit: sides are multiples of {step} from {step} to {largest} pixels; "
                     f"nearest: {' or '.join(map(str, good))}"
                 )
-
-        needed = self._row_bytes(height_px, width_px)
+        needed = self._row_bytes(height_px, width_px, outputs)
         if needed > self._instance_bytes:
             raise TooLarge(
                 f"{what} {max(height_px, width_px)}: one such image needs about {needed >> 20} MB inside the network, and "
@@ -94,22 +94,23 @@ class Engine:
     def _instance_bytes(self) -> int:
         return self.spec.working_bytes // len(self.runtimes)
 
-    def _row_bytes(self, height_px: int, width_px: int) -> int:
-        """What one image takes inside the network at its widest: ONNX Runtime holds a block's attention twice, before and after softmax.
+    def _row_bytes(self, height_px: int, width_px: int, outputs: Sequence[str]) -> int:
+        """What one image takes inside the network at its widest, where that is much more than its pixels.
 
-        torch computes attention in tiles and never holds it whole.
+        ONNX Runtime holds a block's attention whole, before and after softmax; torch computes it in tiles. The depth head
+        holds the enlarged logits of its bins three times.
         """
-        heads = int(self.manifest.architecture.get("heads", 0))
-        if self.name != "onnxruntime" or not heads:
-            return 0
-        tokens = 1 + int(self.manifest.architecture.get("registers", 0))
-        tokens += (height_px // self.step_px) * (width_px // self.step_px)
-        return 2 * 4 * heads * tokens**2
+        architecture = self.manifest.architecture
+        patches = (height_px // self.step_px) * (width_px // self.step_px)
+        tokens = 1 + int(architecture.get("registers", 0)) + patches
+        heads = int(architecture.get("heads", 0)) if self.name == "onnxruntime" else 0
+        bins = DepthHeadSpec.bins if "depth" in outputs else 0
+        return 4 * (2 * heads * tokens**2 + 3 * bins * DepthHead.ENLARGEMENT**2 * patches)
 
     def _most_rows(self, key: Hashable) -> int:
         """Rows of one batch that fit into the memory of an instance, at least one."""
         assert isinstance(key, tuple)
-        return max(1, self._instance_bytes // max(1, self._row_bytes(key[0], key[1])))
+        return max(1, self._instance_bytes // max(1, self._row_bytes(*key)))
 
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Do CPU work in the decode pool; work that has not begun is dropped with its caller."""

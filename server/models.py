@@ -61,7 +61,7 @@ class ServedModel(ABC):
     def _side(self, options: MapOptions) -> int:
         """The side that the whole image is squashed to, checked."""
         side = self.engine.preprocess.whole_px if options.size is None else options.size
-        self.engine.check_size(side, side, "parameter 'size'")
+        self.engine.check_size(side, side, "parameter 'size'", [spec.name for spec in self.outputs])
         return side
 
 

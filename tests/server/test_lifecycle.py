@@ -123,7 +123,8 @@ def test_help_lists_every_flag():
 
 
 def test_a_bad_flag_ends_with_status_2_and_one_line(tmp_path):
-    status, out, err = run("--models", str(tmp_path / "missing"), "--collections", str(tmp_path), "--http-port", "0")
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    status, out, err = run("--models", str(tmp_path / "missing"), "--collections", str(tmp_path), *ports)
     assert (status, out) == (2, "")
     assert err.startswith("error: --models ")
     assert err.count("\n") == 1
@@ -198,13 +199,20 @@ def test_a_client_who_leaves_amid_the_body_is_no_error(network, tmp_path):
         assert '"level": "error"' not in said
 
 
-def test_an_image_that_the_exported_network_has_no_memory_for_is_refused(onnx_file, tmp_path):
-    """257 tokens squared, three heads, twice, in float32: 1.6 MB."""
-    with Running(config_of(onnx_file, tmp_path / "state", queue_mb=1)) as running:
+@pytest.mark.parametrize(
+    ("model", "form", "queue_mb", "needed_mb"),
+    [
+        ("attention", "onnx_file", 1, 1),  # 257 tokens squared, 3 heads, twice, in float32: 1.6 MB
+        ("depth", "network", 4, 12),  # 256 patches enlarged 16 times, 256 bins, three times, in float32: 12.6 MB
+    ],
+)
+def test_an_image_that_the_network_has_no_memory_for_is_refused(request, tmp_path, model, form, queue_mb, needed_mb):
+    config = config_of(request.getfixturevalue(form), tmp_path / "state", queue_mb=queue_mb)
+    with Running(config) as running:
         wire = open_wire("grpc", running.addresses)
-        assert wire.infer("attention", images(png(0)), (), {"size": 64})["attention"].shape == (1, 3, 8, 8)
-        with pytest.raises(Refused, match="needs about 1 MB inside the network"):
-            wire.infer("attention", images(png(0)), (), {"size": 128})
+        assert wire.infer(model, images(png(0)), (), {"size": 64})[model].shape[0] == 1
+        with pytest.raises(Refused, match=f"128: one such image needs about {needed_mb} MB inside the network"):
+            wire.infer(model, images(png(0)), (), {"size": 128})
         wire.close()
 
 
