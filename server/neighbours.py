@@ -49,7 +49,7 @@ class Snapshot:
             raise InputError(f"embedding {bad} is zero or not finite, so it has no direction to compare")
         scores_Nn = (queries_ND / length).astype(np.float32) @ self.unit_nD.T
         rows = np.stack([_largest(scores_n, k) for scores_n in scores_Nn])
-        return Found(rows, np.take_along_axis(scores_Nn, rows, 1))
+        return Found(rows, np.clip(np.take_along_axis(scores_Nn, rows, 1), -1, 1))  # a cosine, whatever float32 rounds
 
     def extended(self, rows: Sequence[Mapping[str, Any]]) -> "Snapshot":
         """A new snapshot with these items (`id`, `label`, `vector` as float32 bytes) after the others."""
