@@ -5,11 +5,12 @@ A finished run goes on for a short while on larger crops, with resized position 
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from data.errors import run_cli
-from training.__main__ import pick_device, set_threads, start
+from training.command import RunOptions, start
 from training.recipe import HIGH_RESOLUTION_LR, Recipe
 from training.run_folder import RunFolder, read_object
 
@@ -17,15 +18,9 @@ from training.run_folder import RunFolder, read_object
 def main(
     run: Path,
     px: int,
-    data: str,
-    out: Path,
+    options: Annotated[RunOptions, tyro.conf.arg(name="")],
     epochs: int = 2,
     lr_share: float = HIGH_RESOLUTION_LR,
-    split: str | None = None,
-    seed: int = 0,
-    workers: int = 1,
-    threads: int | None = None,
-    device: str = "auto",
 ) -> None:
     """Go on with a finished run on larger crops.
 
@@ -34,21 +29,13 @@ def main(
     Args:
         run: Folder of the finished run.
         px: Side of the global crops, a multiple of the patch.
-        data: Folder, CSV, tar shards or packed set; several joined by commas.
-        out: Run folder to make or to resume.
+        options: The run.
         epochs: Length of the phase; all schedules are compressed into it.
         lr_share: Peak learning rate over the run's.
-        split: Use only the rows of this split, such as train.
-        seed: Of order and views.
-        workers: Processes that decode and cut views; 0 does it in this one.
-        threads: Threads of torch; all cores if not given.
-        device: auto, cpu, or cuda.
     """
     resolved = read_object(RunFolder(run).recipe)
     recipe = Recipe.from_json(resolved.get("recipe")).at_high_resolution(px, epochs, lr_share)
-    set_threads(threads)
-    name = f"{resolved.get('name')} at {px} px"
-    print(start(recipe, name, data, out, split, seed, workers, pick_device(device), init=str(run)))
+    print(start(recipe, f"{resolved.get('name')} at {px} px", options, init=str(run)))
 
 
 if __name__ == "__main__":

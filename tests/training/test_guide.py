@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,16 +22,6 @@ WORDS = {"recipe_name": "small", "source": "test", "revision": "none"}
 CPU = torch.device("cpu")
 LARGE = RECIPES["smoke_dinov2"]
 SMALL = replace(LARGE, backbone=replace(LARGE.backbone, width=24, drop_path=0.0))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        image = cv2.resize(rng.integers(0, 255, (5, 5, 3)).astype(np.uint8), (48, 40), interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(root / f"{i:02d}.jpg"), image)
-    return root
 
 
 @pytest.fixture(scope="module")

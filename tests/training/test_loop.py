@@ -21,6 +21,7 @@ from data.datasets import open_dataset
 from data.errors import CheckFailed, InputError
 from evaluators import knn
 from evaluators.classification import ClassificationRun
+from tests.training.conftest import write_images
 from training import loop
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, StepSpec, train_step_
@@ -35,11 +36,7 @@ WORDS = {"recipe_name": "smoke", "source": "test", "revision": "none"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty small images without labels, one of them broken."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        image = cv2.resize(rng.integers(0, 255, (5, 5, 3)).astype(np.uint8), (48, 40), interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(root / f"{i:02d}.jpg"), image)
+    root = write_images(tmp_path_factory.mktemp("images"), 20)
     (root / "07.jpg").write_bytes(b"not a picture")
     return root
 

@@ -7,8 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,16 +22,6 @@ from training.warm_start import resize_table, warm_start_
 
 WORDS = {"recipe_name": "smoke", "source": "test", "revision": "none"}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        image = cv2.resize(rng.integers(0, 255, (5, 5, 3)).astype(np.uint8), (80, 72), interpolation=cv2.INTER_CUBIC)
-        cv2.imwrite(str(root / f"{i:02d}.jpg"), image)
-    return root
 
 
 @pytest.fixture(scope="module", params=["smoke", "smoke_dinov2"])

@@ -1,0 +1,75 @@
+"""What the commands of this room share: where the images lie, where the run goes, and what it runs on."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.datasets import open_dataset
+from data.errors import InputError
+from training.loop import train
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A run beside its recipe."""
+
+    data: str
+    """Folder, CSV, tar shards or packed set; several joined by commas."""
+    out: Path
+    """Run folder to make or to resume."""
+    split: str | None = None
+    """Use only the rows of this split, such as train."""
+    eval_data: str | None = None
+    """Labelled images, on which k-NN measures the teacher after each epoch; labels are used for nothing else."""
+    seed: int = 0
+    """Of initialisation, order and views."""
+    workers: int = 1
+    """Processes that decode and cut views; 0 does it in this one."""
+    threads: int | None = None
+    """Threads of torch; all cores if not given."""
+    device: str = "auto"
+    """auto, cpu, or cuda."""
+
+
+def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = None, teacher: str | None = None) -> Path:
+    """Open the data and train; returns the checkpoint's path. Raises InputError."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise InputError(f"--threads {options.threads}: want at least 1")
+        torch.set_num_threads(options.threads)
+    return train(
+        recipe,
+        open_dataset(options.data, options.split),
+        options.out,
+        recipe_name=name,
+        source=options.data,
+        revision=source_revision(),
+        seed=options.seed,
+        workers=options.workers,
+        device=pick_device(options.device),
+        init=init,
+        teacher=teacher,
+        eval_data=options.eval_data,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a flag names. Raises InputError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is unknown; want auto, cpu or cuda")
+    return torch.device(name)
+
+
+def source_revision() -> str:
+    """The commit this code was checked out from, or an empty string outside a checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() if found.returncode == 0 else ""
