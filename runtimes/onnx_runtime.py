@@ -75,9 +75,15 @@ def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest,
             f"{path}: an .onnx without our manifest; its preprocessing is unknown. Export it with python -m exports.to_onnx"
         )
     try:
-        return Manifest.from_json(json.loads(metadata[MANIFEST_KEY])), json.loads(metadata.get(HEADS_KEY, "{}"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its manifest is not JSON ({error}); export it again") from error
+        plain, heads = json.loads(metadata[MANIFEST_KEY]), json.loads(metadata.get(HEADS_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its manifest is not JSON ({str(error):.120}); export it again") from error
+    if not isinstance(plain, dict) or not isinstance(heads, dict):
+        raise CheckpointError(f"{path}: its manifest is no object; export it again")
+    try:
+        return Manifest.from_json(plain), heads
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}; export it again") from error
 
 
 def open_session(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:

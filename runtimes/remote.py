@@ -17,6 +17,8 @@ from backbones.checkpoints import Manifest
 from data.errors import InputError
 from runtimes.runtime import Runtime, step_px
 
+_HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:.]+\]")
+"""A name, an IPv4 address, or an IPv6 address in brackets."""
 REMOTE_SCHEMES = ("grpc://", "http://")
 MODEL = "backbone"
 MAX_MESSAGE_BYTES = 48 * 2**20
@@ -34,8 +36,7 @@ def split_address(address: str) -> tuple[str, str]:
     host, _, port = where.rpartition(":")
     if (
         f"{scheme}://" not in REMOTE_SCHEMES
-        or not host
-        or "/" in host
+        or not _HOST.fullmatch(host)
         or not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65_536)
     ):
         raise InputError(f"{address}: wanted grpc://host:port or http://host:port")

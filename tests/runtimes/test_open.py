@@ -87,11 +87,13 @@ def test_an_onnx_file_cut_short_is_refused(exported: Artifact, tmp_path: Path) -
     [
         (None, "an .onnx without our manifest; its preprocessing is unknown. Export it with python -m exports.to_onnx"),
         ("{", "its manifest is not JSON"),
-        ("[]", "this is not a backbone's manifest"),
+        ("[]", "x.onnx: its manifest is no object"),
+        ("[" * 100_000, "x.onnx: its manifest is not JSON"),
+        ('{"kind": "backbone"}', "x.onnx: this is not a backbone's manifest"),
         ('{"architecture": {}}', "this is not a backbone's manifest"),
         ('{"architecture": {}, "preprocess": {}}', "preprocess lacks"),
     ],
-    ids=["none", "no JSON", "list", "part", "empty"],
+    ids=["none", "no JSON", "list", "nested", "kind alone", "part", "empty"],
 )
 def test_an_onnx_file_without_a_usable_manifest_is_refused(tmp_path: Path, manifest: str | None, words: str) -> None:
     value = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, ["N", 3, "H", "W"])
@@ -234,7 +236,21 @@ def test_a_server_of_something_else_is_refused(scheme: str, chatty_port: int, mo
 
 @pytest.mark.parametrize("scheme", SERVERS)
 @pytest.mark.parametrize(
-    "where", ["", "/", "host", ":80", "host:1/path", "host:port", "host:99999", "host:0", "host:-1"]
+    "where",
+    [
+        "",
+        "/",
+        "host",
+        ":80",
+        "host:1/path",
+        "host:port",
+        "host:99999",
+        "host:0",
+        "host:-1",
+        "a..b:80",
+        "[:80",
+        "a b:80",
+    ],
 )
 def test_an_address_is_a_host_and_a_port(scheme: str, where: str) -> None:
     address = f"{scheme}://{where}"
