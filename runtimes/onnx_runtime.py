@@ -77,7 +77,7 @@ def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest,
     try:
         plain, heads = json.loads(metadata[MANIFEST_KEY]), json.loads(metadata.get(HEADS_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its manifest is not JSON ({str(error):.120}); export it again") from error
+        raise CheckpointError(f"{path}: its manifest is not JSON ({error!s:.120}); export it again") from error
     if not isinstance(plain, dict) or not isinstance(heads, dict):
         raise CheckpointError(f"{path}: its manifest is no object; export it again")
     try:
