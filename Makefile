@@ -53,7 +53,7 @@ $(BIN)/python:
 # Whoever changes the engine loses both first, because taking one away breaks the other's files.
 define drop_other_engine
 	@if ls .venv/.installed-$(OTHER_ENGINE)* >/dev/null 2>&1; then \
-		$(BIN)/python -m pip uninstall -q -y onnxruntime onnxruntime-gpu && rm -f .venv/.installed-*; fi
+		$(BIN)/python -m pip uninstall -qq -y onnxruntime onnxruntime-gpu && rm -f .venv/.installed-*; fi
 endef
 
 $(RUN_STAMP): $(BIN)/python pyproject.toml constraints.txt
