@@ -8,6 +8,7 @@ import torch
 
 from data.datasets import open_dataset
 from data.errors import InputError
+from training import parallel
 from training.loop import train
 from training.recipe import Recipe
 
@@ -40,20 +41,21 @@ def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = Non
         if options.threads < 1:
             raise InputError(f"--threads {options.threads}: want at least 1")
         torch.set_num_threads(options.threads)
-    return train(
-        recipe,
-        open_dataset(options.data, options.split),
-        options.out,
-        recipe_name=name,
-        source=options.data,
-        revision=source_revision(),
-        seed=options.seed,
-        workers=options.workers,
-        device=pick_device(options.device),
-        init=init,
-        teacher=teacher,
-        eval_data=options.eval_data,
-    )
+    with parallel.joined(pick_device(options.device)) as device:
+        return train(
+            recipe,
+            open_dataset(options.data, options.split),
+            options.out,
+            recipe_name=name,
+            source=options.data,
+            revision=source_revision(),
+            seed=options.seed,
+            workers=options.workers,
+            device=device,
+            init=init,
+            teacher=teacher,
+            eval_data=options.eval_data,
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ Axes: V views, G global crops of all images (G = 2B, crop-major), B images, N pa
 K prototypes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from backbones.vit import ViT
 from data.errors import InputError
+from training import parallel
 from training.distillation import Schedule, State, ema_update_, teacher_copy, update_center_
 from training.losses import (
     dino_cross_entropy,
@@ -109,10 +111,11 @@ def train_step_(
     terms = loss_terms(state.student, views, masks_GN, targets, spec, hide=state.guide is None)
     loss = torch.stack(list(terms.values())).sum()
     state.optimizer.zero_grad(set_to_none=True)
-    found = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
-    if not torch.isfinite(loss):
+    found = parallel.mean_scalars({"loss": loss, **terms})
+    if not math.isfinite(found["loss"]):
         return found
     loss.backward()
+    parallel.average_gradients_(state.student.parameters())
     found |= clip_each_network_(state.student, spec.clip_norm)
     state.optimizer.step()
     ema_update_(state.teacher, state.student, at.momentum)
@@ -131,16 +134,14 @@ def teacher_says_(
     cls_GD, patches_GND = teacher.encode([global_crops], None, spec.bf16_backbone)
     cls_GK, patches_RK = teacher.logits(cls_GD, patches_GND[masks_GN])
     if spec.targets == "sinkhorn":
-        cls_probs_GK = sinkhorn_knopp(cls_GK, temperature, spec.sinkhorn_iterations)
-        patch_probs_RK = (
-            sinkhorn_knopp(patches_RK, temperature, spec.sinkhorn_iterations) if len(patches_RK) else patches_RK
-        )
+        everywhere = parallel.column_log_sum
+        cls_probs_GK = sinkhorn_knopp(cls_GK, temperature, spec.sinkhorn_iterations, everywhere)
+        patch_probs_RK = sinkhorn_knopp(patches_RK, temperature, spec.sinkhorn_iterations, everywhere)
     else:
         cls_probs_GK = teacher_targets(cls_GK, state.centers["dino"], temperature)
         patch_probs_RK = teacher_targets(patches_RK, state.centers["ibot"], temperature)
         update_center_(state.centers["dino"], cls_GK, spec.center_momentum)
-        if len(patches_RK):
-            update_center_(state.centers["ibot"], patches_RK, spec.center_momentum)
+        update_center_(state.centers["ibot"], patches_RK, spec.center_momentum)
     return Targets(cls_probs_GK.unflatten(0, (2, -1)), patch_probs_RK, cls_GD.unflatten(0, (2, -1)))
 
 
@@ -166,9 +167,8 @@ def loss_terms(
     dino_global = 2 * across_2B.mean() / (2 * n_views - 2)
     terms = {"dino_local": spec.dino_weight * (dino - dino_global), "dino_global": spec.dino_weight * dino_global}
     if spec.koleo_weight:
-        terms["koleo"] = (
-            spec.koleo_weight * torch.stack([koleo_loss(cls_BD) for cls_BD in cls_VD[: len(masks_GN)].chunk(2)]).sum()
-        )
+        by_view = [koleo_loss(parallel.all_rows(cls_BD)) for cls_BD in cls_VD[: len(masks_GN)].chunk(2)]
+        terms["koleo"] = spec.koleo_weight * torch.stack(by_view).sum()
     if spec.ibot_weight:
         weights_R = (1 / masks_GN.sum(dim=1).clamp_min(1))[:, None].expand_as(masks_GN)[masks_GN]
         ibot = ibot_loss(patches_RK, targets.patches_RK, weights_R, len(masks_GN), spec.student_temperature)

@@ -4,6 +4,7 @@ Axes: V views, T teacher views (the two global ones), B images, D features, K pr
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from backbones.resnet import ResNet
 from backbones.vit import Block, ViT
+from training import parallel
 from training.losses import dino_cross_entropy, teacher_targets
 from training.monitors import collapse_monitors
 from training.optimizer import clip_each_, set_rates_
@@ -108,9 +110,11 @@ def train_step_(state: State[Learner], views: Sequence[Tensor], at: Schedule, sp
     student_logits_VBK, _ = state.student(views, bf16=spec.bf16_backbone)
     loss = dino_cross_entropy(student_logits_VBK, targets_TBK, spec.student_temperature)
     state.optimizer.zero_grad(set_to_none=True)
-    if not torch.isfinite(loss):
-        return {"loss": loss.item()}
+    found = parallel.mean_scalars({"loss": loss})
+    if not math.isfinite(found["loss"]):
+        return found
     loss.backward()
+    parallel.average_gradients_(state.student.parameters())
     grad_norm = clip_each_(state.student.parameters(), spec.clip_norm)
     if at.freeze_last_layer:
         for parameter in state.student.head.last_layer.parameters():
@@ -120,9 +124,9 @@ def train_step_(state: State[Learner], views: Sequence[Tensor], at: Schedule, sp
     update_center_(state.centers["dino"], teacher_logits_TBK, spec.center_momentum)
     watched = collapse_monitors(targets_TBK.flatten(0, 1), teacher_features_TBD.flatten(0, 1), state.centers["dino"])
     return {
-        "loss": loss.item(),
+        **found,
         "grad_norm": grad_norm.item(),
-        "kl_nats": loss.item() - watched["target_entropy_nats"],
+        "kl_nats": found["loss"] - watched["target_entropy_nats"],
         **watched,
     }
 
@@ -135,5 +139,8 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None
 
 @torch.no_grad()
 def update_center_(center_K: Tensor, teacher_logits: Tensor, momentum: float) -> None:
-    """centre <- m * centre + (1 - m) * mean of the raw teacher logits (Caron et al. 2021, eq. 4)."""
-    center_K.mul_(momentum).add_(teacher_logits.float().flatten(0, -2).mean(dim=0), alpha=1 - momentum)
+    """centre <- m * centre + (1 - m) * mean of the raw teacher logits of all processes (Caron et al. 2021, eq. 4); nothing without any."""
+    rows_RK = teacher_logits.float().flatten(0, -2)
+    n_rows = parallel.total(torch.tensor(float(len(rows_RK)), device=rows_RK.device))
+    mean_K = parallel.total(rows_RK.sum(dim=0)) / n_rows.clamp_min(1)
+    center_K.lerp_(mean_K, (1 - momentum) * (n_rows > 0))

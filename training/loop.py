@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +19,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from backbones.checkpoints import Manifest, save_backbone, weights_sha256
-from backbones.vit import ViT
+from backbones.vit import ViT, ViTSpec
 from data.datasets import Dataset
 from data.errors import CheckFailed, InputError
 from data.loader import ViewLoader
+from training import parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.methods import make_state, take_step_
@@ -35,11 +34,11 @@ from training.picture import attention_picture
 from training.probe import KnnProbe
 from training.recipe import Recipe
 from training.run_folder import RunFolder
+from training.run_log import NoLog, RunLog
 from training.schedules import Cosine, LinearWarmup
 from training.warm_start import frozen_teacher, warm_start_
 
 SAVE_EVERY_S = 120.0
-LINE_EVERY_S = 15.0
 PICTURE_IMAGES = 6
 MAX_BAD_STEPS = 5
 """So many steps in a row without a finite loss end the run."""
@@ -103,7 +102,18 @@ def train(
         raise InputError(
             f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
         )
-    loader = ViewLoader(dataset, recipe.crops, recipe.batch_size, seed, workers, device=device)
+    if parallel.world_size() > 1 and (recipe.head.batch_norm or not isinstance(recipe.backbone, ViTSpec)):
+        raise InputError("batch norm over several processes is not there; train this recipe in one")
+    loader = ViewLoader(
+        dataset,
+        recipe.crops,
+        parallel.part_of(recipe.batch_size),
+        seed,
+        workers,
+        device=device,
+        rank=parallel.rank(),
+        world_size=parallel.world_size(),
+    )
     probe = KnnProbe(eval_data) if eval_data else None
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
@@ -111,7 +121,8 @@ def train(
     guide = frozen_teacher(teacher, recipe, device) if teacher else None
     if guide is not None:
         resolved |= {"teacher": {"run": teacher, "weights_sha256": weights_sha256(guide.state_dict())}}
-    resuming = folder.open(resolved)
+    leads = parallel.rank() == 0
+    resuming = parallel.gathered(folder.open(resolved) if leads else None)[0]
     plan = Plan(recipe, recipe.epoch_steps or len(loader))
     torch.manual_seed(seed)
     state = make_state(recipe, device)
@@ -119,10 +130,12 @@ def train(
     if init and not resuming:
         warm_start_(state, init)
     step = restore_(state, folder) if resuming else 0
-    folder.keep_log_until(step)
+    if leads:
+        folder.keep_log_until(step)
     run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision}, probe)
-    with stop_signals() as stopped, SummaryWriter(str(out / "tensorboard"), purge_step=step) as curves:
-        run.go(step, min(plan.steps, stop_at_step or plan.steps), stopped, curves)
+    end = min(plan.steps, stop_at_step or plan.steps)
+    with stop_signals() as stopped, RunLog(folder, step, end) if leads else NoLog() as log:
+        run.go(step, end, stopped, log)
     return folder.checkpoint
 
 
@@ -159,42 +172,37 @@ class Run:
         self.n_listed = 0
 
     @property
-    def device(self) -> str:
+    def device(self) -> torch.device:
         """Where the networks are."""
-        return self.state.centers["dino"].device.type
+        return self.state.centers["dino"].device
 
-    def go(self, step: int, end: int, stopped: Callable[[], int | None], curves: SummaryWriter) -> None:
+    def go(self, step: int, end: int, stopped: Callable[[], int | None], log: NoLog) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
+        self.log = log
         saved_at, waited_from = time.monotonic(), time.monotonic()
-        progress = Progress(step, end)
-        with self.folder.log.open("a", buffering=1) as log:
-            for views in self._batches(step, end):
-                began = time.monotonic()
-                record = self._step(step, views)
-                took = time.monotonic() - waited_from
-                record |= {
-                    "images_per_s": round(self.recipe.batch_size / took, 2),
-                    "data_wait": round((began - waited_from) / took, 4),
-                }
-                if self.probe and (step + 1) % self.plan.steps_per_epoch == 0:
-                    backbone = self.state.teacher.backbone
-                    record["knn_top1"] = self.probe.top1(backbone, self._manifest(step + 1), self.device)
-                    tqdm.write(f"step {step + 1}: k-NN top-1 of the teacher {record['knn_top1']:.4f}", file=sys.stderr)
-                waited_from = time.monotonic()
-                log.write(json.dumps(record) + "\n")
-                step += 1
-                progress.show(step, record)
-                for name, value in record.items():
-                    if name not in ("step", "epoch") and math.isfinite(value):
-                        curves.add_scalar(name, value, step)
-                signal_number = stopped()
-                if signal_number or time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0:
-                    self.save(step)
-                    saved_at = time.monotonic()
-                if signal_number:
-                    progress.close()
-                    leave(signal_number, step, self.folder)
-        progress.close()
+        for views in self._batches(step, end):
+            began = time.monotonic()
+            record = self._step(step, views)
+            took = time.monotonic() - waited_from
+            record |= {
+                "images_per_s": round(self.recipe.batch_size / took, 2),
+                "data_wait": round((began - waited_from) / took, 4),
+            }
+            step += 1
+            if self.probe and isinstance(log, RunLog) and step % self.plan.steps_per_epoch == 0:
+                backbone = self.state.teacher.backbone
+                record["knn_top1"] = self.probe.top1(backbone, self._manifest(step), self.device.type)
+                log.say(f"step {step}: k-NN top-1 of the teacher {record['knn_top1']:.4f}")
+            waited_from = time.monotonic()
+            log.write(step, record)
+            due = time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0
+            # All processes save and leave at the same step: whoever has a reason, all have it.
+            reasons = parallel.largest(2 * (stopped() or 0) + due, self.device)
+            if reasons:
+                self.save(step)
+                saved_at = time.monotonic()
+            if reasons > 1:
+                leave(reasons // 2, step, self.folder)
         self.save(step)
 
     def _batches(self, step: int, end: int) -> Iterator[list[torch.Tensor]]:
@@ -210,13 +218,13 @@ class Run:
         at = self.plan.at(step)
         # What a step draws depends on its number only: loaders and pictures draw from the same generator, and not as often in every run.
         rng = np.random.default_rng([self.resolved["seed"], step])
-        torch.manual_seed(int(rng.integers(2**63)))
+        torch.manual_seed((int(rng.integers(2**63)) + parallel.rank()) % 2**63)
         found = take_step_(self.state, views, at, self.recipe, rng)
         if math.isfinite(found["loss"]):
             self.bad_steps = 0
         else:
             self.bad_steps += 1
-            tqdm.write(f"step {step}: the loss is {found['loss']}; the step changes nothing", file=sys.stderr)
+            self.log.say(f"step {step}: the loss is {found['loss']}; the step changes nothing")
             if self.bad_steps >= MAX_BAD_STEPS:
                 raise CheckFailed(
                     f"{MAX_BAD_STEPS} steps in a row without a finite loss, last step {step}; "
@@ -225,11 +233,14 @@ class Run:
         if step % self.plan.steps_per_epoch == self.plan.steps_per_epoch - 1:
             warning = collapse_warning(found, self.recipe.head.prototypes) if self.bad_steps == 0 else None
             if warning:
-                tqdm.write(f"step {step}: collapse? {warning}", file=sys.stderr)
+                self.log.say(f"step {step}: collapse? {warning}")
         return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
 
     def save(self, step: int) -> None:
-        """Write state, checkpoint, picture and list of skipped images."""
+        """Write state, checkpoint, picture and list of skipped images; all processes call it, the leading one writes."""
+        skipped = {name: reason for part in parallel.gathered(self.loader.skipped) for name, reason in part.items()}
+        if parallel.rank():
+            return
         state = self.state
         self.folder.save_state(
             {
@@ -242,7 +253,7 @@ class Run:
         )
         save_backbone(self.folder.checkpoint, state.teacher.backbone, self._manifest(step))
         self._save_picture()
-        self._list_skipped()
+        self._list_skipped(skipped)
 
     def _manifest(self, step: int) -> Manifest:
         return Manifest(
@@ -255,15 +266,13 @@ class Run:
             data_fingerprint=self.resolved["data"],
         )
 
-    def _list_skipped(self) -> None:
-        skipped = self.loader.skipped
+    def _list_skipped(self, skipped: Mapping[str, str]) -> None:
         if len(skipped) == self.n_listed:
             return
         name, reason = next(iter(skipped.items()))
-        tqdm.write(
+        self.log.say(
             f"{len(skipped)} of {len(self.loader.dataset)} images cannot be read and are passed over, first {name} ({reason}); "
-            "skipped.json lists them",
-            file=sys.stderr,
+            "skipped.json lists them"
         )
         self.folder.write_text("skipped.json", json.dumps(skipped, indent=1))
         self.n_listed = len(skipped)
@@ -284,28 +293,6 @@ class Run:
             scratch = self.folder.path / ".attention.part.png"
             cv2.imwrite(str(scratch), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
             scratch.replace(self.folder.picture)
-
-
-class Progress:
-    """A bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, step: int, end: int) -> None:
-        self.end, self.began, self.first, self.lined = end, time.monotonic(), step, time.monotonic()
-        self.bar = tqdm(total=end, initial=step, unit="step", disable=not sys.stderr.isatty())
-
-    def show(self, step: int, record: dict[str, Any]) -> None:
-        """Report that `step` steps are done."""
-        words = f"loss {record['loss']:.4f}, {record['images_per_s']:.1f} images/s"
-        self.bar.update(1)
-        self.bar.set_postfix_str(words)
-        if self.bar.disable and (time.monotonic() - self.lined > LINE_EVERY_S or step == self.end):
-            self.lined = time.monotonic()
-            left_s = (time.monotonic() - self.began) / (step - self.first) * (self.end - step)
-            print(f"step {step}/{self.end}, {words}, {left_s / 60:.1f} min left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.close()
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Nothing here keeps state, reads a recipe or asks for the rank; everything is com
 Axes: V views, T teacher views, B images, K prototypes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,14 +43,25 @@ def entropy(probs_BK: Tensor) -> Tensor:
     return -(probs_BK * probs_BK.clamp_min(1e-12).log()).sum(dim=-1).mean()
 
 
-def sinkhorn_knopp(logits_BK: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def column_log_sum(logits_BK: Tensor) -> Tensor:
+    """log of the sum of exp over the rows, [1, K]."""
+    return logits_BK.logsumexp(dim=0, keepdim=True)
+
+
+def sinkhorn_knopp(
+    logits_BK: Tensor,
+    temperature: float,
+    iterations: int = 3,
+    column_log_sum: Callable[[Tensor], Tensor] = column_log_sum,
+) -> Tensor:
     """Teacher probabilities whose prototypes are used evenly: [B, K], rows sum to 1 (Caron et al. 2020, section 3.1; Oquab et al. 2023).
 
-    No gradient flows. In logarithms, where no logit however large overflows and no prototype's share vanishes.
+    No gradient flows. `column_log_sum` may count the rows of other processes too. In logarithms, where no logit however large
+    overflows and no prototype's share vanishes.
     """
     logs_BK = logits_BK.detach().float() / temperature
     for _ in range(iterations):
-        logs_BK = logs_BK.log_softmax(dim=0).log_softmax(dim=1)
+        logs_BK = (logs_BK - column_log_sum(logs_BK)).log_softmax(dim=1)
     return logs_BK.exp()
 
 

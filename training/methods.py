@@ -9,7 +9,7 @@ from torch import Tensor
 
 from backbones.resnet import ResNet
 from backbones.vit import ViT, ViTSpec
-from training import dinov2, distillation
+from training import dinov2, distillation, parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.masking import batch_masks
@@ -45,10 +45,14 @@ def take_step_(
     spec = recipe.step
     if not isinstance(spec, Dinov2Spec):
         return distillation.train_step_(state, views, at, spec)
-    n_crops = 2 * len(views[0])
+    n_images = len(views[0])
     h, w = (side // state.student.backbone.patch_px for side in views[0].shape[2:])
     if state.guide is None:
-        masks_GN = torch.from_numpy(batch_masks(n_crops, h, w, spec.masks, rng))
+        # Masks are spread over the whole batch; this process takes those of its images.
+        everywhere = batch_masks(2 * n_images * parallel.world_size(), h, w, spec.masks, rng)
+        first = n_images * parallel.rank()
+        mine = everywhere.reshape(2, -1, h * w)[:, first : first + n_images]
+        masks_GN = torch.from_numpy(np.ascontiguousarray(mine)).flatten(0, 1)
     else:
-        masks_GN = torch.ones(n_crops, h * w, dtype=torch.bool)
+        masks_GN = torch.ones(2 * n_images, h * w, dtype=torch.bool)
     return dinov2.train_step_(state, views, masks_GN.to(views[0].device), at, spec)
