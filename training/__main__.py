@@ -35,7 +35,7 @@ def main(
         chosen = dataclasses.replace(chosen, epochs=epochs)
     if batch_size is not None:
         chosen = dataclasses.replace(chosen, batch_size=batch_size)
-    print(start(chosen, recipe, options, init, teacher))
+    start(chosen, recipe, options, init, teacher)
 
 
 if __name__ == "__main__":

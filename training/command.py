@@ -35,14 +35,14 @@ class RunOptions:
     """auto, cpu, or cuda."""
 
 
-def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = None, teacher: str | None = None) -> Path:
-    """Open the data and train; returns the checkpoint's path. Raises InputError."""
+def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = None, teacher: str | None = None) -> None:
+    """Open the data, train, and print the checkpoint's path. Raises InputError."""
     if options.threads is not None:
         if options.threads < 1:
             raise InputError(f"--threads {options.threads}: want at least 1")
         torch.set_num_threads(options.threads)
     with parallel.joined(pick_device(options.device)) as device:
-        return train(
+        path = train(
             recipe,
             open_dataset(options.data, options.split),
             options.out,
@@ -56,6 +56,8 @@ def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = Non
             teacher=teacher,
             eval_data=options.eval_data,
         )
+        if parallel.rank() == 0:
+            print(path)
 
 
 def pick_device(name: str) -> torch.device:
