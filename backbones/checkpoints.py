@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
@@ -59,11 +60,34 @@ class Manifest:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Manifest":
         """The inverse of `to_json`; CheckpointError names what is missing or unknown."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(plain, Mapping) or not {"architecture", "preprocess"} <= set(plain) or set(plain) - names:
-            found = sorted(plain) if isinstance(plain, Mapping) else type(plain).__name__
-            raise CheckpointError(f"this is not a backbone's manifest: it has {found}, want {sorted(names)}")
+        check_manifest(plain, MANIFEST_TYPES, {"architecture", "preprocess"}, "a backbone")
         return cls(**{**plain, "preprocess": Preprocess.from_json(plain["preprocess"])})
+
+
+MANIFEST_TYPES: dict[str, tuple[type, ...]] = {
+    "architecture": (dict,),
+    "preprocess": (dict,),
+    "weights_sha256": (str,),
+    "kind": (str,),
+    "recipe": (dict, NoneType),
+    "step": (int, NoneType),
+    "source": (str,),
+    "revision": (str,),
+    "data_fingerprint": (str, NoneType),
+    "metrics": (dict,),
+}
+"""What each field of a manifest is in JSON."""
+
+
+def check_manifest(plain: object, types: Mapping[str, tuple[type, ...]], required: set[str], owner: str) -> None:
+    """Raise CheckpointError unless `plain` is a mapping with the `required` fields and no other than `types` has, each of its type."""
+    if not isinstance(plain, Mapping) or not required <= set(plain) <= set(types):
+        found = f"has {sorted(plain)!s:.200}" if isinstance(plain, Mapping) else f"is a {type(plain).__name__}"
+        raise CheckpointError(f"this is not {owner}'s manifest: it {found}, want {sorted(types)}")
+    for name, value in plain.items():
+        if not isinstance(value, types[name]):
+            wanted = " or ".join(kind.__name__ for kind in types[name])
+            raise CheckpointError(f"{name} in the manifest is a {type(value).__name__}, want {wanted}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +115,10 @@ def make_backbone(architecture: Mapping[str, Any]) -> ViT | ResNet:
         )
     try:
         return network(spec(**fields))
-    except TypeError as error:
+    except (
+        TypeError,
+        RuntimeError,
+    ) as error:  # fields that are missing; sizes that together exceed what torch can count
         raise CheckpointError(f"architecture of family {family} is incomplete or mistyped: {error}") from error
 
 
@@ -221,11 +248,16 @@ def load_own_checkpoint(path: Path) -> Backbone:
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = build_backbone(manifest.architecture, state, path)
-    if manifest.weights_sha256 != weights_sha256(state):
+    check_content(state, manifest.weights_sha256, path)
+    return Backbone(model, manifest)
+
+
+def check_content(state: Mapping[str, Tensor], sha256: str, path: Path | str) -> None:
+    """Raise CheckpointError unless the weights have the content hash that their manifest states."""
+    if sha256 != weights_sha256(state):
         raise CheckpointError(
             f"{path}: the weights do not match the content hash in their manifest; the file was altered"
         )
-    return Backbone(model, manifest)
 
 
 def load_backbone(ckpt: str | Path) -> Backbone:

@@ -9,14 +9,26 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.checkpoints import CheckpointError, load_state_strictly, load_tensors, save_tensors, weights_sha256
+from backbones.checkpoints import (
+    CheckpointError,
+    check_content,
+    check_manifest,
+    load_state_strictly,
+    load_tensors,
+    save_tensors,
+    weights_sha256,
+)
 from data.errors import InputError
+
+MAX_SIZE = 2**24
+"""What no head has; a manifest that says more is damaged or hostile."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,9 @@ class LinearHeadSpec:
 
     n_classes: int
     width_in: int
+
+    def __post_init__(self) -> None:
+        _check_sizes(n_classes=self.n_classes, width_in=self.width_in)
 
 
 class LinearHead(nn.Module):
@@ -51,11 +66,21 @@ class DepthHeadSpec:
     unit: str = "metre"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_depth < self.max_depth or self.bins < 2:
+        _check_sizes(width_in=self.width_in, bins=self.bins)
+        numbers = all(type(depth) in (int, float) for depth in (self.min_depth, self.max_depth))
+        if not numbers or not 0 <= self.min_depth < self.max_depth <= MAX_SIZE or self.bins < 2:
             raise InputError(
-                f"depth head has {self.bins} bins from {self.min_depth} to {self.max_depth}; "
+                f"depth head has {self.bins} bins from {self.min_depth!r:.40} to {self.max_depth!r:.40}; "
                 "want at least 2 bins over a rising, non-negative range"
             )
+        if type(self.unit) is not str:
+            raise InputError(f"depth head has the unit {self.unit!r:.40}; want its name")
+
+
+def _check_sizes(**sizes: object) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise InputError(f"a head's {name} is {value!r:.40}; want a whole number from 1 to {MAX_SIZE}")
 
 
 class DepthHead(nn.Module):
@@ -116,10 +141,22 @@ class HeadManifest:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "HeadManifest":
         """The inverse of `to_json`; CheckpointError names what is missing or unknown."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not {"kind", "backbone_sha256", "spec"} <= set(plain) or set(plain) - names:
-            raise CheckpointError(f"this is not a head's manifest: it has {sorted(plain)}, want {sorted(names)}")
-        return cls(**{**plain, "classes": tuple(plain.get("classes", ()))})
+        check_manifest(plain, HEAD_MANIFEST_TYPES, {"kind", "backbone_sha256", "spec"}, "a head")
+        return cls(**{**plain, "classes": tuple(str(name) for name in plain.get("classes", ()))})
+
+
+HEAD_MANIFEST_TYPES: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "backbone_sha256": (str,),
+    "spec": (dict,),
+    "weights_sha256": (str,),
+    "features": (str,),
+    "classes": (list, tuple),
+    "source": (str,),
+    "data_fingerprint": (str, NoneType),
+    "metrics": (dict,),
+}
+"""What each field of a head's manifest is in JSON."""
 
 
 def save_head(path: str | Path, head: LinearHead | DepthHead, manifest: HeadManifest) -> HeadManifest:
@@ -136,12 +173,16 @@ def save_head(path: str | Path, head: LinearHead | DepthHead, manifest: HeadMani
 def load_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead | DepthHead, HeadManifest]:
     """Read a head for the backbone with this content hash. Raises CheckpointError where it fits another one."""
     state, plain = load_tensors(Path(path))
-    if plain is None or plain.get("kind") not in HEADS:
-        found = "has no manifest" if plain is None else f"is a {plain.get('kind')}"
+    kind = plain.get("kind") if isinstance(plain, dict) else None
+    if not isinstance(kind, str) or kind not in HEADS:
+        found = "has no manifest" if kind is None else f"is a {kind!s:.40}"
         raise CheckpointError(
             f"{path}: {found}, not a head; want one of {', '.join(HEADS)} as the evaluators save them"
         )
-    manifest = HeadManifest.from_json(plain)
+    try:
+        manifest = HeadManifest.from_json(plain or {})
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if manifest.backbone_sha256 != backbone_sha256:
         raise CheckpointError(
             f"{path}: this head fits the backbone {manifest.backbone_sha256[:12]}, not {backbone_sha256[:12]}; "
@@ -149,16 +190,14 @@ def load_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead | Dept
         )
     network, spec = HEADS[manifest.kind]
     try:
-        head = network(spec(**manifest.spec))
-    except TypeError as error:
+        with torch.device("meta"):  # no memory before the shapes are known to fit
+            head = network(spec(**manifest.spec))
+    except (InputError, TypeError) as error:
         raise CheckpointError(
             f"{path}: the head's spec does not fit its kind ({error}); write the file anew"
         ) from error
     load_state_strictly(head, state, path)
-    if manifest.weights_sha256 != weights_sha256(state):
-        raise CheckpointError(
-            f"{path}: the weights do not match the content hash in their manifest; the file was altered"
-        )
+    check_content(state, manifest.weights_sha256, path)
     return head.float().eval(), manifest
 
 

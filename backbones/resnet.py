@@ -22,7 +22,7 @@ class ResNetSpec:
 
     def __post_init__(self) -> None:
         if type(self.depth) is not int or self.depth not in STAGES:
-            raise InputError(f"ResNet depth is {self.depth}; want one of {', '.join(map(str, STAGES))}")
+            raise InputError(f"ResNet depth is {self.depth!r:.40}; want one of {', '.join(map(str, STAGES))}")
 
 
 class Bottleneck(nn.Module):

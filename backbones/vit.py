@@ -6,7 +6,6 @@ Axes: B images, T tokens (CLS, registers, patches), R registers, N patches (N = 
 S all tokens of a packed sequence.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -65,18 +64,24 @@ class ViTSpec:
         sizes = {"patch_px": 1, "width": 1, "depth": 1, "heads": 1, "img_px": 1, "in_channels": 1, "registers": 0}
         for name, least in sizes.items():
             value = getattr(self, name)
-            if type(value) is not int or not least <= value <= MAX_SIZES.get(name, MAX_SIZE):
-                most = MAX_SIZES.get(name, MAX_SIZE)
+            most = MAX_SIZES.get(name, MAX_SIZE)
+            if type(value) is not int or not least <= value <= most:
                 raise InputError(
-                    f"ViT {name} is {value!s:.40}; want a whole number, at least {least} and at most {most}"
+                    f"ViT {name} is {value!r:.40}; want a whole number, at least {least} and at most {most}"
                 )
         for name in ("layer_scale", "pos_offset", "drop_path"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if not number and not (name == "layer_scale" and value is None):
-                raise InputError(f"ViT {name} is {value!s:.40}; want a number")
+            if name == "layer_scale" and value is None:
+                continue
+            # The bounds also leave out NaN, and whole numbers that no float can hold.
+            if type(value) not in (int, float) or not -MAX_SIZE <= value <= MAX_SIZE:
+                raise InputError(f"ViT {name} is {value!r:.40}; want a number")
+            object.__setattr__(self, name, float(value))
+        for name in ("qkv_bias", "pos_antialias", "mask_token", "drop_path_uniform"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"ViT {name} is {getattr(self, name)!r:.40}; want true or false")
         if self.ffn not in get_args(Ffn):
-            raise InputError(f"ViT ffn is {self.ffn!s:.40}; want one of {', '.join(get_args(Ffn))}")
+            raise InputError(f"ViT ffn is {self.ffn!r:.40}; want one of {', '.join(get_args(Ffn))}")
         if self.width % self.heads:
             raise InputError(f"ViT width {self.width} does not divide into {self.heads} heads; change one of them")
         if self.img_px < self.patch_px:

@@ -60,7 +60,7 @@ class Preprocess:
         object.__setattr__(self, "mean", _three("mean", self.mean, lowest=0.0))
         object.__setattr__(self, "std", _three("std", self.std, lowest=1e-6))
         if self.interpolation not in get_args(Interpolation):
-            raise InputError(f"preprocess.interpolation is {self.interpolation!r}; wanted one of {list(_FILTERS)}")
+            raise InputError(f"preprocess.interpolation is {self.interpolation!r:.40}; wanted one of {list(_FILTERS)}")
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON values."""
@@ -82,7 +82,7 @@ class Preprocess:
 def check_view_px(value: object, name: str = "the view's size") -> int:
     """`value` as a side in pixels. Raises InputError unless it is a whole number from 1 to MAX_VIEW_PX."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VIEW_PX:
-        raise InputError(f"{name} is {value!r}; wanted a whole number of pixels from 1 to {MAX_VIEW_PX}")
+        raise InputError(f"{name} is {value!r:.40}; wanted a whole number of pixels from 1 to {MAX_VIEW_PX}")
     return value
 
 
@@ -142,5 +142,5 @@ def _three(name: str, values: Any, lowest: float) -> tuple[float, float, float]:
         and all(math.isfinite(v) and lowest <= v <= 1.0 for v in values)
     )
     if not good:
-        raise InputError(f"preprocess.{name} is {values!r}; wanted three numbers from {lowest:g} to 1")
+        raise InputError(f"preprocess.{name} is {values!r:.80}; wanted three numbers from {lowest:g} to 1")
     return tuple(float(v) for v in values)  # type: ignore[return-value]

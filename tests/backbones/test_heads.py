@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from backbones.checkpoints import CheckpointError, Manifest, load_backbone, save_backbone
+from backbones.checkpoints import CheckpointError, Manifest, load_backbone, load_tensors, save_backbone, save_tensors
 from backbones.heads import DepthHead, DepthHeadSpec, HeadManifest, LinearHead, LinearHeadSpec, load_head, save_head
 from backbones.network import Network
 from backbones.resnet import ResNet, ResNetSpec
@@ -72,6 +72,28 @@ class TestStrictness:
         save_file(linear().state_dict(), path)
         with pytest.raises(CheckpointError, match="has no manifest, not a head"):
             load_head(path, FITS)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ([], "head.safetensors: has no manifest, not a head"),
+            ({"kind": ["linear"]}, "head.safetensors: is a .*, not a head"),
+            ({"backbone_sha256": 1}, "head.safetensors: backbone_sha256 in the manifest is a int, want str"),
+            ({"classes": None}, "head.safetensors: classes in the manifest is a NoneType"),
+            ({"surprise": 1}, "head.safetensors: this is not a head's manifest: it has .*surprise"),
+            ({"spec": {"n_classes": -1, "width_in": 64}}, "head.safetensors: .*n_classes is -1; want a whole number"),
+            ({"spec": {"n_classes": 3, "width_in": 10**12}}, "width_in is 1000000000000; want a whole number"),
+            # Shapes are compared before memory is taken.
+            ({"spec": {"n_classes": 2**24, "width_in": 2**24}}, "of another shape"),
+            ({"kind": "depth", "spec": {"width_in": 64, "max_depth": math.inf}}, "a rising, non-negative range"),
+        ],
+    )
+    def test_a_damaged_manifest_is_one_line(self, path: Path, change: Any, message: str) -> None:
+        state, plain = load_tensors(path)
+        save_tensors(path, state, {**(plain or {}), **change} if change else change)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_head(path, FITS)
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("min_depth", "max_depth", "bins"), [(2.0, 1.0, 8), (-1.0, 1.0, 8), (1.0, 1.0, 8), (0.0, 1.0, 1)]
