@@ -90,7 +90,7 @@ class Dataset:
         digest = hashlib.sha256()
         for item, record in zip(self.items, self._records, strict=True):
             image = record.members[IMAGE]
-            fields = (item.name, item.label or "", item.split or "", *content_mark(image).split(" ", 1))
+            fields = (item.name, item.label or "", item.split or "", *content_mark(image).split())
             digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
         return digest.hexdigest()
 

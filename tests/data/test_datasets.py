@@ -282,6 +282,20 @@ def test_the_fingerprint_is_the_same_wherever_the_folder_lies(tmp_path: Path) ->
     assert open_dataset(tmp_path / "here").fingerprint() == open_dataset(tmp_path / "there").fingerprint()
 
 
+@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "WebP", "BMP", "TIFF"])
+def test_the_fingerprint_changes_with_every_byte(tmp_path: Path, suffix: str) -> None:
+    """Also where the size stays and a decoder may not even notice, as within the scan of a JPEG."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(encode(pixels, suffix))
+    before, data = open_dataset(tmp_path).fingerprint(), bytearray(path.read_bytes())
+    for place in np.linspace(0, len(data) - 1, 23).astype(int):
+        data[place] ^= 1
+        path.write_bytes(data)
+        assert open_dataset(tmp_path).fingerprint() != before
+        data[place] ^= 1
+
+
 def test_the_fingerprint_changes_with_content_name_label_split_and_order(tmp_path: Path) -> None:
     flat = np.zeros((64, 64, 3), np.uint8)
     for k, name in enumerate(("a.bmp", "b.bmp")):
