@@ -187,7 +187,7 @@ def _scan_directory(path: Path) -> list[Record]:
 
 def _has_path_column(manifest: Path) -> bool:
     with open(manifest, encoding="utf-8-sig", errors="replace") as file:
-        return "path" in file.readline().strip().split(",")
+        return "path" in [name.strip(' "\r\n') for name in file.readline().split(",")]
 
 
 def _exists(path: Path) -> bool:

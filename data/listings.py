@@ -64,8 +64,9 @@ def is_image_name(name: str) -> bool:
 def scan_folder(root: Path) -> list[Record]:
     """Rows of a folder, by what lies in it.
 
-    `train/` and `val/` (or `test/`) with class folders inside, or with images directly; two class folders or more; or
-    anything else, recursively and without labels. Raises InputError where it holds no image or mixes the forms.
+    `train/` and `val/` (or `test/`, in any case) with class folders inside, or with images directly; two class folders
+    or more; or anything else, recursively and without labels. One folder named like a split among others, all of them
+    holding images directly, is a class. Raises InputError where it holds no image or mixes the forms.
     """
     images, folders = _entries(root)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
@@ -74,7 +75,7 @@ def scan_folder(root: Path) -> list[Record]:
         others = [folder for folder in folders if folder not in splits and _has_images(folder)]
         if not others:
             return _scan_splits(root, splits)
-        if any(_has_images(inner) for folder in splits for inner in _entries(folder)[1]):
+        if len(splits) > 1 or any(_has_images(inner) for inner in _entries(splits[0])[1]):
             raise InputError(
                 f"{root}: it mixes split folders ({splits[0].name}/) with others ({others[0].name}/); "
                 "keep only train/ and val/ in it, or name the one folder that is meant"
@@ -161,8 +162,11 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     return [folder / name for name in sorted(images)], [folder / name for name in sorted(folders)]
 
 
-def read_csv_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV with a header, all values text. Raises InputError with the line of what is wrong."""
+def read_csv_rows(path: Path) -> dict[int, dict[str, str]]:
+    """Rows of a CSV with a header by the number of the line each ends on; spaces around names and values do not count.
+
+    Raises InputError with the line of what is wrong.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True, skipinitialspace=True)
@@ -171,15 +175,15 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
                 raise InputError(f"{path}: it is empty; wanted a header such as path,label,split and a row an image")
             if len(set(columns)) < len(columns):
                 raise InputError(f"{path}: a column is named twice in {','.join(columns)}")
-            rows = []
+            rows = {}
             for row in reader:
                 if None in row or None in row.values():
                     raise InputError(f"{path}, line {reader.line_num}: wanted {len(columns)} values as in the header")
-                rows.append(row)
+                rows[reader.line_num] = {name: value.strip() for name, value in row.items()}
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}; is it a CSV file?") from error
+        raise InputError(f"{path}, line {reader.reader.line_num}: {error}; is it a CSV file?") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not rows:
@@ -194,20 +198,21 @@ def scan_csv(path: Path) -> list[Record]:
     whoever wrote the list may read the file anyway. Columns in FILE_COLUMNS name further files of the row.
     """
     rows = read_csv_rows(path)
-    if "path" not in rows[0]:
+    columns = next(iter(rows.values()))
+    if "path" not in columns:
         raise InputError(
-            f"{path}: no column `path` (it has {', '.join(rows[0])}); wanted path,label,split, "
+            f"{path}: no column `path` (it has {', '.join(columns)}); wanted path,label,split, "
             f"or {path.stem}.zip beside it"
         )
     records: list[Record] = []
     first_line: dict[str, int] = {}
-    for line, row in enumerate(rows, start=2):
-        where = f"{path}, row {line}"
+    for line, row in rows.items():
+        where = f"{path}, line {line}"
         members = {IMAGE: _listed_file(path.parent, row["path"], where)}
         members |= {kind: _listed_file(path.parent, row[kind], where) for kind in FILE_COLUMNS if row.get(kind)}
         name = posixpath.normpath(row["path"].replace("\\", "/"))
         if name in first_line:
-            raise InputError(f"{where}: {name} stands in row {first_line[name]} already; list every image once")
+            raise InputError(f"{where}: {name} stands in line {first_line[name]} already; list every image once")
         first_line[name] = line
         records.append(Record(Item(name, row.get("label") or None, split_name(row.get("split")), row), members))
     return records

@@ -99,7 +99,7 @@ def _split_of_shard(shard: Path) -> str | None:
 
 def scan_packed(manifest: Path, archive: Path) -> list[Record]:
     """Rows of a packed set. Raises InputError for a row whose image is not in the archive."""
-    rows = read_csv_rows(manifest)
+    rows = list(read_csv_rows(manifest).values())
     files: dict[tuple[str, str], Member] = {}
     for name, member in list_zip(archive).items():
         folder, _, rest = name.partition("/")

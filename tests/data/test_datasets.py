@@ -87,6 +87,15 @@ def test_split_folders_beside_others_are_refused(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+def test_splits_beside_another_folder_are_refused_and_a_class_of_that_name_is_not(tmp_path: Path) -> None:
+    for name in ("train/1.png", "bus/2.png"):
+        put(tmp_path / name)
+    assert open_dataset(tmp_path).classes == ["bus", "train"]
+    put(tmp_path / "Val" / "3.png")
+    with pytest.raises(InputError, match=r"mixes split folders \(Val/\) with others \(bus/\)"):
+        open_dataset(tmp_path)
+
+
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     put(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "again").symlink_to(tmp_path, target_is_directory=True)
@@ -141,10 +150,11 @@ def test_a_list_gives_path_label_split_and_carries_other_columns(tmp_path: Path)
     assert dataset.read(1) == (tmp_path / "sub" / "b, c.png").read_bytes()
 
 
-def test_spaces_after_the_commas_do_not_matter(tmp_path: Path) -> None:
+def test_spaces_around_the_commas_do_not_matter(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     put(tmp_path / "b.png")
-    path = write_list(tmp_path, "path, label , split\na.png, cat, train\nb.png, dog, val\n")
+    path = write_list(tmp_path, "label , path, split\ncat ,a.png , train\n dog,b.png, val \n")
+    (tmp_path / "list.zip").touch()  # a column `path` says that this is not a packed set
     assert rows(open_dataset(path)) == [("a.png", "cat", "train"), ("b.png", "dog", "val")]
 
 
@@ -163,25 +173,26 @@ def test_a_full_path_in_a_list_is_taken_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("path,label\na.png,cat\nb.png,dog\n", r"row 3: 'b\.png' is missing; paths are relative to"),
-        ("path,label\n../a.png,cat\n", r"row 2: '\.\./a\.png' climbs out of the folder"),
+        ("path,label\na.png,cat\nb.png,dog\n", r"line 3: 'b\.png' is missing; paths are relative to"),
+        ("path,label\n\na.png,cat\n\n\nb.png,dog\n", r"line 6: 'b\.png' is missing"),
+        ("path,label\n../a.png,cat\n", r"line 2: '\.\./a\.png' climbs out of the folder"),
         ("path,label\nx/../../a.png,cat\n", "climbs out of the folder"),
         ("path,label\n..\\a.png,cat\n", "climbs out of the folder"),
         ("path,masks\na.png,../a.png\n", "climbs out of the folder"),
-        ("path,label\n,cat\n", "row 2: the path is empty"),
+        ("path,label\n,cat\n", "line 2: the path is empty"),
         ("path,label\na\0.png,cat\n", "(no file name|line contains NUL|is it a CSV file)"),
-        ("path,label\na.png,cat\na.png,dog\n", r"row 3: a\.png stands in row 2 already"),
-        ("path,label\na.png,cat\n./a.png,dog\n", r"row 3: a\.png stands in row 2 already"),
-        ("path,label\n" + "x" * 5000 + ",cat\n", "row 2: 'xxx.* is missing"),
+        ("path,label\na.png,cat\na.png,dog\n", r"line 3: a\.png stands in line 2 already"),
+        ("path,label\na.png,cat\n./a.png,dog\n", r"line 3: a\.png stands in line 2 already"),
+        ("path,label\n" + "x" * 5000 + ",cat\n", "line 2: 'xxx.* is missing"),
         ("path,label\na.png,cat,extra\n", "line 2: wanted 2 values as in the header"),
         ("path,label\na.png\n", "line 2: wanted 2 values as in the header"),
         ("file,label\na.png,cat\n", r"no column `path` \(it has file, label\)"),
         ("path,path\na.png,cat\n", "a column is named twice"),
         ("path,label\n", "it has a header but no rows"),
         ("", "it is empty; wanted a header"),
-        ('path,label\n"a.png,cat\n', "is it a CSV file"),
+        ('path,label\na.png,cat\n"b.png,dog\n', "line 3: .*is it a CSV file"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_a_list_that_cannot_be_used_says_where_and_why(tmp_path: Path, text: str, words: str) -> None:
     put(tmp_path / "a.png")
