@@ -3,7 +3,7 @@
 The size is read from the header and held against the limits before a pixel is decoded. JPEG goes through OpenCV (the
 fastest), everything else and the rare kinds of JPEG (CMYK) through Pillow. A JPEG without its end marker counts as
 truncated: neither decoder can tell whether its last rows came. No global setting of either library is touched and no
-state is kept, so any thread may decode.
+state is kept, so any thread may decode. Pillow's warnings are silenced once, at import: what is wrong comes as an error.
 
 What becomes of unusual files: EXIF orientation is applied; transparency is laid over white; gray, palette and CMYK
 become RGB; of 16-bit samples the high byte is kept; of an animation the first frame.
@@ -11,6 +11,7 @@ become RGB; of 16-bit samples the high byte is kept; of an animation the first f
 
 import io
 import struct
+import warnings
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -24,6 +25,7 @@ from data.headers import (
     JpegHeader,
     image_format,
     read_jpeg_header,
+    tiff_is_truncated,
     webp_is_truncated,
     webp_size,
 )
@@ -55,6 +57,8 @@ _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
 _EXIF_ORIENTATION = 274
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _TIFF_WHITE_IS_ZERO = 0
+
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class DecodeError(InputError):
@@ -102,7 +106,7 @@ def decode_image(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarr
     except DecodeError:
         raise
     except Exception as error:  # Pillow's plugins raise a dozen types on hostile bytes, down to IndexError
-        _refuse(found, error)
+        _refuse(found, data, error)
 
 
 def _decode_jpeg(data: bytes, limits: DecodeLimits) -> np.ndarray:
@@ -229,10 +233,12 @@ def _exif_orientation(block: bytes) -> int:
     return 1
 
 
-def _refuse(name: str, error: Exception) -> NoReturn:
+def _refuse(name: str, data: bytes, error: Exception) -> NoReturn:
     """Sort what a plugin raised into our reasons."""
     if isinstance(error, MemoryError):
         raise DecodeError("too_many_pixels", f"this {name} needs more memory than there is; scale it down") from error
+    if name == "TIFF" and tiff_is_truncated(data):  # Pillow passes over the tags that are missing and stumbles later
+        raise DecodeError("truncated", "this TIFF ends before its tags do; send the whole file") from error
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, EOFError) or "truncated" in text.lower() or "ends before" in text or "past the end" in text:
         raise DecodeError("truncated", f"this {name} ends early ({text}); send the whole file") from error

@@ -1,10 +1,11 @@
 """What the first bytes of an image file say, read without decoding a pixel.
 
 `image_format` names the format; `read_jpeg_header` and `webp_size` give the size before a decoder allocates anything
-(the other formats are read lazily by Pillow, which does the same). Sources: ITU-T T.81 annex B, RFC 9649.
+(the other formats are read lazily by Pillow, which does the same). Sources: ITU-T T.81 annex B, RFC 9649, TIFF 6.0.
 """
 
 import re
+import struct
 from dataclasses import dataclass
 
 ACCEPTED = ("JPEG", "PNG", "WebP", "BMP", "TIFF")
@@ -25,6 +26,8 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
 }
 _HEIF_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
+_TIFF_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8, 17: 8}
+_MAX_TIFF_TAGS = 65_535
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD8)))
 MAX_SEGMENTS = 10_000
@@ -127,3 +130,24 @@ def webp_size(data: bytes) -> tuple[int, int]:
 def webp_is_truncated(data: bytes) -> bool:
     """Whether fewer bytes came than the RIFF header announces."""
     return len(data) < 8 + int.from_bytes(data[4:8], "little")
+
+
+def tiff_is_truncated(data: bytes) -> bool:
+    """Whether the first directory of a TIFF or BigTIFF, or a value that it points to, lies beyond the end of the file."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    counter, pointer = ("Q", "Q") if big else ("H", "I")
+    try:
+        (directory,) = struct.unpack_from(f"{order}{pointer}", data, 8 if big else 4)
+        (entries,) = struct.unpack_from(f"{order}{counter}", data, directory)
+        entry = struct.Struct(f"{order}HH{pointer}{pointer}")
+        start = directory + struct.calcsize(counter)
+        for kind, count, at in (
+            entry.unpack_from(data, start + k * entry.size)[1:] for k in range(min(entries, _MAX_TIFF_TAGS))
+        ):
+            size = count * _TIFF_VALUE_BYTES.get(kind, 0)
+            if size > struct.calcsize(pointer) and at + size > len(data):
+                return True
+    except struct.error:
+        return True
+    return False

@@ -3,6 +3,8 @@
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -319,9 +321,25 @@ def test_a_tiff_of_few_pixels_and_a_huge_tile_is_refused() -> None:
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_a_file_that_ends_early_is_truncated(form: str, share: float) -> None:
     data = encode(noise(64, 64), form)
-    reason = reason_for(data[: int(len(data) * share)])
-    # a TIFF keeps its directory at the end, so that a cut one is broken before it is short
-    assert reason == "truncated" or (form == "TIFF" and reason == "corrupt")
+    assert reason_for(data[: int(len(data) * share)]) == "truncated"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits"])
+def test_a_compressed_tiff_that_lacks_its_last_bytes_is_truncated(compression: str, big: bool) -> None:
+    data = encode(gradient(40, 40), "TIFF", compression=compression, big_tiff=big)
+    for lost in (1, 20, 150, len(data) // 2, len(data) - 16):
+        assert reason_for(data[:-lost]) == "truncated"
+
+
+def test_nothing_but_the_error_is_told_of_a_damaged_file() -> None:
+    """Pillow warns of what it passes over, in lines of its own."""
+    cut = encode(gradient(40, 40), "TIFF", compression="tiff_lzw")[:-1]
+    program = "import sys; from data.decode import decode_image; decode_image(sys.stdin.buffer.read())"
+    done = subprocess.run([sys.executable, "-c", program], input=cut, capture_output=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith(b"data.decode.DecodeError: this TIFF ends")
+    assert b"Warning" not in done.stderr
 
 
 def test_a_cut_progressive_jpeg_is_truncated() -> None:
