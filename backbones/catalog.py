@@ -12,9 +12,11 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,6 +35,8 @@ class Published:
 
     url: str
     sha256: str | None = None
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    """What its architecture must be, where no hash proves that it is the file of that name."""
 
     @property
     def file(self) -> str:
@@ -41,14 +45,22 @@ class Published:
 
 
 CATALOG: dict[str, Published] = {
-    "dino_vits16": Published(f"{_DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
-    "dino_vits8": Published(f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
+    "dino_vits16": Published(
+        f"{_DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", None, {"width": 384, "patch_px": 16}
+    ),
+    "dino_vits8": Published(
+        f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", None, {"width": 384, "patch_px": 8}
+    ),
     "dino_vitb16": Published(
         f"{_DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
         "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e",
     ),
-    "dino_vitb8": Published(f"{_DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
-    "dino_resnet50": Published(f"{_DINO}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth"),
+    "dino_vitb8": Published(
+        f"{_DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", None, {"width": 768, "patch_px": 8}
+    ),
+    "dino_resnet50": Published(
+        f"{_DINO}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth", None, {"family": "resnet", "depth": 50}
+    ),
     "dinov2_vits14": Published(
         f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
         "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
@@ -103,10 +115,16 @@ def fetch(name: str) -> Path:
     return path
 
 
-def pin(name: str) -> None:
-    """Remember the hash of a file that was published without one; call it once the file has proved to hold the network."""
-    path = cache_folder() / CATALOG[name].file
-    if CATALOG[name].sha256 is None and not _pin_of(path).is_file():
+def pin(name: str, architecture: Mapping[str, Any]) -> None:
+    """Remember the hash of a file that was published without one, once it has proved to hold a network of this `architecture`.
+
+    Raises CheckpointError where that is not the one of the name.
+    """
+    entry, path = CATALOG[name], cache_folder() / CATALOG[name].file
+    if differing := {key: value for key, value in entry.architecture.items() if architecture.get(key) != value}:
+        held = {key: architecture.get(key) for key in differing}
+        raise CheckpointError(f"{path}: holds a network of {held}, {name} has {differing}; delete the file")
+    if entry.sha256 is None and not _pin_of(path).is_file():
         found = _sha256(path)
         print(f"{path}: published without a hash; from now on it must have SHA-256 {found}", file=sys.stderr)
         _pin_of(path).write_text(f"{found}\n")

@@ -280,7 +280,7 @@ def load_backbone(ckpt: str | Path) -> Backbone:
         return load_published(path)
     if str(ckpt) in CATALOG and not path.exists():
         backbone = load_published(fetch(str(ckpt)), source=str(ckpt))
-        pin(str(ckpt))
+        pin(str(ckpt), backbone.manifest.architecture)
         return backbone
     if path.suffix == ".safetensors":
         return load_own_checkpoint(path)

@@ -9,7 +9,6 @@ reference network) and equal the official ones; at the native size, and with reg
 configurations also name a LayerNorm epsilon of 1e-12 where DINOv1 has 1e-6; 1e-6 is used.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backbones.checkpoints import Backbone, CheckpointError, load_tensors
-from backbones.published import backbone_from_state, find_state, read_pickle
+from backbones.published import backbone_from_state, find_state, read_json, read_pickle
 from data.errors import InputError
 from data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
@@ -66,12 +65,14 @@ def load_huggingface(folder: str | Path) -> Backbone:
         return _load(Path(folder))
     except InputError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{folder}: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: a field of its configuration is of an unexpected type ({error})") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # weights that cannot be put together, such as bare numbers
+        raise CheckpointError(f"{folder}: its weights do not make a network ({error}); download it anew") from error
 
 
 def _load(folder: Path) -> Backbone:
-    config = _read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder / 'config.json'}: no such file; give a Hugging Face folder with config.json")
+    config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(f"{folder}: model type is {model_type!r}; want one of {', '.join(MODEL_TYPES)}")
@@ -92,6 +93,9 @@ def architecture_of(config: Mapping[str, Any], folder: Path, *, mask_token: bool
         raise CheckpointError(f"{folder}: config.json has hidden_act {config['hidden_act']!r}, want 'gelu' as in DINO")
     if config.get("layer_norm_eps", 1e-6) not in (1e-6, 1e-12):
         raise CheckpointError(f"{folder}: config.json has layer_norm_eps {config['layer_norm_eps']!r}, want 1e-06")
+    gain = config.get("layerscale_value", 1.0)
+    if type(gain) not in (int, float):
+        raise CheckpointError(f"{folder}: config.json has layerscale_value {gain!r:.40}, want a number")
     registers = config.get("num_register_tokens", 4) if config["model_type"] == "dinov2_with_registers" else 0
     patch_px, width, depth, heads, img_px = (config[name] for name in wanted)
     return {
@@ -103,7 +107,7 @@ def architecture_of(config: Mapping[str, Any], folder: Path, *, mask_token: bool
         "img_px": img_px,
         "registers": registers,
         "ffn": "swiglu" if config.get("use_swiglu_ffn") else "mlp",
-        "layer_scale": None if config["model_type"] == "vit" else float(config.get("layerscale_value", 1.0)),
+        "layer_scale": None if config["model_type"] == "vit" else gain,
         "qkv_bias": bool(config.get("qkv_bias", True)),
         "pos_offset": 0.0 if registers else 0.1,
         "pos_antialias": bool(registers),
@@ -155,7 +159,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return read(folder / name)
         if index.is_file():
-            return _read_shards(folder, _read_json(index).get("weight_map"), index, read)
+            return _read_shards(folder, read_json(index).get("weight_map"), index, read)
     raise CheckpointError(
         f"{folder}: has no model.safetensors or pytorch_model.bin; give a folder as written by save_pretrained"
     )
@@ -188,15 +192,22 @@ def read_preprocess(path: Path) -> Preprocess:
     Without a centre crop, transformers squashes the image to `size`; here its short side is resized to that and the middle cut out,
     which is the same for square images. Raises CheckpointError for what cannot be expressed.
     """
-    config = _read_json(path)
+    config = read_json(path)
     crop = bool(config.get("do_center_crop"))
     size_px = _side(config.get("crop_size") if crop else config.get("size"), path)
-    resize_px = _side(config.get("size"), path) if crop and config.get("do_resize", True) else size_px
+    resize_px = size_px
+    if crop and config.get("do_resize", True):
+        resize_px = _side(config.get("size"), path)
+        if isinstance(config["size"], dict) and "shortest_edge" not in config["size"]:
+            raise CheckpointError(
+                f"{path}: images are squashed to {config['size']} before the crop; want a shortest_edge, as DINO has"
+            )
     filters = {2: "bilinear", 3: "bicubic"}
-    if config.get("resample", 3) not in filters:
-        raise CheckpointError(f"{path}: resample is {config['resample']!r}, want 2 (bilinear) or 3 (bicubic)")
-    if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-4):
-        raise CheckpointError(f"{path}: rescale_factor is {config['rescale_factor']!r}, want 1/255")
+    resample, factor = config.get("resample", 3), config.get("rescale_factor", 1 / 255)
+    if type(resample) is not int or resample not in filters:
+        raise CheckpointError(f"{path}: resample is {resample!r:.40}, want 2 (bilinear) or 3 (bicubic)")
+    if type(factor) not in (int, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+        raise CheckpointError(f"{path}: rescale_factor is {factor!r:.40}, want 1/255")
     if not config.get("do_rescale", True):
         raise CheckpointError(f"{path}: do_rescale is off, so pixels of 0 to 255 are wanted; here they are 0 to 1")
     normalised = config.get("do_normalize", True)
@@ -206,25 +217,14 @@ def read_preprocess(path: Path) -> Preprocess:
         whole_px=size_px,
         mean=config.get("image_mean", IMAGENET_MEAN) if normalised else (0.0, 0.0, 0.0),
         std=config.get("image_std", IMAGENET_STD) if normalised else (1.0, 1.0, 1.0),
-        interpolation=filters[config.get("resample", 3)],  # type: ignore[arg-type]
+        interpolation=filters[resample],  # type: ignore[arg-type]
     )
 
 
 def _side(size: Any, path: Path) -> int:
     """The side that transformers means by a number, a height and width, or a shortest edge."""
-    sides = set(size.values()) if isinstance(size, dict) else {size}
-    if len(sides) != 1 or type(next(iter(sides))) is not int:
-        raise CheckpointError(f"{path}: a size is {size!r}, want one number of pixels, as for a square")
-    return sides.pop()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        plain = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; give a Hugging Face folder with config.json") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); download it anew") from error
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{path}: holds a {type(plain).__name__}, want an object with named fields")
-    return plain
+    named = isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"height", "width"})
+    sides = list(size.values()) if named else [size]
+    if any(type(side) is not int or side != sides[0] for side in sides):
+        raise CheckpointError(f"{path}: a size is {size!r:.80}, want one number of pixels, as for a square")
+    return int(sides[0])

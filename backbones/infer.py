@@ -7,6 +7,7 @@ network has one per 64 features, and how position encodings are resampled, which
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -88,7 +89,7 @@ def _usual_heads(width: int, path: object) -> int:
     if width % HEAD_WIDTH:
         raise CheckpointError(
             f"{path}: weights do not tell the number of heads, and a width of {width} is no multiple of {HEAD_WIDTH} "
-            "as in published networks; load it with load_published(path, architecture={'heads': ...})"
+            f'as in published networks; write {{"heads": ...}} to {Path(str(path)).stem}.architecture.json beside it'
         )
     return width // HEAD_WIDTH
 

@@ -6,6 +6,7 @@ allowed too. Loading is as strict as for our own files: no weight may be missing
 """
 
 import argparse
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -46,13 +47,14 @@ _ALLOWED: list[Any] = [
 def load_published(path: str | Path, architecture: Mapping[str, Any] | None = None, source: str = "") -> Backbone:
     """Read a .pth file of DINOv1 or DINOv2; a training checkpoint gives its teacher.
 
-    `architecture` states fields of the manifest's architecture that the weights cannot tell, such as `heads`. `source` is what the
-    manifest names as origin, by default the file's name. Raises CheckpointError.
+    `architecture` states fields of the manifest's architecture that the weights cannot tell, such as `heads`; a file
+    NAME.architecture.json beside NAME.pth does the same. `source` is what the manifest names as origin, by default the file's name.
+    Raises CheckpointError.
     """
     path = Path(path)
     content = read_pickle(path)
     state = clean_state(find_state(content, path), path)
-    given = {**_heads_from_settings(content), **(architecture or {})}
+    given = {**_heads_from_settings(content), **_stated_beside(path), **(architecture or {})}
     if is_resnet(state):
         given.pop("heads", None)
     return backbone_from_state(state, infer_architecture(state, given, path), path, source=source or path.name)
@@ -104,9 +106,9 @@ def _in_our_words(text: str) -> str:
     """The unpickler's reason without its advice, which is meant for whoever calls torch.load."""
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
     found = re.search(r"WeightsUnpickler error: (.+?)(?: Please| Check|$)", plain)
-    return (found[1] if found else re.split(r" ?(?:In PyTorch 2\.6|Re-running|Please file)", plain)[0]).rstrip(" .")[
-        :160
-    ]
+    return (
+        found[1] if found else re.split(r" ?(?:In PyTorch 2\.6|Re-running|Please file|This is an internal)", plain)[0]
+    ).rstrip(" .")[:160]
 
 
 def find_state(content: Any, path: Path) -> Mapping[str, Any]:
@@ -145,6 +147,22 @@ def clean_state(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     counters = {f"{name.removesuffix('running_var')}num_batches_tracked" for name in clean if "running_var" in name}
     clean = {**{name: torch.tensor(0) for name in counters}, **clean}
     return {name: weight for name, weight in clean.items() if not name.startswith("fc.")}
+
+
+def _stated_beside(path: Path) -> dict[str, Any]:
+    stated = path.with_suffix(".architecture.json")
+    return read_json(stated) if stated.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises CheckpointError."""
+    try:
+        plain = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not readable as JSON ({error}); download or write it anew") from error
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path}: holds a {type(plain).__name__}, want an object with named fields")
+    return plain
 
 
 def _heads_from_settings(content: Any) -> dict[str, int]:

@@ -132,6 +132,14 @@ class TestPins:
         load_backbone("tiny_net")
         assert (cache_folder() / "tiny.pth.sha256").read_text() == f"{unknown.sha256}\n"
 
+    def test_another_network_than_the_names_is_not_pinned(
+        self, unknown: Published, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(CATALOG, "tiny_net", Published(unknown.url, None, {"width": 384, "patch_px": 8}))
+        with pytest.raises(CheckpointError, match=r"network of {'width': 64}, tiny_net has {'width': 384}; delete"):
+            load_backbone("tiny_net")
+        assert cached() == {"tiny.pth"}
+
     def test_a_file_that_differs_later_is_refused(self, unknown: Published) -> None:
         load_backbone("tiny_net")
         torch.save(small_vit(depth=1).state_dict(), cache_folder() / "tiny.pth")
@@ -189,6 +197,7 @@ class TestNames:
         assert len(set(hashes)) == len(hashes) == 9
         assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in hashes)
         for name, entry in CATALOG.items():
+            assert entry.sha256 or entry.architecture
             assert entry.url.startswith("https://dl.fbaipublicfiles.com/")
             assert ("reg4" in entry.url) == name.endswith("_reg")
 

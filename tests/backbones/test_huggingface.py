@@ -210,9 +210,14 @@ class TestPreprocessing:
             ({"size": None}, "a size is None"),
             ({"size": 224, "resample": 0}, "resample is 0"),
             ({"size": 224, "rescale_factor": 1.0}, r"rescale_factor is 1\.0"),
-            ({"size": 224, "rescale_factor": "x"}, "net: a field of its configuration is of an unexpected type"),
-            ({"size": 224, "resample": [3]}, "net: a field of its configuration is of an unexpected type"),
-            ({"size": {"shortest_edge": {"a": 1}}}, "net: a field of its configuration is of an unexpected type"),
+            ({"size": 224, "rescale_factor": "x"}, r"preprocessor_config\.json: rescale_factor is 'x', want 1/255"),
+            ({"size": 224, "resample": [3]}, r"preprocessor_config\.json: resample is \[3\], want 2"),
+            ({"size": {"shortest_edge": {"a": 1}}}, r"preprocessor_config\.json: a size is"),
+            ({"size": {"longest_edge": 224}}, r"preprocessor_config\.json: a size is {'longest_edge': 224}"),
+            (
+                {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
+                "squashed to {'height': 256",
+            ),
             ({"size": 224, "do_rescale": False}, "do_rescale is off"),
         ],
     )
@@ -235,7 +240,7 @@ class TestErrors:
             ({"image_size": 84}, r"pos_embed is \[1, 26, 24\], want \[1, 37, 24\]"),
             ({"use_swiglu_ffn": True}, r"missing, first blocks\.0\.mlp\.w12\.bias"),
             ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-            ({"layerscale_value": None}, "net: a field of its configuration is of an unexpected type"),
+            ({"layerscale_value": None}, r"net: config\.json has layerscale_value None, want a number"),
             ({"layer_norm_eps": 1e-3}, r"layer_norm_eps 0\.001"),
         ],
     )
@@ -249,6 +254,13 @@ class TestErrors:
         del state["encoder.layer.1.attention.attention.key.bias"]
         save_file(state, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"the key of blocks\.1\.attn\.qkv\.bias is missing"):
+            load_huggingface(folder)
+
+    def test_weights_that_are_bare_numbers_are_one_line(self, folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state |= {name: torch.tensor(1.0) for name in state if "attention.attention" in name}
+        save_file(state, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match="net: its weights do not make a network"):
             load_huggingface(folder)
 
     def test_an_unknown_weight_is_named(self, folder: Path) -> None:

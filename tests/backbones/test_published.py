@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,32 @@ class TestV2Checkpoint:
 
     def test_heads_that_nothing_tells_are_asked_for(self, path: Path) -> None:
         with pytest.raises(
-            CheckpointError, match=r"do not tell the number of heads, and a width of 24 .*architecture="
+            CheckpointError,
+            match=r'do not tell the number of heads, and a width of 24 .*"heads": .* to teacher_checkpoint\.architecture\.json',
         ):
             load_backbone(path)
+
+    @pytest.mark.parametrize(
+        ("stated", "message"),
+        [
+            ('{"heads": 3}', None),
+            ('{"heads": "3"}', "ViT heads is '3'"),
+            ('{"wings": 2, "heads": 3}', r"unknown fields \['wings'\]"),
+            ("[3]", r"net\.architecture\.json: holds a list"),
+            ("[" * 100_000, r"net\.architecture\.json: is not readable as JSON"),
+        ],
+        ids=range(5),
+    )
+    def test_heads_may_be_stated_beside_the_file(
+        self, path: Path, tmp_path: Path, stated: str, message: str | None
+    ) -> None:
+        shutil.copy(path, tmp_path / "net.pth")
+        (tmp_path / "net.architecture.json").write_text(stated)
+        if message is None:
+            assert load_backbone(tmp_path / "net.pth").manifest.architecture["heads"] == 3
+            return
+        with pytest.raises(CheckpointError, match=message):
+            load_backbone(tmp_path / "net.pth")
 
 
 class TestLayouts:
@@ -254,13 +278,18 @@ class TestDamagedFiles:
         assert "\n" not in str(caught.value)
 
     def test_the_reason_is_ours_and_not_advice_to_programmers(self, tmp_path: Path) -> None:
-        for content in (b"<html>404 not found</html>\n", pickle.dumps({"path": tmp_path})):
+        torch.save({"a": torch.ones(9)}, tmp_path / "cut.pth")
+        cut = (tmp_path / "cut.pth").read_bytes()[:-30]
+        for content in (b"<html>404 not found</html>\n", pickle.dumps({"path": tmp_path}), cut):
             (tmp_path / "net.pth").write_bytes(content)
             with pytest.raises(CheckpointError) as caught:
                 load_backbone(tmp_path / "net.pth")
             said = str(caught.value)
             assert "\x1b" not in said
-            assert not any(word in said for word in ("torch.load", "weights_only", "add_safe_globals", "PyTorch 2.6"))
+            assert not any(
+                word in said
+                for word in ("internal miniz", "torch.load", "weights_only", "add_safe_globals", "PyTorch 2.6")
+            )
 
     @pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "nothing"])
     def test_a_missing_file(self, tmp_path: Path, name: str) -> None:
