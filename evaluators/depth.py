@@ -44,7 +44,7 @@ from evaluators.results import (
     save_result,
 )
 from evaluators.rgbd import MeasuredDepth, open_rgbd
-from evaluators.splits import Splits, hash_bucket
+from evaluators.splits import Splits, hash_bucket, held_out_words, parts_to_hold_out
 from runtimes.open import open_runtime
 
 VERSION = 1
@@ -114,7 +114,7 @@ def evaluate(train: DepthTable, test: DepthTable, spec: DepthSpec, seed: int = 0
             f"linear probe on last-layer patches with CLS of whole views, {head_spec.bins} uniform bins to "
             f"{spec.max_depth:g} m, scale-invariant loss, AdamW, {spec.steps} steps of {spec.batch} images"
         ),
-        selected_on=f"train, {spec.held_out} held-out fifth{'s in turn' * (spec.held_out > 1)} of the scenes",
+        selected_on=f"{held_out_words(parts_to_hold_out(_folds(train), spec.held_out))} of the scenes",
         chosen={"lr": lr},
         grid=grid,
     )
@@ -123,13 +123,18 @@ def evaluate(train: DepthTable, test: DepthTable, spec: DepthSpec, seed: int = 0
     return measurement, head
 
 
+def _folds(train: DepthTable) -> np.ndarray:
+    """The part that each row falls to, by its scene."""
+    return np.array([hash_bucket(f"fold/{group}", FOLDS) for group in train.groups])
+
+
 def choose_lr(train: DepthTable, head_spec: DepthHeadSpec, spec: DepthSpec, seed: int) -> list[dict[str, Any]]:
     """For each learning rate, the headline on training images whose scenes its probe did not see; None: not finite.
 
     Raises InputError where the images cannot be cut into parts.
     """
-    folds_n = np.array([hash_bucket(f"fold/{group}", FOLDS) for group in train.groups])
-    parts = [fold for fold in range(spec.held_out) if 0 < (folds_n == fold).sum() < len(folds_n)]
+    folds_n = _folds(train)
+    parts = parts_to_hold_out(folds_n, spec.held_out)
     if not parts:
         raise InputError(
             f"{len(folds_n)} training images cannot be cut into parts to choose a learning rate on (too few, or all of "

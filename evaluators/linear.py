@@ -33,7 +33,7 @@ from evaluators.classification import (
 from evaluators.extract import FeatureTable
 from evaluators.linear_grid import Heads, train_heads
 from evaluators.results import Measurement, check_writable
-from evaluators.splits import hash_bucket
+from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
 
 VERSION = 1
 LR_PER_256 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -96,7 +96,7 @@ def held_out_scores(
 
     Raises InputError where the images cannot be cut into parts.
     """
-    parts = [fold for fold in range(spec.folds_for(len(labels_n))) if 0 < (folds_n == fold).sum() < len(folds_n)]
+    parts = parts_to_hold_out(folds_n, spec.folds_for(len(labels_n)))
     if not parts:
         raise InputError(
             f"{len(labels_n)} training images cannot be cut into parts to choose a head on "
@@ -155,12 +155,15 @@ def evaluate(
             entry["diverged"] = not bool(heads.finite_H[head])
             if held_out:
                 entry["train_held_out_top1"] = float(held_out[name][0][head])
-                entry["train_held_out_loss"] = float(held_out[name][1][head])
+                loss = float(held_out[name][1][head])
+                entry["train_held_out_loss"] = loss if math.isfinite(loss) else None  # JSON knows no infinity
             grid.append(entry)
             fitted.append((guesses, heads.weight_DHC[:, head].T.contiguous(), heads.bias_HC[head]))
     if all(entry["diverged"] for entry in grid):
         raise CheckFailed(f"all {len(grid)} heads diverged; lower the learning rates with --lr")
-    return _measurement(train, test, spec, grid, fitted, test_labels_n, classes)
+    parts = parts_to_hold_out(folds_n, spec.folds_for(len(labels_n)))
+    selected_on = held_out_words(parts) if spec.select_on == "train" else "val, as published"
+    return _measurement(train, test, spec, grid, fitted, test_labels_n, classes, selected_on)
 
 
 def _measurement(
@@ -171,16 +174,17 @@ def _measurement(
     fitted: list[tuple[Guesses, Tensor, Tensor]],
     test_labels_n: np.ndarray,
     classes: list[str],
+    selected_on: str,
 ) -> Measurement:
     """Choose the heads and put the figures together."""
-    best = max(range(len(grid)), key=lambda row: grid[row]["top1"])
+    # A diverged head guesses one class throughout, which may even be the best guess, but is no linear classifier.
+    best = max(range(len(grid)), key=lambda row: (not grid[row]["diverged"], grid[row]["top1"]))
     chosen = max(range(len(grid)), key=lambda row: _merit(grid[row])) if spec.select_on == "train" else best
     guesses, weight_CD, bias_C = fitted[chosen]
     groups_n = index_groups(test)
     metrics = accuracy_metrics(guesses, test_labels_n, len(classes), groups_n)
     metrics["top1_best_on_val"] = accuracy_metrics(fitted[best][0], test_labels_n, len(classes), groups_n)["top1"]
     n = len(train)
-    folds = spec.folds_for(n)
     return Measurement(
         evaluator="linear",
         protocol=(
@@ -190,9 +194,7 @@ def _measurement(
         version=VERSION,
         metrics=metrics,
         headline="top1",
-        selected_on=f"train, {folds} held-out fifth{'s in turn' * (folds > 1)}"
-        if spec.select_on == "train"
-        else "val, as published",
+        selected_on=selected_on,
         chosen={key: grid[chosen][key] for key in ("features", "lr_per_256")},
         grid=grid,
         settings=asdict(spec) | {"batch": spec.batch_for(n), "steps": spec.steps_for(n)},
@@ -212,7 +214,8 @@ def _measurement(
 
 def _merit(entry: Mapping[str, Any]) -> tuple[bool, float, float]:
     """Order of choice: accuracy on held-out training images, then their cross-entropy."""
-    return not entry["diverged"], entry["train_held_out_top1"], -entry["train_held_out_loss"]
+    loss = entry["train_held_out_loss"]
+    return not entry["diverged"], entry["train_held_out_top1"], -math.inf if loss is None else -loss
 
 
 def _notes(grid: list[dict[str, Any]], chosen: int, spec: LinearSpec) -> list[str]:

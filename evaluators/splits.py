@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from data.datasets import Dataset, open_dataset
 from data.errors import InputError
 from data.listings import Item, split_name
@@ -95,6 +97,16 @@ def held_out(key: str, one_in: int) -> bool:
 def hash_bucket(key: str, buckets: int) -> int:
     """A bucket number that depends on the key alone."""
     return int(hashlib.sha1(f"ov{key}".encode(), usedforsecurity=False).hexdigest()[:8], 16) % buckets
+
+
+def parts_to_hold_out(folds_n: np.ndarray, wanted: int) -> list[int]:
+    """The first `wanted` parts that can be held out in turn: those that hold some images, but not all."""
+    return [fold for fold in range(wanted) if 0 < (folds_n == fold).sum() < len(folds_n)]
+
+
+def held_out_words(parts: Sequence[int]) -> str:
+    """Which data a choice was made on, for a result file."""
+    return f"train, {len(parts)} held-out fifth{'s in turn' * (len(parts) > 1)}"
 
 
 def hash_split(items: Sequence[Item], group_column: str | None) -> tuple[list[int], list[int], str]:

@@ -11,10 +11,11 @@ import torch
 from backbones.checkpoints import CheckpointError
 from backbones.heads import DepthHead, DepthHeadSpec, load_head
 from data.errors import InputError
-from evaluators.depth import DepthRun, DepthSpec, evaluate, evaluate_mean, mean_map, run
+from evaluators.depth import FOLDS, DepthRun, DepthSpec, evaluate, evaluate_mean, mean_map, run
 from evaluators.depth_metrics import image_metrics
 from evaluators.depth_probe import DepthTable, Scaling, TrainSpec, depth_at, predict_depth, sig_loss, train_head
 from evaluators.results import load_result
+from evaluators.splits import hash_bucket
 from runtimes.open import open_runtime
 from runtimes.torch_runtime import TorchRuntime
 from tests.evaluators.fakes import small_checkpoint
@@ -107,10 +108,15 @@ def test_training_repeats_under_a_seed() -> None:
 def test_the_learning_rate_is_chosen_without_the_test_and_scenes_are_held_out_whole() -> None:
     train, test = brightness_table(40, 0), brightness_table(10, 1)
     found, _ = evaluate(train, test, QUICK)
+    assert found.selected_on == "train, 1 held-out fifth of the scenes"
     assert found.chosen == {"lr": min(found.grid, key=lambda e: e["train_held_out_abs_rel"])["lr"]}
     upside_down = DepthTable(test.names, test.groups, test.patches_nND, test.cls_nD, [7 - d for d in test.depth_m])
     again, _ = evaluate(train, upside_down, QUICK)
     assert (again.chosen, again.grid) == (found.chosen, found.grid)
+    names = [next(f"{g}-{i}" for i in range(99) if hash_bucket(f"fold/{g}-{i}", FOLDS) == g * 4) for g in (0, 1)]
+    two_scenes = DepthTable(train.names, tuple(names) * 20, train.patches_nND, train.cls_nD, train.depth_m)
+    spec = DepthSpec(lr=(1e-2,), steps=2, batch=8, held_out=4)
+    assert evaluate(two_scenes, test, spec)[0].selected_on == "train, 1 held-out fifth of the scenes"
     one_scene = DepthTable(train.names, ("a",) * 40, train.patches_nND, train.cls_nD, train.depth_m)
     with pytest.raises(InputError, match="cannot be cut into parts"):
         evaluate(one_scene, test, QUICK)

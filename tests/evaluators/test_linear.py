@@ -1,5 +1,6 @@
 """The linear evaluator: what it trains on, how it chooses, and the head it writes."""
 
+import json
 import math
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def test_held_out_scores_are_those_of_heads_trained_on_the_other_parts() -> None
     assert losses[0] == pytest.approx(np.mean(cost), rel=1e-5)
 
 
+@pytest.mark.parametrize(("groups", "parts"), [(90, "3 held-out fifths in turn"), (2, "1 held-out fifth")])
+def test_the_result_says_how_many_parts_were_held_out(groups: int, parts: str) -> None:
+    """Two groups can fall to parts that are not among the three that are asked for."""
+    names = [next(f"{g}-{i}" for i in range(99) if hash_bucket(f"fold/{g}-{i}", FOLDS) == g * 4) for g in (0, 1)]
+    table = blobs(90, 0, groups=[names[i % 2] for i in range(90)] if groups == 2 else None)
+    assert evaluate(table, blobs(30, 1), QUICK).selected_on == f"train, {parts}"
+
+
 def test_images_of_one_group_cannot_choose_a_head() -> None:
     table = blobs(30, 0, groups=["one"] * 30)
     with pytest.raises(InputError, match=r"cannot be cut into parts.*--group-by none or --select-on val"):
@@ -131,6 +140,22 @@ def test_a_head_file_of_another_ending_is_refused_before_anything_runs(tmp_path:
 def test_impossible_settings_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         LinearSpec(**flags)
+
+
+def test_a_diverged_head_is_not_the_best_however_well_it_guesses() -> None:
+    """Its logits count as 0, which is the first class throughout."""
+    train, test = blobs(40, 0), blobs(20, 1)
+    first_only = FeatureTable(test.names, ("class 0",) * 20, test.groups, test.columns)
+    spec = LinearSpec(lr=(1e-3, 1e39), min_steps=20, epochs=1, select_on="val")
+    found = evaluate(train, first_only, spec)
+    assert [entry["diverged"] for entry in found.grid] == [False, True, False, True]
+    assert found.chosen["lr_per_256"] == 1e-3
+    assert found.metrics["top1_best_on_val"].value < 1
+
+
+def test_an_infinite_loss_can_be_written_down() -> None:
+    found = evaluate(blobs(40, 0), blobs(20, 1), LinearSpec(lr=(1e-2, 3e38), min_steps=20, epochs=1))
+    assert json.loads(json.dumps(found.grid, allow_nan=False)) == found.grid
 
 
 def test_a_grid_of_diverged_heads_is_no_result() -> None:
