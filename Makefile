@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format lint types bench clean
+.PHONY: help demo test test-slow check format lint types bench bench-training clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,9 @@ types: $(TEST_STAMP)  ## mypy over all rooms
 bench: $(TEST_STAMP)  ## every performance figure of the README, as ratios measured in one run
 	$(BIN)/python -m benchmarks.runtimes
 	$(BIN)/python -m benchmarks.serving
+
+bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's matrix product rate, and its memory
+	$(BIN)/python -m benchmarks.training
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

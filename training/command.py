@@ -10,6 +10,7 @@ from data.datasets import open_dataset
 from data.errors import InputError
 from training import parallel
 from training.loop import train
+from training.memory import keep_freed_memory
 from training.recipe import Recipe
 
 
@@ -41,6 +42,7 @@ def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = Non
         if options.threads < 1:
             raise InputError(f"--threads {options.threads}: want at least 1")
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     with parallel.joined(pick_device(options.device)) as device:
         path = train(
             recipe,

@@ -1,0 +1,121 @@
+"""What a training step reaches of the machine: its FLOP/s beside those of a bare matrix product in the same run, and its peak memory.
+
+    .venv/bin/python -m benchmarks.training
+
+Each method runs in a process of its own, so that its peak memory is its own. FLOPs are counted by torch over one whole step (teacher,
+student forward and backward) and hold matrix products, convolutions and attention; the rest of the step counts as time only. Views are
+random: what is measured is the step, not the decoding. Products and steps take turns; medians are printed.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.errors import InputError, run_cli
+from training.dinov2 import Dinov2Spec
+from training.distillation import Schedule
+from training.memory import keep_freed_memory
+from training.methods import make_state, take_step_
+from training.published import PUBLISHED, vit
+from training.recipe import Recipe
+
+PRODUCT = 2048
+"""Side of the square matrices of the bare product."""
+_V2 = PUBLISHED["dinov2_vitl14"]
+RECIPES: dict[str, Recipe] = {
+    "dino": PUBLISHED["dino_vits16"],
+    "dinov2": replace(
+        _V2,
+        backbone=vit("small", 14, layer_scale=1e-5, mask_token=True, drop_path=0.3, drop_path_uniform=True),
+        head=replace(_V2.head, prototypes=65_536, bottleneck=256),
+        step=Dinov2Spec(),
+    ),
+}
+"""ViT-S/16 by DINOv1 (2 x 224 + 8 x 96 px) and ViT-S/14 by DINOv2 (2 x 224 + 8 x 98 px), 65,536 prototypes each."""
+
+
+def product_rate(rounds: int) -> float:
+    """FLOP/s of float32 matrix products, the best of `rounds`."""
+    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
+    took = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        a @ b
+        took.append(time.perf_counter() - began)
+    return 2 * PRODUCT**3 / min(took)
+
+
+def measure(method: str, batch: int, rounds: int) -> dict[str, float]:
+    """One method in this process: images a second, the share of the bare product's rate, and peak memory."""
+    recipe = replace(RECIPES[method], batch_size=batch)
+    torch.manual_seed(0)
+    state = make_state(recipe, torch.device("cpu"))
+    crops = recipe.crops
+    views = [torch.randn(batch, 3, crops.view_px(i), crops.view_px(i)) for i in range(crops.n_views)]
+    at = Schedule(lr=1e-5, weight_decay=0.04, momentum=0.996, teacher_temperature=0.04, freeze_last_layer=False)
+
+    def step() -> None:
+        take_step_(state, views, at, recipe, np.random.default_rng(0))
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops, shares, seconds = counter.get_total_flops(), [], []
+    for _ in range(rounds):
+        bare = product_rate(3)
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+        shares.append(flops / seconds[-1] / bare)
+    return {
+        "images_per_s": batch / statistics.median(seconds),
+        "share": statistics.median(shares),
+        "gflop_per_image": flops / batch / 1e9,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+
+
+def main(batch: int = 8, rounds: int = 5, threads: int | None = None, method: str | None = None) -> None:
+    """Measure both methods, float32 on the CPU.
+
+    Args:
+        batch: Images a step.
+        rounds: Steps that are timed.
+        threads: Threads of torch; all cores if not given.
+        method: Measure this one here and print JSON; for the processes that this command starts.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if method is not None:
+        if method not in RECIPES:
+            raise InputError(f"--method {method}: want one of {', '.join(RECIPES)}")
+        keep_freed_memory()
+        print(json.dumps(measure(method, batch, rounds)))
+        return
+    print(f"batch {batch}, float32, {torch.get_num_threads()} threads, median of {rounds} steps")
+    print(f"{'method':<10}{'images/s':>10}{'share of matmul rate':>22}{'GFLOP an image':>17}{'peak GB':>10}")
+    for name in RECIPES:
+        words = ["--batch", str(batch), "--rounds", str(rounds), "--threads", str(torch.get_num_threads())]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.training", *words, "--method", name],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+        print(
+            f"{name:<10}{found['images_per_s']:>10.2f}{found['share']:>22.2f}"
+            f"{found['gflop_per_image']:>17.0f}{found['peak_gb']:>10.1f}"
+        )
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(main, prog="python -m benchmarks.training"))
