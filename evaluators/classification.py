@@ -67,6 +67,10 @@ class NetworkOptions:
     seed: int = 0
     """Of everything random: initial heads, the untrained baseline."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed}: wanted a whole number of at least 0 and below 2**63")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationRun(NetworkOptions):

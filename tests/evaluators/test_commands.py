@@ -159,6 +159,8 @@ def test_bad_input_ends_with_2_and_one_line(
         ("knn", ("--ckpt", ckpt, "--data", data, "--k", "31"), "--k 31: there are only 30 training images"),
         ("knn", ("--ckpt", tmp_path / "x.safetensors", "--data", data), "no such file"),
         ("knn", ("--ckpt", ckpt, "--data", data, "--out", tmp_path / "a.txt"), "ends in .json"),
+        ("linear", ("--ckpt", ckpt, "--data", data, "--seed", 10**30), f"--seed {10**30}: wanted a whole number"),
+        ("depth", ("--ckpt", ckpt, "--data", data, "--lr", "nan"), "--lr nan: wanted learning rates above 0"),
         ("depth", ("--ckpt", ckpt, "--data", data), "not every image has a depth map"),
     ]
     for name, arguments, message in cases:
