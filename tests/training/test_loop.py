@@ -335,7 +335,7 @@ def test_freed_memory_is_kept_and_not_zeroed_by_the_system_anew() -> None:
         "{keep}\n"
         "torch.ones(10_000_000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(20): torch.ones(10_000_000)\n"
+        "for _ in range(100): torch.ones(10_000_000)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
     faults = [
