@@ -37,7 +37,13 @@ class Dinov2Spec:
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
+    koleo_as: Literal["paper", "released"] = "released"
+    """`released`: summed over both global crops, as the code does and its weights were trained; `paper`: of the first one only, as the
+    text says. The sum pulls twice as hard and sees both distributions of blur."""
     masks: MaskSpec = field(default_factory=MaskSpec)
+    guided_as: Literal["paper", "released"] = "paper"
+    """With a guide, which patches are compared: `paper`, all of both global crops; `released`, those that `masks` picks, as in the code of
+    DINOv3, the only one of this family that was published. It costs a sixth of the head's work, and the picked patches weigh more."""
     ibot_head: HeadSpec | None = None
     """None: patches go through the head of the CLS tokens ("tied"); better for small models, untied for large ones."""
     targets: Literal["centering", "sinkhorn"] = "centering"
@@ -167,7 +173,8 @@ def loss_terms(
     dino_global = 2 * across_2B.mean() / (2 * n_views - 2)
     terms = {"dino_local": spec.dino_weight * (dino - dino_global), "dino_global": spec.dino_weight * dino_global}
     if spec.koleo_weight:
-        by_view = [koleo_loss(parallel.all_rows(cls_BD)) for cls_BD in cls_VD[: len(masks_GN)].chunk(2)]
+        n_koleo = 1 if spec.koleo_as == "paper" else 2
+        by_view = [koleo_loss(parallel.all_rows(cls_BD)) for cls_BD in cls_VD[: n_koleo * n_images].chunk(n_koleo)]
         terms["koleo"] = spec.koleo_weight * torch.stack(by_view).sum()
     if spec.ibot_weight:
         weights_R = (1 / masks_GN.sum(dim=1).clamp_min(1))[:, None].expand_as(masks_GN)[masks_GN]

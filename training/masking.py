@@ -35,10 +35,13 @@ class MaskSpec:
             )
 
 
-def block_mask(h: int, w: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """Boolean mask [h, w] of at most `wanted` patches, as overlapping rectangles; stops short where ten tries in a row fail."""
+def block_mask(h: int, w: int, wanted: int, rng: np.random.Generator, largest: int | None = None) -> np.ndarray:
+    """Boolean mask [h, w] of at most `wanted` patches, as overlapping rectangles; stops short where ten tries in a row fail.
+
+    No rectangle adds more than `largest` patches, by default half of all.
+    """
     mask_hw = np.zeros((h, w), dtype=bool)
-    largest, count = h * w // 2, 0
+    largest, count = h * w // 2 if largest is None else largest, 0
     while count < wanted:
         added = _add_block_(mask_hw, min(wanted - count, largest), rng)
         if not added:

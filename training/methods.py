@@ -47,7 +47,7 @@ def take_step_(
         return distillation.train_step_(state, views, at, spec)
     n_images = len(views[0])
     h, w = (side // state.student.backbone.patch_px for side in views[0].shape[2:])
-    if state.guide is None:
+    if state.guide is None or spec.guided_as == "released":
         # Masks are spread over the whole batch; this process takes those of its images.
         everywhere = batch_masks(2 * n_images * parallel.world_size(), h, w, spec.masks, rng)
         first = n_images * parallel.rank()

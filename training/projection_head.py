@@ -22,6 +22,8 @@ class HeadSpec:
     bottleneck: int = 256
     layers: int = 3
     batch_norm: bool = False
+    bias: bool = True
+    """Of the linears before the bottleneck and of it; the prototypes have none."""
     freeze_magnitude: bool = True
     """Keep the norm of each prototype at 1 ("norm_last_layer"); steadier, and slightly worse for large backbones."""
 
@@ -54,7 +56,8 @@ class ProjectionHead(nn.Module):
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, features_BD: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(features_BD), dim=-1, eps=1e-12))
@@ -63,11 +66,11 @@ class ProjectionHead(nn.Module):
 def make_mlp(width_in: int, spec: HeadSpec) -> nn.Module:
     """The MLP before the prototypes; its keys are those of the published heads."""
     if spec.layers == 1:
-        return nn.Linear(width_in, spec.bottleneck)
+        return nn.Linear(width_in, spec.bottleneck, bias=spec.bias)
     parts: list[nn.Module] = []
     for i in range(spec.layers - 1):
-        parts.append(nn.Linear(width_in if i == 0 else spec.hidden, spec.hidden))
+        parts.append(nn.Linear(width_in if i == 0 else spec.hidden, spec.hidden, bias=spec.bias))
         if spec.batch_norm:
             parts.append(nn.BatchNorm1d(spec.hidden))
         parts.append(nn.GELU())
-    return nn.Sequential(*parts, nn.Linear(spec.hidden, spec.bottleneck))
+    return nn.Sequential(*parts, nn.Linear(spec.hidden, spec.bottleneck, bias=spec.bias))

@@ -137,14 +137,20 @@ class Recipe:
 
 
 def _decoded(kind: Any, value: Any) -> Any:
-    """`value` as `kind`: objects become the dataclass that has their fields, lists tuples."""
+    """`value` as `kind`: objects become the smallest dataclass that has their fields, lists tuples.
+
+    Fields that an older version did not know take their defaults, which are what it did.
+    """
     options = [
         option for option in get_args(kind) or (kind,) if isinstance(option, type) and dataclasses.is_dataclass(option)
     ]
     if not options or value is None:
         return tuple(value) if isinstance(value, list) else value
-    for option in options:
+    fitting = [
+        option for option in options if isinstance(value, dict) and get_type_hints(option).keys() >= value.keys()
+    ]
+    if fitting and value:
+        option = min(fitting, key=lambda option: len(get_type_hints(option)))
         hints = get_type_hints(option)
-        if isinstance(value, dict) and hints.keys() == value.keys():
-            return option(**{name: _decoded(hints[name], inner) for name, inner in value.items()})
+        return option(**{name: _decoded(hints[name], inner) for name, inner in value.items()})
     raise TypeError(f"{' or '.join(option.__name__ for option in options)} has other fields")

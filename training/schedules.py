@@ -8,7 +8,7 @@ from data.errors import InputError
 
 @dataclass(frozen=True)
 class Cosine:
-    """A linear warm-up from `start` to `base`, then half a cosine from `base` to `final`.
+    """Zero for `frozen` steps, a linear warm-up from `start` to `base`, then half a cosine from `base` to `final`.
 
     As published, `base` is reached at the last warm-up step and held at the first cosine step, and `final` lies one step beyond the end.
     """
@@ -18,22 +18,24 @@ class Cosine:
     steps: int
     warmup: int = 0
     start: float = 0.0
+    frozen: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup <= self.steps:
-            raise InputError(f"a schedule of {self.steps} steps cannot warm up for {self.warmup}; shorten the warm-up")
+        if min(self.warmup, self.frozen) < 0 or self.frozen + self.warmup > self.steps:
+            raise InputError(
+                f"a schedule of {self.steps} steps cannot warm up for {self.warmup + self.frozen}; shorten the warm-up"
+            )
 
     def at(self, step: int) -> float:
         """Value at a step; `final` from the end on."""
-        if step < self.warmup:
-            return (
-                self.start + (self.base - self.start) * step / max(self.warmup - 1, 1)
-                if self.warmup > 1
-                else self.start
-            )
         if step >= self.steps:
             return self.final
-        progress = (step - self.warmup) / (self.steps - self.warmup)
+        step -= self.frozen
+        if step < 0:
+            return 0.0
+        if step < self.warmup:
+            return self.start + (self.base - self.start) * step / (self.warmup - 1) if self.warmup > 1 else self.start
+        progress = (step - self.warmup) / (self.steps - self.frozen - self.warmup)
         return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(math.pi * progress))
 
 

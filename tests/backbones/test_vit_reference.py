@@ -189,3 +189,5 @@ class TestStochasticDepth:
         close(block.train().packed(io["x"].flatten(0, 1), [(B, T)]).view(B, T, D), io["y"])
         close(block.eval().packed(io["x"].flatten(0, 1), [(B, T)]).view(B, T, D), io["y_eval"])
         close(block(io["x"]), io["y_eval"])
+        drawn = iter([io["perm_attn"], io["perm_ffn"]])
+        close(block.train()(io["x"]), io["y"])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -134,11 +135,7 @@ class TestMasks:
     def test_counts_and_places_follow_the_published_distribution(self, reference: Path) -> None:
         rng = np.random.default_rng(0)
         for wanted in self.settings(reference):
-            if wanted["max_num_patches"] != wanted["height"] * wanted["width"] / 2:
-                continue  # another cap than the one used in training
-            masks = np.stack(
-                [block_mask(wanted["height"], wanted["width"], wanted["requested"], rng) for _ in range(self.DRAWS)]
-            )
+            masks = self.draw(wanted, rng)
             counts = masks.sum(axis=(1, 2))
             assert counts.max() <= wanted["requested"]
             margin = 5 * wanted["count_std"] * np.sqrt(2 / self.DRAWS)
@@ -147,15 +144,43 @@ class TestMasks:
             share = wanted["fraction_exactly_requested"]
             assert abs(exact - share) <= 5 * np.sqrt(2 * max(share * (1 - share), 1e-9) / self.DRAWS) + 1e-3, wanted
 
-    @pytest.mark.parametrize(("name", "side", "requested"), [("cfg0_n64", 16, 64), ("cfg1_n60", 14, 60)])
-    def test_each_cell_is_as_often_masked_as_published(
-        self, reference: Path, name: str, side: int, requested: int
-    ) -> None:
-        published = load_file(reference / "masking" / "io.safetensors")[f"{name}/cell_frequency"].numpy()
+    def draw(self, wanted: dict, rng: np.random.Generator, n: int = DRAWS) -> np.ndarray:  # type: ignore[type-arg]
+        """Masks [n, h, w] of one setting; the small grids were drawn with a cap of their own, in words."""
+        cap = wanted["max_num_patches"]
+        cap = int(cap.split("=")[1]) if isinstance(cap, str) else int(cap)
+        return np.stack(
+            [block_mask(wanted["height"], wanted["width"], wanted["requested"], rng, cap) for _ in range(n)]
+        )
+
+    def test_each_cell_is_as_often_masked_as_published(self, reference: Path) -> None:
+        published = load_file(reference / "masking" / "io.safetensors")
+        sides = {16: 0, 14: 1, 7: 2}
         rng = np.random.default_rng(1)
-        found = np.mean([block_mask(side, side, requested, rng) for _ in range(self.DRAWS)], axis=0)
-        spread = np.sqrt(2 * published * (1 - published) / self.DRAWS)
-        assert (np.abs(found - published) <= 5 * spread + 1e-3).all()
+        for wanted in self.settings(reference):
+            if not wanted["requested"]:
+                continue
+            name = f"cfg{sides[wanted['height']]}_n{wanted['requested']}/cell_frequency"
+            frequency = published[name].numpy()
+            found = self.draw(wanted, rng).mean(axis=0)
+            spread = np.sqrt(2 * frequency * (1 - frequency) / self.DRAWS)
+            assert (np.abs(found - frequency) <= 5 * spread + 1e-3).all(), name
+
+    def test_masks_hang_together_and_are_as_wide_as_high_as_published(self, reference: Path) -> None:
+        """Components of neighbouring patches, and the log of height over width of their bounding boxes."""
+        rng = np.random.default_rng(4)
+        for wanted in self.settings(reference):
+            if not wanted["requested"]:
+                continue
+            draws = wanted["component_draws"]
+            counts, aspects = [], []
+            for mask in self.draw(wanted, rng, draws):
+                n, _, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+                counts.append(n - 1)
+                aspects += np.log(boxes[1:, cv2.CC_STAT_HEIGHT] / boxes[1:, cv2.CC_STAT_WIDTH]).tolist()
+            margin = 5 * wanted["components_std"] * np.sqrt(2 / draws)
+            assert abs(np.mean(counts) - wanted["components_mean"]) <= margin, wanted
+            margin = 5 * wanted["log_aspect_std"] * np.sqrt(2 / draws)
+            assert abs(np.mean(aspects) - wanted["log_aspect_mean"]) <= margin, wanted
 
     def test_a_batch_spreads_its_ratios_over_half_of_the_crops(self, reference: Path) -> None:
         wanted = json.loads((reference / "masking" / "stats.json").read_text())["collate"]

@@ -17,6 +17,8 @@ from training.schedules import Cosine, LinearWarmup
 
 FORWARD = {"atol": 2e-5, "rtol": 1e-4}
 GRADIENT = {"atol": 1e-5, "rtol": 1e-3}
+V1_HEADS = ("v1_norm_last_layer_true", "v1_norm_last_layer_false", "v1_bn", "v1_nlayers1")
+V2_HEADS = ("v2_default", "v2_nlayers2_nobias")
 STEP_VARIANTS = ("norm_last_true", "norm_last_false_clip")
 
 
@@ -25,7 +27,7 @@ def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 
 class TestHead:
-    @pytest.mark.parametrize("name", ["v1_norm_last_layer_true", "v1_norm_last_layer_false", "v1_bn", "v1_nlayers1"])
+    @pytest.mark.parametrize("name", [*V1_HEADS, *V2_HEADS])
     def test_outputs_and_gradients(self, reference: Path, name: str) -> None:
         found = load_file(reference / "head" / f"{name}.safetensors")
         config = json.loads((reference / "head" / "config.json").read_text())
@@ -33,8 +35,9 @@ class TestHead:
             prototypes=config["out_dim"],
             hidden=config["hidden_dim"],
             bottleneck=config["bottleneck_dim"],
-            layers=1 if name == "v1_nlayers1" else config["nlayers_default"],
+            layers={"v1_nlayers1": 1, "v2_nlayers2_nobias": 2}.get(name, config["nlayers_default"]),
             batch_norm=name == "v1_bn",
+            bias=name != "v2_nlayers2_nobias",
             freeze_magnitude="grad/last_layer.weight_g" not in found,
         )
         head = ProjectionHead(found["in"].shape[1], spec)
@@ -90,6 +93,37 @@ def test_schedules(reference: Path) -> None:
             c.get("start_warmup_value", 0.0),
         )
         np.testing.assert_allclose([schedule.at(i) for i in range(steps)], found[name].numpy(), rtol=1e-12)
+
+
+def test_schedules_of_dinov2(reference: Path) -> None:
+    """Also beyond their end."""
+    found = load_file(reference / "schedules" / "io.safetensors")
+    config = json.loads((reference / "schedules" / "config.json").read_text())
+    for name in ("v2_lr", "v2_wd", "v2_momentum", "v2_freeze"):
+        c = config[name]
+        schedule = Cosine(
+            c["base_value"],
+            c["final_value"],
+            c["total_iters"],
+            c.get("warmup_iters", 0),
+            c.get("start_warmup_value", 0.0),
+            c.get("freeze_iters", 0),
+        )
+        np.testing.assert_allclose([schedule.at(i) for i in range(c["queried"])], found[name].numpy(), rtol=1e-12)
+    c = config["v2_teacher_temp"]
+    warmup = LinearWarmup(c["start_warmup_value"], c["base_value"], c["warmup_iters"])
+    np.testing.assert_allclose(
+        [warmup.at(i) for i in range(c["queried"])], found["v2_teacher_temp"].numpy(), rtol=1e-12
+    )
+
+
+def test_the_last_layers_rate_is_the_others_with_zeros_first(reference: Path) -> None:
+    """What a plan's `freeze_last_layer` makes of the rate."""
+    found = load_file(reference / "schedules" / "io.safetensors")
+    c = json.loads((reference / "schedules" / "config.json").read_text())["v2_last_layer_lr"]
+    wanted = found["v2_lr"].clone()
+    wanted[: c["zero_for_first"]] = 0
+    assert torch.equal(found["v2_last_layer_lr"], wanted)
 
 
 def test_teacher_temperature(reference: Path) -> None:
@@ -154,12 +188,14 @@ def test_parameter_groups(reference: Path, frozen: bool, batch_norm: bool) -> No
     assert spared == {name for name, group in wanted.items() if group == "not_regularized"}
 
 
-@pytest.mark.parametrize("part_name", ["backbone_unchunked", "backbone_nodecay", "dino_head"])
+@pytest.mark.parametrize("part_name", ["backbone_unchunked", "backbone_chunked", "backbone_nodecay", "dino_head"])
 def test_rates_of_each_layer(reference: Path, part_name: str) -> None:
     """DINOv2: which share of the learning rate and of the weight decay each parameter takes."""
     group = json.loads((reference / "param_groups" / "v2_groups.json").read_text())[part_name]
     rates = []
-    for name, wanted in group["params"].items():
+    for stored, wanted in group["params"].items():
+        words = stored.split(".")
+        name = ".".join([*words[:1], *words[2:]]) if group.get("block_chunks") and words[0] == "blocks" else stored
         found = dinov2_multipliers(name, group.get("depth", 0), group["layerwise_decay"], group["patch_embed_lr_mult"])
         rates.append(found)
         assert found.lr == pytest.approx(wanted["lr_multiplier"], rel=1e-12), name
