@@ -5,7 +5,7 @@ run that is resumed at any batch, with more workers or fewer, sees what it would
 is replaced by the next good one in the epoch's order and remembered in `skipped`; batches keep their size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -22,8 +22,16 @@ MAX_BAD_IN_A_ROW = 1000
 """So many unreadable files one after another mean that the data set is not what it was taken for."""
 
 # Axes: V views of one size, B images, h w pixels.
-MadeBatch = tuple[list[torch.Tensor], dict[str, str]]
-"""uint8 views [V,B,h,w,3], one tensor a size; names of unreadable images and why."""
+MadeBatch = tuple[list[torch.Tensor], list[int], dict[str, str]]
+"""uint8 views [V,B,h,w,3], one tensor a size; which images they show; names of unreadable images and why."""
+
+
+class Views(list[torch.Tensor]):
+    """The views of a batch, float32 [B,3,h,w] each, and the names of its images."""
+
+    def __init__(self, views: Iterable[torch.Tensor], names: Sequence[str]) -> None:
+        super().__init__(views)
+        self.names = tuple(names)
 
 
 class ViewLoader:
@@ -65,7 +73,7 @@ class ViewLoader:
         """Batches an epoch; what is left over below a full batch waits for the next epoch's order."""
         return len(self.dataset) // (self.batch_size * self.world_size)
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[list[torch.Tensor]]:
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Views]:
         """Batches `start_batch` and on of one epoch: each a list of float32 [B,3,h,w], one a view, global ones first.
 
         Raises InputError when too many files in a row are unreadable or too few are left for a batch of different images, RuntimeError
@@ -73,7 +81,7 @@ class ViewLoader:
         """
         if not 0 <= start_batch <= len(self):
             raise InputError(f"batch {start_batch} of an epoch of {len(self)} batches; was the data set changed?")
-        for sizes, bad in self._made(_BatchMaker(self, epoch), start_batch):
+        for sizes, images, bad in self._made(_BatchMaker(self, epoch), start_batch):
             self.skipped.update(bad)
             if not sizes:
                 name, reason = next(iter(bad.items()))
@@ -87,7 +95,8 @@ class ViewLoader:
                     f"{self.dataset.name}: {len(self.skipped)} of {len(self.dataset)} images cannot be read, first {name} ({reason}); "
                     f"the {left} that are left are fewer than one batch of {self.batch_size * self.world_size}"
                 )
-            yield [view for views in sizes for view in self._normalised(views)]
+            names = [self.dataset.items[i].name for i in images]
+            yield Views([view for views in sizes for view in self._normalised(views)], names)
 
     def _made(self, maker: "_BatchMaker", start_batch: int) -> Iterator[MadeBatch]:
         batches = range(start_batch, len(self))
@@ -122,31 +131,32 @@ class _BatchMaker(TorchDataset):
 
     def __getitem__(self, batch: int) -> MadeBatch:
         first = (batch * self.world_size + self.rank) * self.batch_size
-        spec, bad = self.spec, {}
+        spec, images, bad = self.spec, [], {}
         sizes = [(2, spec.global_px), (spec.n_local, spec.local_px)]
         out = [np.empty((n, self.batch_size, px, px, 3), np.uint8) for n, px in sizes if n]
         for slot in range(self.batch_size):
-            image, unreadable = self._next_good(first + slot)
+            index, image, unreadable = self._next_good(first + slot)
             bad.update(unreadable)
             if image is None:
-                return [], unreadable
+                return [], [], unreadable
+            images.append(index)
             views = make_views(image, spec, view_rng(self.seed, self.epoch, int(self.order[first + slot])))
             for k, view in enumerate(views):
                 out[min(k // 2, 1)][k if k < 2 else k - 2, slot] = view
-        return [torch.from_numpy(views) for views in out], bad
+        return [torch.from_numpy(views) for views in out], images, bad
 
-    def _next_good(self, position: int) -> tuple[np.ndarray | None, dict[str, str]]:
-        """The first readable image at or after `position` of the order, and what was passed over."""
+    def _next_good(self, position: int) -> tuple[int, np.ndarray | None, dict[str, str]]:
+        """The first readable image at or after `position` of the order with its index, and what was passed over."""
         bad: dict[str, str] = {}
         for step in range(min(len(self.order), MAX_BAD_IN_A_ROW)):
             index = int(self.order[(position + step) % len(self.order)])
             if index not in self.bad:
                 try:
-                    return self.dataset.image(index), bad
+                    return index, self.dataset.image(index), bad
                 except InputError as error:
                     self.bad[index] = str(error)
             bad[self.dataset.items[index].name] = self.bad[index]
-        return None, bad
+        return -1, None, bad
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

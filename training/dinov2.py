@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from backbones.vit import ViT
 from data.errors import InputError
 from training import parallel
-from training.distillation import Schedule, State, ema_update_, teacher_copy, update_center_
+from training.distillation import Schedule, State, ema_update_, teacher_copy, update_center_, way_back
 from training.losses import (
     dino_cross_entropy,
     ibot_loss,
@@ -103,28 +103,33 @@ class Targets:
 
 
 def train_step_(
-    state: State, views: Sequence[Tensor], masks_GN: Tensor, at: Schedule, spec: Dinov2Spec
+    state: State, views: Sequence[Tensor], masks_GN: Tensor, at: Schedule, spec: Dinov2Spec, watch: bool = True
 ) -> dict[str, float]:
     """One step on views [B, 3, h, w], the two global ones first, and masks of the global crops; returns each term as it was optimised.
 
-    With a guide the student sees every patch, and the masks only say which patches are compared. A loss that is not finite changes
-    nothing; the caller sees it in `loss`.
+    If `watch`, what tells of collapse too. With a guide the student sees every patch, and the masks only say which patches are compared.
+    A loss, term or gradient that is not finite changes nothing; the caller sees it in what is returned.
     """
     set_rates_(state.optimizer, at.lr, at.weight_decay, 0.0 if at.freeze_last_layer else at.lr)
     global_crops = torch.cat(list(views[:2]))
+    go_back = way_back(state)
     with torch.no_grad():
         targets = teacher_says_(state, global_crops, masks_GN, at.teacher_temperature, spec)
     terms = loss_terms(state.student, views, masks_GN, targets, spec, hide=state.guide is None)
     loss = torch.stack(list(terms.values())).sum()
     state.optimizer.zero_grad(set_to_none=True)
-    found = parallel.mean_scalars({"loss": loss, **terms})
-    if not math.isfinite(found["loss"]):
-        return found
     loss.backward()
     parallel.average_gradients_(state.student.parameters())
-    found |= clip_each_network_(state.student, spec.clip_norm)
+    norms = clip_each_network_(state.student, spec.clip_norm)
+    # One transfer from the device tells all processes whether to go on.
+    found = parallel.mean_scalars({"loss": loss, **terms, **norms})
+    if not all(map(math.isfinite, found.values())):
+        go_back()
+        return found
     state.optimizer.step()
     ema_update_(state.teacher, state.student, at.momentum)
+    if not watch:
+        return found
     watched = collapse_monitors(targets.cls_TBK.flatten(0, 1), targets.cls_TBD.flatten(0, 1), state.centers["dino"])
     cross_entropy = (
         (found["dino_local"] + found["dino_global"]) / spec.dino_weight if spec.dino_weight else float("nan")
@@ -183,11 +188,11 @@ def loss_terms(
     return terms
 
 
-def clip_each_network_(student: Dinov2Learner, max_norm: float) -> dict[str, float]:
+def clip_each_network_(student: Dinov2Learner, max_norm: float) -> dict[str, Tensor]:
     """Scale the gradients of the backbone, and of each head, to a global L2 norm of at most `max_norm`; returns the norms before."""
-    norms: dict[str, float] = {}
+    norms: dict[str, Tensor] = {}
     for name, network in student.named_children():
         parameters = [p for p in network.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        norms[f"grad_norm_{name}"] = norm.item()
+        norms[f"grad_norm_{name}"] = norm
     return norms

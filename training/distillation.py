@@ -5,7 +5,7 @@ Axes: V views, T teacher views (the two global ones), B images, D features, K pr
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -98,37 +98,51 @@ def teacher_copy(student: L) -> L:
     return teacher.requires_grad_(False).train()
 
 
-def train_step_(state: State[Learner], views: Sequence[Tensor], at: Schedule, spec: StepSpec) -> dict[str, float]:
-    """One step on views [B, 3, h, w], the two global ones first; returns what was optimised and what tells of collapse.
+def train_step_(
+    state: State[Learner], views: Sequence[Tensor], at: Schedule, spec: StepSpec, watch: bool = True
+) -> dict[str, float]:
+    """One step on views [B, 3, h, w], the two global ones first; returns what was optimised and, if `watch`, what tells of collapse.
 
-    A loss that is not finite changes nothing; the caller sees it in `loss`.
+    A loss or gradient that is not finite changes nothing; the caller sees it in what is returned.
     """
     set_rates_(state.optimizer, at.lr, at.weight_decay, at.lr)
+    go_back = way_back(state)
     with torch.no_grad():
         teacher_logits_TBK, teacher_features_TBD = state.teacher(views[:2], bf16=spec.bf16_backbone)
         targets_TBK = teacher_targets(teacher_logits_TBK, state.centers["dino"], at.teacher_temperature)
     student_logits_VBK, _ = state.student(views, bf16=spec.bf16_backbone)
     loss = dino_cross_entropy(student_logits_VBK, targets_TBK, spec.student_temperature)
     state.optimizer.zero_grad(set_to_none=True)
-    found = parallel.mean_scalars({"loss": loss})
-    if not math.isfinite(found["loss"]):
-        return found
     loss.backward()
     parallel.average_gradients_(state.student.parameters())
     grad_norm = clip_each_(state.student.parameters(), spec.clip_norm)
+    # One transfer from the device tells all processes whether to go on.
+    found = parallel.mean_scalars({"loss": loss, "grad_norm": grad_norm})
+    if not all(map(math.isfinite, found.values())):
+        go_back()
+        return found
     if at.freeze_last_layer:
         for parameter in state.student.head.last_layer.parameters():
             parameter.grad = None
     state.optimizer.step()
     ema_update_(state.teacher, state.student, at.momentum)
     update_center_(state.centers["dino"], teacher_logits_TBK, spec.center_momentum)
+    if not watch:
+        return found
     watched = collapse_monitors(targets_TBK.flatten(0, 1), teacher_features_TBD.flatten(0, 1), state.centers["dino"])
-    return {
-        **found,
-        "grad_norm": grad_norm.item(),
-        "kl_nats": found["loss"] - watched["target_entropy_nats"],
-        **watched,
-    }
+    return {**found, "kl_nats": found["loss"] - watched["target_entropy_nats"], **watched}
+
+
+def way_back(state: State[Any]) -> Callable[[], None]:
+    """Keeps what a step changes before it knows its loss: centres and running statistics. Calling what is returned puts them back."""
+    changing = [*state.centers.values(), *state.student.buffers(), *state.teacher.buffers()]
+    kept = [tensor.clone() for tensor in changing]
+
+    def go_back() -> None:
+        for tensor, before in zip(changing, kept, strict=True):
+            tensor.copy_(before)
+
+    return go_back
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ centres and position, so that a run interrupted anywhere and resumed ends, on a 
 """
 
 import json
-import math
 import signal
 import sys
 import time
@@ -23,13 +22,12 @@ import torch
 from backbones.checkpoints import Manifest, save_backbone, weights_sha256
 from backbones.vit import ViT, ViTSpec
 from data.datasets import Dataset
-from data.errors import CheckFailed, InputError
-from data.loader import ViewLoader
+from data.errors import InputError
+from data.loader import ViewLoader, Views
 from training import parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.methods import make_state, take_step_
-from training.monitors import collapse_warning
 from training.picture import attention_picture
 from training.probe import KnnProbe
 from training.recipe import Recipe
@@ -37,11 +35,10 @@ from training.run_folder import RunFolder
 from training.run_log import NoLog, RunLog
 from training.schedules import Cosine, LinearWarmup
 from training.warm_start import frozen_teacher, warm_start_
+from training.watch import Watch
 
 SAVE_EVERY_S = 120.0
 PICTURE_IMAGES = 6
-MAX_BAD_STEPS = 5
-"""So many steps in a row without a finite loss end the run."""
 
 
 class Plan:
@@ -134,7 +131,7 @@ def train(
         folder.keep_log_until(step)
     run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision}, probe)
     end = min(plan.steps, stop_at_step or plan.steps)
-    with stop_signals() as stopped, RunLog(folder, step, end) if leads else NoLog() as log:
+    with stop_signals() as stopped, RunLog(folder, step, end, run.resolved) if leads else NoLog() as log:
         run.go(step, end, stopped, log)
     return folder.checkpoint
 
@@ -168,7 +165,6 @@ class Run:
     ) -> None:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved, self.probe = resolved, probe
-        self.bad_steps = 0
         self.n_listed = 0
 
     @property
@@ -178,7 +174,7 @@ class Run:
 
     def go(self, step: int, end: int, stopped: Callable[[], int | None], log: NoLog) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
-        self.log = log
+        self.log, self.watch = log, Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
         saved_at, waited_from = time.monotonic(), time.monotonic()
         for views in self._batches(step, end):
             began = time.monotonic()
@@ -205,7 +201,7 @@ class Run:
                 leave(reasons // 2, step, self.folder)
         self.save(step)
 
-    def _batches(self, step: int, end: int) -> Iterator[list[torch.Tensor]]:
+    def _batches(self, step: int, end: int) -> Iterator[Views]:
         while step < end:
             epoch, batch = divmod(step, len(self.loader))
             for views in self.loader.epoch(epoch, batch):
@@ -214,30 +210,21 @@ class Run:
                 yield views
                 step += 1
 
-    def _step(self, step: int, views: list[torch.Tensor]) -> dict[str, Any]:
+    def _step(self, step: int, views: Views) -> dict[str, Any]:
         at = self.plan.at(step)
         # What a step draws depends on its number only: loaders and pictures draw from the same generator, and not as often in every run.
         rng = np.random.default_rng([self.resolved["seed"], step])
         torch.manual_seed((int(rng.integers(2**63)) + parallel.rank()) % 2**63)
-        found = take_step_(self.state, views, at, self.recipe, rng)
-        if math.isfinite(found["loss"]):
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
-            self.log.say(f"step {step}: the loss is {found['loss']}; the step changes nothing")
-            if self.bad_steps >= MAX_BAD_STEPS:
-                raise CheckFailed(
-                    f"{MAX_BAD_STEPS} steps in a row without a finite loss, last step {step}; "
-                    "lower lr or the teacher temperature, and resume from the last state"
-                )
-        if step % self.plan.steps_per_epoch == self.plan.steps_per_epoch - 1:
-            warning = collapse_warning(found, self.recipe.head.prototypes) if self.bad_steps == 0 else None
-            if warning:
-                self.log.say(f"step {step}: collapse? {warning}")
+        found = take_step_(self.state, views, at, self.recipe, rng, self.watch.looks_at(step))
+        self.watch.see(step, found, self.state, views)
         return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
 
     def save(self, step: int) -> None:
-        """Write state, checkpoint, picture and list of skipped images; all processes call it, the leading one writes."""
+        """Write state, checkpoint, picture and list of skipped images; all processes call it, the leading one writes.
+
+        Raises CheckFailed, and leaves what was saved before as it is, where a weight is not finite.
+        """
+        self.watch.check_weights(step, self.state)
         skipped = {name: reason for part in parallel.gathered(self.loader.skipped) for name, reason in part.items()}
         if parallel.rank():
             return

@@ -39,12 +39,21 @@ def make_state(recipe: Recipe, device: torch.device) -> State[Any]:
 
 
 def take_step_(
-    state: State[Any], views: Sequence[Tensor], at: Schedule, recipe: Recipe, rng: np.random.Generator
+    state: State[Any],
+    views: Sequence[Tensor],
+    at: Schedule,
+    recipe: Recipe,
+    rng: np.random.Generator,
+    watch: bool = True,
 ) -> dict[str, float]:
-    """One step of the recipe's method on views [B, 3, h, w], the two global ones first; `rng` draws what is random beyond the views."""
+    """One step of the recipe's method on views [B, 3, h, w], the two global ones first; `rng` draws what is random beyond the views.
+
+    Returns the loss, its terms and gradient norms and, if `watch`, what tells of collapse; where one of them is not finite the step has
+    changed nothing.
+    """
     spec = recipe.step
     if not isinstance(spec, Dinov2Spec):
-        return distillation.train_step_(state, views, at, spec)
+        return distillation.train_step_(state, views, at, spec, watch)
     n_images = len(views[0])
     h, w = (side // state.student.backbone.patch_px for side in views[0].shape[2:])
     if state.guide is None or spec.guided_as == "released":
@@ -55,4 +64,4 @@ def take_step_(
         masks_GN = torch.from_numpy(np.ascontiguousarray(mine)).flatten(0, 1)
     else:
         masks_GN = torch.ones(2 * n_images, h * w, dtype=torch.bool)
-    return dinov2.train_step_(state, views, masks_GN.to(views[0].device), at, spec)
+    return dinov2.train_step_(state, views, masks_GN.to(views[0].device), at, spec, watch)

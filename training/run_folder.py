@@ -1,7 +1,8 @@
 """The run folder: what a run leaves behind, and what it resumes from.
 
 recipe.json              the resolved recipe, the data and the seed
-log.jsonl                one line a step: what was optimised, schedule values, speed
+log.jsonl                the resolved recipe and source revision, then one line a step: what was optimised, schedule values, speed
+nan.jsonl                steps that were not finite: which terms, which images
 tensorboard/             the same as curves
 state.pt                 everything needed to go on, replaced atomically
 checkpoints/latest.safetensors   the teacher's backbone
@@ -37,6 +38,10 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
+
+    @property
+    def bad_steps(self) -> Path:
+        return self.path / "nan.jsonl"
 
     @property
     def checkpoint(self) -> Path:
@@ -94,16 +99,17 @@ class RunFolder:
 
     def keep_log_until(self, step: int) -> None:
         """Drop log lines of steps that will be taken again."""
-        if not self.log.is_file():
-            return
-        kept = []
-        for line in self.log.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                break  # a line cut short by a crash; whatever follows belongs to steps that will be taken again
-        self.write_text(self.log.name, "".join(f"{line}\n" for line in kept))
+        for log in (self.log, self.bad_steps):
+            if log.is_file():
+                kept = []
+                for line in log.read_text().splitlines():
+                    try:
+                        record = json.loads(line)
+                        if record.get("start", record)["step"] < step:
+                            kept.append(line)
+                    except (ValueError, KeyError, TypeError, AttributeError):
+                        break  # a line cut short by a crash; whatever follows belongs to steps that will be taken again
+                self.write_text(log.name, "".join(f"{line}\n" for line in kept))
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""What a run tells while it goes on: a line of JSON a step, curves, and words for whoever watches."""
+"""What a run tells while it goes on: lines of JSON, curves, and words for whoever watches.
+
+The first line of the log is `{"start": {...}}`: the resolved recipe, the data, the source revision; a resumed run adds another. Every other
+line is a step.
+"""
 
 import json
 import math
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -13,6 +18,19 @@ from tqdm import tqdm
 from training.run_folder import RunFolder
 
 LINE_EVERY_S = 15.0
+
+
+def read_steps(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log that belong to steps, in order; those that tell of a start, or were cut short, are left out."""
+    found = []
+    for line in log.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
 
 
 class NoLog:
@@ -34,12 +52,14 @@ class NoLog:
 class RunLog(NoLog):
     """The log file and the curves of a run that goes from `step` to `end`; a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, folder: RunFolder, step: int, end: int) -> None:
-        self.folder, self.first, self.end = folder, step, end
+    def __init__(self, folder: RunFolder, step: int, end: int, resolved: Mapping[str, Any]) -> None:
+        """`resolved`: the recipe, the data and the source revision, which head the lines of each start."""
+        self.folder, self.first, self.end, self.resolved = folder, step, end, resolved
         self.began = self.lined = time.monotonic()
 
     def __enter__(self) -> "RunLog":
         self.lines = self.folder.log.open("a", buffering=1)
+        self.lines.write(json.dumps({"start": {"step": self.first, **self.resolved}}) + "\n")
         self.curves = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.first)
         self.bar = tqdm(total=self.end, initial=self.first, unit="step", disable=not sys.stderr.isatty())
         return self
@@ -51,9 +71,11 @@ class RunLog(NoLog):
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """A line of JSON, a point of each curve, the bar."""
-        self.lines.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "epoch") and math.isfinite(value):
+        # JSON knows no NaN; null where a value is not finite.
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self.lines.write(json.dumps(finite) + "\n")
+        for name, value in finite.items():
+            if name not in ("step", "epoch") and value is not None:
                 self.curves.add_scalar(name, value, step)
         words = f"loss {record['loss']:.4f}, {record['images_per_s']:.1f} images/s"
         self.bar.update(1)

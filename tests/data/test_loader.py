@@ -10,7 +10,7 @@ import data.loader
 from data.crops import CropSpec, make_views, to_batch, view_rng
 from data.datasets import open_dataset
 from data.errors import InputError
-from data.loader import ViewLoader, epoch_order
+from data.loader import ViewLoader, Views, epoch_order
 from tests.data.pictures import encode, noise
 
 SPEC = CropSpec(global_px=16, local_px=8, n_local=2)
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def batches(loader: ViewLoader, epoch: int = 0, start: int = 0) -> list[list[torch.Tensor]]:
+def batches(loader: ViewLoader, epoch: int = 0, start: int = 0) -> list[Views]:
     return list(loader.epoch(epoch, start))
 
 
@@ -106,6 +106,7 @@ def test_corrupt_images_are_replaced_by_the_next_good_one_and_listed(folder: Pat
         # the views are drawn for the place in the order, so a repaired file changes no other image's views
         wanted = make_views(dataset.image(used), SPEC, view_rng(2, 0, index))
         assert torch.equal(found[position][0], to_batch([wanted[0]]))
+        assert found[position].names == (dataset.items[used].name,), "the image shown, not the one in its place"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,5 @@
 """Two processes learn what one learns: the same losses, the same weights, whatever the losses take over the batch."""
 
-import json
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from training import parallel
 from training.loop import train
 from training.recipe import Recipe
 from training.recipes import RECIPES
+from training.run_log import read_steps
 
 WORDS = {"source": "test", "revision": "none"}
 
@@ -82,10 +82,7 @@ def test_two_processes_equal_one(name: str, images: Path, tmp_path: Path, repo_r
     for process in start_two(repo_root, "-c", WORKER, name, str(images), str(tmp_path / "two")):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
-    logs = [
-        [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
-        for folder in ("one", "two")
-    ]
+    logs = [read_steps(tmp_path / folder / "log.jsonl") for folder in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 2
     for one, two in zip(*logs, strict=True):
         for key in {
@@ -129,7 +126,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(images: Path, tmp_p
     )
     processes = start_two(repo_root, "-m", "training", *words)
     log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 90
-    while not (log.is_file() and len(log.read_text().splitlines()) > 3):
+    while not (log.is_file() and len(read_steps(log)) > 3):
         assert time.monotonic() < deadline
         assert processes[0].poll() is None
         time.sleep(0.1)
@@ -137,7 +134,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(images: Path, tmp_p
     for process in processes:
         process.communicate(timeout=60)
     saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert saved["step"] == len(log.read_text().splitlines())
+    assert saved["step"] == len(read_steps(log))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(images: Path, tmp_path: Path, repo_root: Path) -> None:

@@ -18,6 +18,7 @@ from training.loop import Plan, train
 from training.methods import make_state
 from training.recipe import Recipe
 from training.recipes import RECIPES
+from training.run_log import read_steps
 from training.warm_start import resize_table, warm_start_
 
 WORDS = {"recipe_name": "smoke", "source": "test", "revision": "none"}
@@ -142,4 +143,4 @@ def test_the_command_goes_on_with_a_run_and_resumes(run: Path, images: Path, tmp
     found = load_backbone(tmp_path / "large" / "checkpoints" / "latest.safetensors")
     assert found.manifest.architecture["img_px"] == 64
     assert found.manifest.preprocess.size_px == 64
-    assert len((tmp_path / "large" / "log.jsonl").read_text().splitlines()) == 1
+    assert len(read_steps(tmp_path / "large" / "log.jsonl")) == 1

@@ -1,0 +1,115 @@
+"""Noticing while a run goes on what would spoil it: steps that are not finite, and signs of collapse.
+
+A step that is not finite changes nothing. It is said with its terms and its images, and kept in `nan.jsonl`; too many in a row end the run.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import CheckFailed
+from data.loader import Views
+from training import parallel
+from training.distillation import State
+from training.monitors import collapse_warning
+from training.recipe import Recipe
+from training.run_folder import RunFolder
+from training.run_log import NoLog, RunLog
+
+WATCH_EVERY = 10
+"""Steps between two looks at the monitors of collapse, which cost a decomposition each."""
+MAX_BAD_STEPS = 5
+"""So many steps in a row that are not finite end the run."""
+MAX_NAMED = 8
+
+
+class Watch:
+    """Sees every step of a run; all processes have one."""
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int, folder: RunFolder, log: NoLog) -> None:
+        self.recipe, self.steps_per_epoch, self.folder, self.log = recipe, steps_per_epoch, folder, log
+        self.bad_steps = 0
+
+    def looks_at(self, step: int) -> bool:
+        """Whether the monitors of collapse are wanted of this step: now and then, and at the end of an epoch."""
+        return step % WATCH_EVERY == 0 or step % self.steps_per_epoch == self.steps_per_epoch - 1
+
+    def see(self, step: int, found: Mapping[str, float], state: State[Any], views: Views) -> None:
+        """Take note of what a step found. Raises CheckFailed where too many in a row are not finite."""
+        bad = [name for name, value in found.items() if not math.isfinite(value)]
+        if bad:
+            self._see_bad(step, bad, found, state, views)
+        else:
+            self.bad_steps = 0
+            warning = collapse_warning(found, self.recipe.head.prototypes) if "feature_spread" in found else None
+            if warning and step % self.steps_per_epoch == self.steps_per_epoch - 1:
+                self.log.say(f"step {step}: collapse? {warning}")
+
+    def _see_bad(
+        self, step: int, bad: Sequence[str], found: Mapping[str, float], state: State[Any], views: Views
+    ) -> None:
+        self.bad_steps += 1
+        suspects = [views.names[i] for i in suspect_images(state, views)]
+        everywhere = parallel.gathered((suspects, views.names))
+        suspects = [name for some, _ in everywhere for name in some]
+        batch = [name for _, some in everywhere for name in some]
+        first = [name for name in bad if name == "loss" or not name.startswith("grad_norm")] or list(bad)
+        images = f"images {listed(suspects)}" if suspects else f"no image alone is to blame, batch {listed(batch)}"
+        self.log.say(f"step {step}: {', '.join(first)} not finite ({images}); the step changes nothing, see nan.jsonl")
+        if isinstance(self.log, RunLog):
+            values = {name: str(value) if name in bad else value for name, value in found.items()}
+            line = {"step": step, "not_finite": list(bad), "suspects": suspects, "batch": batch, "found": values}
+            with self.folder.bad_steps.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise CheckFailed(
+                f"{MAX_BAD_STEPS} steps in a row without a finite loss and gradient, last step {step} ({', '.join(first)}; {images}); "
+                "lower lr or the teacher temperature, and resume from the last state"
+            )
+
+    def check_weights(self, step: int, state: State[Any]) -> None:
+        """Raise CheckFailed where a weight is not finite, before it is written over good ones."""
+        sums = torch.stack([p.detach().float().sum() for p in state.student.parameters()])
+        if parallel.largest(int(not torch.isfinite(sums).all()), sums.device):
+            raise CheckFailed(
+                f"after step {step} weights are not finite and are not saved; lower lr and resume from the last state"
+            )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
+@torch.no_grad()
+def suspect_images(state: State[Any], views: Sequence[Tensor]) -> list[int]:
+    """Images of the batch whose pixels, features or logits are not finite, in student or teacher; none where all of them are.
+
+    Each image goes through alone, with running statistics where there is batch norm, so that one does not spoil the others.
+    """
+    bad_B = torch.stack([~finite_rows(view) for view in views]).any(dim=0)
+    for learner in (state.student, state.teacher if state.guide is None else state.guide):
+        if bad_B.any():
+            break
+        head = learner.head if hasattr(learner, "head") else learner.dino_head
+        was_training = learner.training
+        learner.eval()
+        for view in views:
+            bad_B |= ~finite_rows(logits(learner.backbone, head, view))
+        learner.train(was_training)
+    return [] if bad_B.all() else bad_B.nonzero().flatten().tolist()
+
+
+def logits(backbone: nn.Module, head: nn.Module, view_BCHW: Tensor) -> Tensor:
+    """Of each image alone."""
+    return torch.cat([head(backbone(image_CHW[None]).float()) for image_CHW in view_BCHW])
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """Whether all values of each row are finite, [B]."""
+    return torch.isfinite(x).flatten(1).all(dim=1)
