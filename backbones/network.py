@@ -1,8 +1,9 @@
 """A backbone with its heads as one network: what is served and what is exported."""
 
+import torch
 from torch import Tensor, nn
 
-from backbones.heads import DepthHead
+from backbones.heads import AnyDepthHead, SegmentationHead
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
@@ -11,28 +12,65 @@ from data.errors import InputError
 class Network(nn.Module):
     """Normalised pixels [B, 3, H, W] to every output that the backbone and its heads have."""
 
-    def __init__(self, backbone: ViT | ResNet, depth_head: DepthHead | None = None) -> None:
+    def __init__(
+        self,
+        backbone: ViT | ResNet,
+        depth_head: AnyDepthHead | None = None,
+        segmentation_head: SegmentationHead | None = None,
+    ) -> None:
         super().__init__()
-        if depth_head is not None and depth_head.spec.width_in != 2 * backbone.embed_dim:
-            raise InputError(
-                f"the depth head takes {depth_head.spec.width_in} features, this backbone gives {2 * backbone.embed_dim} "
-                "(patch and CLS); train a head on this backbone"
-            )
+        for name, head, parts in (("depth", depth_head, 2), ("segmentation", segmentation_head, 1)):
+            if head is not None:
+                check_fits(name, head, backbone, parts)
         self.backbone = backbone
         self.depth_head = depth_head
+        self.segmentation_head = segmentation_head
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """Names of the outputs, in the order in which `forward` gives them."""
         attention = ("attention",) if isinstance(self.backbone, ViT) else ()
         depth = ("depth",) if self.depth_head is not None else ()
-        return ("embedding", "patches", *attention, *depth)
+        classes = ("classes",) if self.segmentation_head is not None else ()
+        return ("embedding", "patches", *attention, *depth, *classes)
 
     def forward(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """`embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w] (ViT), `depth` [B, H, W] (with its head)."""
-        outputs = self.backbone.outputs(pixels_BCHW)
+        """`embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w] (ViT), and with their heads `depth`
+        [B, H, W] and `classes` int32 [B, H, W]."""
+        H, W = pixels_BCHW.shape[2:]
+        grid = (H // self.backbone.patch_px, W // self.backbone.patch_px)
+        layers = sorted({n for head in (self.depth_head, self.segmentation_head) if head for n in head.spec.layers})
+        made = self.backbone.outputs(pixels_BCHW, layers) if layers else self.backbone.outputs(pixels_BCHW)  # type: ignore[call-arg]
+        outputs = {name: made[name] for name in self.output_names if name in made}
         if self.depth_head is not None:
-            H, W = pixels_BCHW.shape[2:]
-            grid = (H // self.backbone.patch_px, W // self.backbone.patch_px)
-            outputs["depth"] = self.depth_head(outputs["patches"], outputs["embedding"], grid, (H, W))
+            patches_BND, cls_BD = self._read(made, self.depth_head.spec.layers, norm=False)
+            outputs["depth"] = self.depth_head(patches_BND, cls_BD, grid, (H, W))
+        if self.segmentation_head is not None:
+            patches_BND, _ = self._read(made, self.segmentation_head.spec.layers, norm=True)
+            outputs["classes"] = self.segmentation_head(patches_BND, grid, (H, W))
         return outputs
+
+    def _read(self, made: dict[str, Tensor], layers: tuple[int, ...], norm: bool) -> tuple[Tensor, Tensor]:
+        """Patches [B, N, L D] and CLS [B, L D] of the layers that a head reads, one after another."""
+        if not layers:
+            return made["patches"], made["embedding"]
+        assert isinstance(self.backbone, ViT)
+        tokens = [made[f"block{n}"] for n in layers]
+        joined_BTD = torch.cat([self.backbone.norm(x_BTD) if norm else x_BTD for x_BTD in tokens], dim=2)
+        return joined_BTD[:, 1 + self.backbone.spec.registers :], joined_BTD[:, 0]
+
+
+def check_fits(name: str, head: AnyDepthHead | SegmentationHead, backbone: ViT | ResNet, parts: int) -> None:
+    """Raise InputError where the head wants other features than the backbone has."""
+    layers = head.spec.layers
+    depth = backbone.spec.depth if isinstance(backbone, ViT) else 0
+    if layers and layers[-1] >= depth:
+        has = f"has blocks 0 to {depth - 1}" if depth else "has no blocks"
+        raise InputError(f"the {name} head reads blocks {list(layers)}, this backbone {has}; train a head on it")
+    given = parts * backbone.embed_dim * max(1, len(layers))
+    if head.spec.width_in != given:
+        what = "patch and CLS" if parts == 2 else "patches"
+        raise InputError(
+            f"the {name} head takes {head.spec.width_in} features, this backbone gives {given} ({what}); "
+            "train a head on this backbone"
+        )

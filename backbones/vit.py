@@ -27,7 +27,6 @@ VIT_SIZES: dict[str, tuple[int, int, int]] = {
 }
 """Width, depth and heads by name (Caron et al. 2021, table 1; Oquab et al. 2023, table 17)."""
 
-
 SUBSET_ABOVE = 0.1 + 1e-6  # the published 0.1 is a little more in float32
 """Share of skipped samples above which a batch of one size, too, runs its branches on a subset; below, every sample draws for itself, as in
 DINOv1. A packed sequence always takes subsets."""
@@ -364,19 +363,24 @@ class ViT(nn.Module):
         """Embedding [B, D]: CLS after the final norm."""
         return self.features(pixels_BCHW).cls
 
-    def outputs(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """Served outputs: `embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w].
+    def outputs(self, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Served outputs: `embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w]; and of the blocks
+        numbered in `layers` (for heads that read them) the tokens before the final norm, `blockK` [B, T, D].
 
         Attention is the last block's CLS row: softmax over all tokens, patch columns only, so that a row sums to less than 1.
         """
         h, w = (side // self.spec.patch_px for side in pixels_BCHW.shape[2:])
-        x_BTD = self.tokens(pixels_BCHW)
-        for block in self.blocks[:-1]:
-            x_BTD = block(x_BTD)
-        x_BTD, weights_BhT = self.blocks[-1].forward_with_cls_weights(x_BTD)  # type: ignore[operator]
+        x_BTD, read = self.tokens(pixels_BCHW), {}
+        for i, block in enumerate(self.blocks):
+            if i < self.spec.depth - 1:
+                x_BTD = block(x_BTD)
+            else:
+                x_BTD, weights_BhT = block.forward_with_cls_weights(x_BTD)  # type: ignore[operator]
+            if i in layers:
+                read[f"block{i}"] = x_BTD
         normed_BTD, first = self.norm(x_BTD), 1 + self.spec.registers
         attention = weights_BhT[:, :, first:].unflatten(2, (h, w))
-        return {"embedding": normed_BTD[:, 0], "patches": normed_BTD[:, first:], "attention": attention}
+        return {"embedding": normed_BTD[:, 0], "patches": normed_BTD[:, first:], "attention": attention, **read}
 
     def last_selfattention(self, pixels_BCHW: Tensor) -> Tensor:
         """Softmax weights of the last block, [B, heads, T, T]."""
@@ -397,10 +401,6 @@ class ViT(nn.Module):
         wanted = range(depth - n, depth) if isinstance(n, int) else n
         if not wanted or min(wanted) < 0 or max(wanted) >= depth:
             raise InputError(f"blocks {list(wanted)} were asked for; this backbone has blocks 0 to {depth - 1}")
-        x_BTD, found, first = self.tokens(pixels_BCHW), [], 1 + self.spec.registers
-        for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD)
-            if i in wanted:
-                out_BTD = self.norm(x_BTD) if norm else x_BTD
-                found.append((out_BTD[:, first:], out_BTD[:, 0]))
-        return found
+        made, first = self.outputs(pixels_BCHW, wanted), 1 + self.spec.registers
+        tokens = [made[f"block{i}"] for i in sorted(wanted)]
+        return [(x[:, first:], x[:, 0]) for x in ((self.norm(x) if norm else x) for x in tokens)]

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from backbones.checkpoints import MANIFEST_KEY, Backbone, load_backbone
-from backbones.heads import DepthHead, HeadManifest, load_depth_head
+from backbones.heads import AnyDepthHead, HeadManifest, load_depth_head
 from backbones.network import Network
 from data.errors import CheckFailed, InputError, run_cli
 from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime
@@ -59,7 +59,7 @@ def export_onnx(ckpt: str | Path, out: str | Path, depth_head: str | Path | None
         raise InputError(f"--out {out}: wanted the name of a file that ends in .onnx")
     backbone = load_backbone(ckpt)
     check_size(backbone)
-    head: DepthHead | None = None
+    head: AnyDepthHead | None = None
     heads: dict[str, HeadManifest] = {}
     if depth_head is not None:
         head, heads["depth"] = load_depth_head(depth_head, backbone.manifest.weights_sha256)
@@ -96,7 +96,7 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
-def write_graph(backbone: Backbone, head: DepthHead | None, heads: Mapping[str, HeadManifest], path: Path) -> None:
+def write_graph(backbone: Backbone, head: AnyDepthHead | None, heads: Mapping[str, HeadManifest], path: Path) -> None:
     """Trace with symbolic sizes and write the file with its manifests."""
     step = step_px(backbone.manifest)
     network = Network(backbone.model, head).eval()  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def parity_cases(backbone: Backbone) -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def check_parity(backbone: Backbone, head: DepthHead | None, path: Path) -> Parity:
+def check_parity(backbone: Backbone, head: AnyDepthHead | None, path: Path) -> Parity:
     """Compare the file with torch on random pixels. Raises CheckFailed, naming output and size, where they differ."""
     generator = np.random.default_rng(0)
     differences: dict[str, float] = {}

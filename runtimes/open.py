@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from backbones.checkpoints import load_backbone
-from backbones.heads import load_depth_head
+from backbones.heads import load_depth_head, load_segmentation_head
 from data.errors import InputError
 from runtimes.onnx_runtime import OnnxRuntime, check_one_build
 from runtimes.remote import REMOTE_SCHEMES, RemoteRuntime
@@ -12,23 +12,32 @@ from runtimes.torch_runtime import TorchRuntime
 
 
 def open_runtime(
-    ckpt: str | Path, *, device: str = "auto", threads: int | None = None, depth_head: str | Path | None = None
+    ckpt: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    depth_head: str | Path | None = None,
+    segmentation_head: str | Path | None = None,
 ) -> Runtime:
     """A runtime for a checkpoint, published weights, a Hugging Face folder, an .onnx, a catalog name or a server's address.
 
-    `threads` bounds the CPU threads; `depth_head` adds the output `depth` to a checkpoint. Raises InputError.
+    `threads` bounds the CPU threads; heads add the outputs `depth` and `classes` to a checkpoint. Raises InputError.
     """
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads}: wanted at least 1")
     name = str(ckpt)
     remote, exported = name.startswith(REMOTE_SCHEMES), name.lower().endswith(".onnx")
-    if depth_head is not None and (remote or exported):
-        raise InputError(f"{ckpt}: a depth head cannot be added to {'a server' if remote else 'an exported file'}")
+    for kind, head in (("depth", depth_head), ("segmentation", segmentation_head)):
+        if head is not None and (remote or exported):
+            where = "a server" if remote else "an exported file"
+            raise InputError(f"{ckpt}: a {kind} head cannot be added to {where}")
     if remote:
         return RemoteRuntime(name)
     if exported:
         return OnnxRuntime(name, device=device, threads=threads)
     check_one_build()  # said at every start, whichever engine runs
     backbone = load_backbone(ckpt)
-    head = None if depth_head is None else load_depth_head(depth_head, backbone.manifest.weights_sha256)[0]
-    return TorchRuntime(backbone, head, device=device, threads=threads)
+    fits = backbone.manifest.weights_sha256
+    depth = None if depth_head is None else load_depth_head(depth_head, fits)[0]
+    segmentation = None if segmentation_head is None else load_segmentation_head(segmentation_head, fits)[0]
+    return TorchRuntime(backbone, depth, segmentation, device=device, threads=threads)

@@ -19,13 +19,14 @@ class Runtime(ABC):
     device: str
     """Where it computes: cpu, cuda."""
     outputs: tuple[str, ...]
-    """Names that `run` can give: `embedding`, `patches`, and where the network has them `attention` and `depth`."""
+    """Names that `run` can give: `embedding`, `patches`, and where the network has them `attention`, `depth`, `classes`."""
 
     @abstractmethod
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         """The named outputs, float32, of normalised pixels float32 [N, 3, H, W]; safe to call from several threads.
 
-        `embedding` [N, D], `patches` [N, h*w, D], `attention` [N, heads, h, w], `depth` [N, H, W]. H and W are multiples of the patch.
+        `embedding` [N, D], `patches` [N, h*w, D], `attention` [N, heads, h, w], `depth` [N, H, W], `classes` [N, H, W] (int32).
+        H and W are multiples of the patch.
         Raises InputError for an unknown output, or pixels of another shape or type.
         """
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from backbones.checkpoints import Backbone
-from backbones.heads import DepthHead
+from backbones.heads import AnyDepthHead, SegmentationHead
 from backbones.network import Network
 from data.errors import InputError
 from runtimes.runtime import Runtime
@@ -19,7 +19,8 @@ class TorchRuntime(Runtime):
     def __init__(
         self,
         backbone: Backbone,
-        depth_head: DepthHead | None = None,
+        depth_head: AnyDepthHead | None = None,
+        segmentation_head: SegmentationHead | None = None,
         *,
         device: str = "auto",
         threads: int | None = None,
@@ -27,7 +28,7 @@ class TorchRuntime(Runtime):
         self.manifest = backbone.manifest
         self.name = "torch"
         self.device = pick_device(device)
-        self._network = Network(backbone.model, depth_head).to(self.device).eval()  # type: ignore[arg-type]
+        self._network = Network(backbone.model, depth_head, segmentation_head).to(self.device).eval()  # type: ignore[arg-type]
         self.outputs = self._network.output_names
         self._threads = threads
         self._lock = threading.Lock()
@@ -40,9 +41,16 @@ class TorchRuntime(Runtime):
             # torch warns of arrays that it could not write to, such as those that lie in a received message.
             writable = np.require(pixels_NCHW, requirements=["C", "W"])
             pixels = torch.from_numpy(writable).to(self.device)
-            # A depth map costs more than an embedding; it is left out unless it is wanted.
-            made = self._network(pixels) if "depth" in outputs else self._network.backbone.outputs(pixels)
-            return {name: made[name].float().cpu().numpy() for name in outputs}
+            # A map costs more than an embedding; maps are left out unless one is wanted.
+            mapped = "depth" in outputs or "classes" in outputs
+            made = self._network(pixels) if mapped else self._network.backbone.outputs(pixels)
+            return {name: as_array(made[name]) for name in outputs}
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """On the CPU, floats in float32; whole numbers stay what they are."""
+    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+    return array
 
 
 def pick_device(name: str) -> str:

@@ -9,7 +9,21 @@ import torch
 from safetensors.torch import save_file
 
 from backbones.checkpoints import CheckpointError, Manifest, load_backbone, load_tensors, save_backbone, save_tensors
-from backbones.heads import DepthHead, DepthHeadSpec, HeadManifest, LinearHead, LinearHeadSpec, load_head, save_head
+from backbones.heads import (
+    DepthHead,
+    DepthHeadSpec,
+    DptDepthHead,
+    HeadManifest,
+    LinearHead,
+    LinearHeadSpec,
+    SegmentationHead,
+    SegmentationHeadSpec,
+    load_depth_head,
+    load_head,
+    load_segmentation_head,
+    make_depth_head,
+    save_head,
+)
 from backbones.network import Network
 from backbones.resnet import ResNet, ResNetSpec
 from data.errors import InputError
@@ -26,6 +40,19 @@ def linear() -> LinearHead:
 
 def depth() -> DepthHead:
     head = DepthHead(DepthHeadSpec(width_in=128, bins=16, min_depth=0.5, max_depth=8.0))
+    randomise(head)
+    return head
+
+
+def segmentation(layers: tuple[int, ...] = ()) -> SegmentationHead:
+    head = SegmentationHead(SegmentationHeadSpec(n_classes=3, width_in=64 * max(1, len(layers)), layers=layers))
+    randomise(head)
+    return head
+
+
+def dpt(layers: tuple[int, ...] = (0, 1, 2, 3)) -> DptDepthHead:
+    head = make_depth_head(DepthHeadSpec(width_in=512, layers=layers, decoder="dpt", channels=8))
+    assert isinstance(head, DptDepthHead)
     randomise(head)
     return head
 
@@ -48,6 +75,30 @@ class TestRoundTrip:
         assert read.kind == "depth"
         assert found.spec == head.spec
         inputs = torch.randn(1, 6, 64), torch.randn(1, 64), (2, 3), (16, 24)
+        assert torch.equal(found(*inputs), head(*inputs))
+
+    @pytest.mark.parametrize("head", [segmentation(), segmentation((0, 1))])
+    def test_a_segmentation_head_with_the_names_of_its_classes(self, head: SegmentationHead, tmp_path: Path) -> None:
+        path = tmp_path / "head.safetensors"
+        manifest = HeadManifest(kind="", backbone_sha256=FITS, spec={}, classes=("floor", "wall", "bed"))
+        written = save_head(path, head, manifest)
+        found, read = load_segmentation_head(path, FITS)
+        assert read == written
+        assert (read.kind, read.classes, found.spec) == ("segmentation", ("floor", "wall", "bed"), head.spec)
+        patches = torch.randn(2, 6, head.spec.width_in)
+        assert torch.equal(found(patches, (2, 3), (16, 24)), head(patches, (2, 3), (16, 24)))
+        save_head(path, head, HeadManifest(kind="", backbone_sha256=FITS, spec={}, classes=("floor",)))
+        with pytest.raises(CheckpointError, match="names 1 classes and tells 3 apart"):
+            load_segmentation_head(path, FITS)
+        with pytest.raises(CheckpointError, match="is a segmentation head; wanted a depth head"):
+            load_depth_head(path, FITS)
+
+    def test_a_dpt_head_is_a_depth_head(self, tmp_path: Path) -> None:
+        head = dpt()
+        save_head(tmp_path / "head.safetensors", head, HeadManifest(kind="", backbone_sha256=FITS, spec={}))
+        found, read = load_depth_head(tmp_path / "head.safetensors", FITS)
+        assert (read.kind, found.spec) == ("depth", head.spec)
+        inputs = torch.randn(2, 6, 256), torch.randn(2, 256), (2, 3), (16, 24)
         assert torch.equal(found(*inputs), head(*inputs))
 
 
@@ -146,7 +197,87 @@ class TestDepth:
         assert found.max() <= 8.0
 
 
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            ((1, 0), "want numbers of blocks, rising"),
+            ((0, 0), "want numbers of blocks, rising"),
+            ((-1,), "want numbers of blocks"),
+            ("01", "want numbers of blocks"),
+            ((0, 1, 2), "does not divide into 2 x 3 parts"),
+        ],
+    )
+    def test_layers_that_make_no_sense_are_refused(self, layers: Any, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            DepthHeadSpec(width_in=128, layers=layers)
+
+    def test_dpt_reads_four_layers(self) -> None:
+        with pytest.raises(InputError, match="reads 4 layers"):
+            DepthHeadSpec(width_in=128, layers=(0, 1), decoder="dpt")
+        with pytest.raises(InputError, match="want linear or dpt"):
+            DepthHeadSpec(width_in=128, decoder="deep")  # type: ignore[arg-type]
+
+    def test_the_network_gives_depth_heads_raw_tokens_of_their_layers_and_segmentation_heads_normed_ones(self) -> None:
+        vit = small_vit()
+        head = DepthHead(DepthHeadSpec(width_in=256, bins=8, layers=(0, 1)))
+        randomise(head)
+        classes = segmentation((0, 1))
+        pixels = torch.randn(2, 3, 16, 24)
+        made = Network(vit, head, classes)(pixels)
+        raw, normed = (vit.intermediate_layers(pixels, (0, 1), norm=norm) for norm in (False, True))
+        patches, cls = (torch.cat([layer[k] for layer in raw], dim=-1) for k in (0, 1))
+        assert torch.equal(made["depth"], head(patches, cls, (2, 3), (16, 24)))
+        patches = torch.cat([layer[0] for layer in normed], dim=-1)
+        assert torch.equal(made["classes"], classes(patches, (2, 3), (16, 24)))
+
+    def test_a_layer_that_the_backbone_lacks_is_refused(self) -> None:
+        with pytest.raises(InputError, match=r"reads blocks \[0, 9\], this backbone has blocks 0 to 1"):
+            Network(small_vit(), segmentation_head=segmentation((0, 9)))
+        resnet = ResNet(ResNetSpec()).eval()
+        with pytest.raises(InputError, match="this backbone has no blocks"):
+            Network(resnet, segmentation_head=segmentation((0,)))
+
+
+class TestDpt:
+    def test_it_reads_any_grid_odd_ones_too_and_stays_within_its_range(self) -> None:
+        head = dpt()
+        for h, w in ((1, 1), (3, 5), (4, 4)):
+            found = head(torch.randn(2, h * w, 256) * 30, torch.randn(2, 256), (h, w), (8 * h, 8 * w))
+            assert found.shape == (2, 8 * h, 8 * w)
+            assert found.min() >= head.spec.min_depth - 1e-6
+            assert found.max() <= head.spec.max_depth + 1e-6
+
+    def test_each_layer_matters(self) -> None:
+        head = dpt()
+        head.decoder.last.bias.data.fill_(3.0)  # away from the floor
+        patches, cls = torch.randn(1, 6, 256), torch.randn(1, 256)
+        plain = head(patches, cls, (2, 3), (16, 24))
+        for level in range(4):
+            changed = patches.clone()
+            changed[:, :, 64 * level : 64 * (level + 1)] += 1.0
+            assert not torch.allclose(head(changed, cls, (2, 3), (16, 24)), plain)
+
+
+class TestSegmentation:
+    def test_each_pixel_gets_the_largest_of_the_enlarged_logits(self) -> None:
+        head = segmentation()
+        patches = torch.randn(2, 6, 64)
+        found = head(patches, (2, 3), (8, 12))
+        assert (found.shape, found.dtype) == ((2, 8, 12), torch.int32)
+        # the centre of a patch lies between pixels, so the corners, which are flat, tell the patch's own class
+        for y, x, patch in ((0, 0, 0), (0, -1, 2), (-1, 0, 3), (-1, -1, 5)):
+            logits = patches[:, patch] @ head.linear.weight.T + head.linear.bias
+            assert found[:, y, x].tolist() == logits.argmax(dim=1).tolist()
+
+
 class TestNetwork:
+    def test_a_vit_with_depth_and_classes(self) -> None:
+        network = Network(small_vit(), depth(), segmentation())
+        outputs = network(torch.randn(2, 3, 16, 24))
+        assert tuple(outputs) == network.output_names == ("embedding", "patches", "attention", "depth", "classes")
+        assert (outputs["classes"].shape, outputs["classes"].dtype) == ((2, 16, 24), torch.int32)
+
     def test_a_vit_with_depth(self) -> None:
         network = Network(small_vit(), depth())
         outputs = network(torch.randn(2, 3, 16, 24))
