@@ -37,8 +37,10 @@ def rank_classes(scores_NC: np.ndarray, labels_N: np.ndarray, guessable_NC: np.n
     """
     rows = np.arange(len(labels_N))
     own_N1 = scores_NC[rows, labels_N][:, None]
-    before_NC = np.arange(scores_NC.shape[1])[None, :] < labels_N[:, None]
-    rank_N = ((scores_NC > own_N1) | ((scores_NC == own_N1) & before_NC)).sum(axis=1).astype(np.int64)
+    rank_N = np.count_nonzero(scores_NC > own_N1, axis=1).astype(np.int64)
+    tied = np.flatnonzero(np.count_nonzero(scores_NC == own_N1, axis=1) > 1)
+    before = np.arange(scores_NC.shape[1])[None, :] < labels_N[tied, None]
+    rank_N[tied] += np.count_nonzero((scores_NC[tied] == own_N1[tied]) & before, axis=1)
     if guessable_NC is not None:
         rank_N = np.where(guessable_NC[rows, labels_N], rank_N, NOT_GUESSED)
     return Guesses(scores_NC.argmax(axis=1).astype(np.int64), rank_N)
@@ -74,6 +76,11 @@ def accuracy_metrics(
             ci95 = mean_interval95(guesses.rank_N < (5 if name == "top5" else 1), groups_N)
         metrics[name] = Metric(value, ci95, n)
     return metrics
+
+
+def mean_metric(scores_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metric:
+    """The mean over items as a metric, with its interval over items (or groups of them)."""
+    return Metric(float(np.mean(scores_N)), mean_interval95(scores_N, groups_N), len(scores_N))
 
 
 def _macro_interval95(correct_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarray | None) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from backbones.checkpoints import Manifest
-from data.errors import InputError
+from data.errors import CheckFailed, InputError
 from evaluators.baselines import BaselineName, open_baseline
 from evaluators.bootstrap import mean_interval95
 from evaluators.extract import ExtractSpec, FeatureTable, extract
@@ -210,8 +210,9 @@ def table_notes(what: str, table: FeatureTable) -> list[str]:
 def index_labels(train: FeatureTable, test: FeatureTable) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Class indices (int64) of both tables in the sorted union of their labels, and these labels.
 
-    Raises InputError where a row has no label.
+    Raises InputError where a row has no label, and as `check_tables` does.
     """
+    check_tables(train, test)
     for table in (train, test):
         if None in table.labels:
             raise InputError(f"{table.names[table.labels.index(None)]!r} has no label; wanted one for every image")
@@ -221,6 +222,28 @@ def index_labels(train: FeatureTable, test: FeatureTable) -> tuple[np.ndarray, n
         np.array([index[str(label)] for label in table.labels], dtype=np.int64) for table in (train, test)
     )
     return train_labels, test_labels, classes
+
+
+def check_tables(*tables: FeatureTable) -> None:
+    """Raise CheckFailed for features that are not finite, InputError for tables that are empty or of two widths."""
+    widths = {table.features.shape[1] for table in tables}
+    if len(widths) > 1:
+        raise InputError(f"the tables hold features of {sorted(widths)} numbers; wanted all from one network")
+    for table in tables:
+        if not len(table):
+            raise InputError("a table has no rows; wanted features of at least one image")
+        for name, values in table.columns.items():
+            bad = [row for row in range(len(values)) if not np.isfinite(values[row]).all()] if _any_odd(values) else []
+            if bad:
+                raise CheckFailed(
+                    f"{name} of {len(bad)} images is not finite, first of {table.names[bad[0]]!r}; nothing was evaluated"
+                )
+
+
+def _any_odd(values: np.ndarray, rows_at_once: int = 65_536) -> bool:
+    """Whether anything in an array is infinite or no number; its sum says so without a mask of its size."""
+    parts = range(0, len(values), rows_at_once)
+    return not all(np.isfinite(np.sum(values[start : start + rows_at_once], dtype=np.float64)) for start in parts)
 
 
 def index_groups(table: FeatureTable) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Features in, the weighted k-NN accuracy out (Wu et al. 2018; the protocol of DINO and DINOv2).
 
-Cosine similarity; each of the k nearest training images votes for its class with weight exp(similarity / T). All k
-share one search and one pass over the votes. Read in this order: nearest, votes, evaluate, run.
-Legend: n training images, q test images, k neighbours, C classes, D feature size.
+Cosine similarity; each of the k nearest training images votes for its class with weight exp(similarity / T). All k, and
+with --n-per-class every try of every small training set, share one pass over the similarities.
+Read in this order: KnnSpec, votes, classify, few_shot_voters, evaluate, run.
+Legend: n training images, q test images, c of a chunk, k neighbours, C classes, D feature size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ import tyro
 from torch import Tensor
 
 from data.errors import InputError, run_cli
-from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
+from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, mean_metric, rank_classes
 from evaluators.classification import (
     ClassificationRun,
     index_groups,
@@ -26,6 +27,7 @@ from evaluators.classification import (
     summary,
 )
 from evaluators.extract import FeatureTable
+from evaluators.neighbours import similarity_chunks, top_rows, unit_rows
 from evaluators.results import Measurement
 
 VERSION = 1
@@ -33,20 +35,25 @@ PROTOCOL_K = (10, 20, 100, 200)
 """Neighbour counts of both papers."""
 MIN_TEMPERATURE = 0.002
 """exp(1 / T) overflows double precision just below."""
-CHUNK_BYTES = 128 * 2**20
-"""Largest block of similarities held at a time; beside it memory holds the normalised training features."""
 MAX_SELECTION_QUERIES = 10_000
 """Training images (evenly spaced) that vote on k; more would cost as much as the test itself."""
+Vote = Literal["exp", "softmax"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnSpec:
     """The k-NN protocol."""
 
+    preset: Literal["dino", "dinov2"] = "dinov2"
+    """Votes: dino, exp(similarity / T); dinov2, its softmax over the most neighbours asked for. Both elect the same."""
     k: tuple[int, ...] | None = None
     """Neighbour counts; left out: 10 20 100 200, cut to the number of training images."""
     temperature: float = 0.07
     """T of the vote exp(similarity / T)."""
+    n_per_class: tuple[int, ...] = ()
+    """Also measure with only so many training images a class; k is cut to that number, which is a k itself."""
+    tries: int = 5
+    """Random training sets for each of --n-per-class; try t is drawn with seed t, as published."""
     select_on: Literal["train", "val"] = "train"
     """Where the k of the headline is chosen: leave-one-out on the training images, or, as published, on the test."""
 
@@ -55,46 +62,16 @@ class KnnSpec:
             raise InputError(f"--temperature {self.temperature}: wanted at least {MIN_TEMPERATURE} (published: 0.07)")
         if self.k is not None and (not self.k or min(self.k) < 1):
             raise InputError(f"--k {' '.join(map(str, self.k)) or '(empty)'}: wanted whole numbers of at least 1")
+        if min(self.n_per_class, default=1) < 1 or self.tries < 1:
+            raise InputError("--n-per-class and --tries: wanted whole numbers of at least 1")
+
+    @property
+    def vote(self) -> Vote:
+        """How a similarity becomes a vote."""
+        return "exp" if self.preset == "dino" else "softmax"
 
 
-def nearest(
-    train_nD: Tensor,
-    queries_qD: Tensor,
-    k: int,
-    train_groups_n: Tensor | None = None,
-    query_groups_q: Tensor | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, chunk by chunk of queries, the similarities [c, k] and rows [c, k] of the k nearest, nearest first.
-
-    Rows of both inputs have unit length. Equal similarities are ordered by row, also at the k-th place, so results do
-    not depend on how the search is cut. Training images of the query's own group are passed over (similarity -inf).
-    """
-    chunk = max(1, min(1024, CHUNK_BYTES // (4 * max(1, len(train_nD)))))
-    for start in range(0, len(queries_qD), chunk):
-        similarity = queries_qD[start : start + chunk] @ train_nD.T
-        if train_groups_n is not None and query_groups_q is not None:
-            own = query_groups_q[start : start + chunk, None] == train_groups_n[None, :]
-            similarity.masked_fill_(own, -torch.inf)
-        yield _stable_topk(similarity, k)
-
-
-def _stable_topk(similarity_cn: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, largest first, lowest column first among equals."""
-    n = similarity_cn.shape[1]
-    values, rows = similarity_cn.topk(min(k + 1, n), dim=1)
-    if n > k:
-        # topk may keep either of two equals; where the last kept equals the first left out, rank the row in full.
-        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        values, rows = values[:, :k].contiguous(), rows[:, :k].contiguous()
-        for i in tied.tolist():
-            rows[i] = similarity_cn[i].sort(descending=True, stable=True).indices[:k]
-            values[i] = similarity_cn[i, rows[i]]
-    rows, order = rows.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, rows.gather(1, order)
-
-
-def vote_weights(similarity_ck: Tensor, temperature: float, kind: Literal["exp", "softmax"] = "exp") -> Tensor:
+def vote_weights(similarity_ck: Tensor, temperature: float, kind: Vote = "exp") -> Tensor:
     """Weight of each neighbour's vote, float64: exp(s / T) as DINO, or its softmax over the row as DINOv2.
 
     A row's softmax is its exp divided by one number, so both elect the same classes.
@@ -113,37 +90,64 @@ def votes(weights_ck: Tensor, labels_ck: Tensor, ks: tuple[int, ...], n_classes:
         yield total_cC
 
 
+@dataclass(frozen=True)
+class Voters:
+    """Training images that vote, and the ascending neighbour counts that are asked of them."""
+
+    ks: tuple[int, ...]
+    rows: Tensor | None = None
+    """Rows of the training features; None: all."""
+
+
 def classify(
     train_nD: Tensor,
     train_labels_n: Tensor,
-    queries_qD: Tensor,
+    queries_qD: np.ndarray | Tensor,
     query_labels_q: np.ndarray,
     n_classes: int,
-    ks: tuple[int, ...],
+    voters: Sequence[Voters],
     temperature: float,
+    vote: Vote = "exp",
     groups: tuple[Tensor, Tensor] | None = None,
-) -> dict[int, Guesses]:
-    """Guesses for every query at every k of the ascending `ks`; features have unit rows. `groups`: see `nearest`."""
-    chunks: dict[int, list[Guesses]] = {k: [] for k in ks}
-    start = 0
-    for similarity, rows in nearest(train_nD, queries_qD, ks[-1], *(groups or (None, None))):
-        weights = vote_weights(similarity, temperature)
-        labels = query_labels_q[start : start + len(rows)]
-        for k, votes_cC in zip(ks, votes(weights, train_labels_n[rows], ks, n_classes), strict=True):
-            tally = votes_cC.numpy()
-            chunks[k].append(rank_classes(tally, labels, guessable_NC=tally > 0))
-        start += len(rows)
-    return {
-        k: Guesses(
-            np.concatenate([part.predicted_N for part in parts]), np.concatenate([part.rank_N for part in parts])
-        )
-        for k, parts in chunks.items()
-    }
+) -> list[dict[int, Guesses]]:
+    """Guesses for every query at every k, for each of `voters`; the training features have unit rows.
+
+    `groups` of training images and queries: no image votes on a query of its own group.
+    """
+    chunks: list[dict[int, list[Guesses]]] = [{k: [] for k in some.ks} for some in voters]
+    for start, similarity_cn in similarity_chunks(train_nD, queries_qD):
+        truth = query_labels_q[start : start + len(similarity_cn)]
+        if groups is not None:
+            own = groups[1][start : start + len(similarity_cn), None] == groups[0][None, :]
+            similarity_cn.masked_fill_(own, -torch.inf)
+        for some, parts in zip(voters, chunks, strict=True):
+            seen_cn = similarity_cn if some.rows is None else similarity_cn.index_select(1, some.rows)
+            values, rows = top_rows(seen_cn, some.ks[-1])
+            labels_ck = train_labels_n[rows if some.rows is None else some.rows[rows]]
+            weights = vote_weights(values, temperature, vote)
+            for k, votes_cC in zip(some.ks, votes(weights, labels_ck, some.ks, n_classes), strict=True):
+                tally = votes_cC.numpy()
+                parts[k].append(rank_classes(tally, truth, guessable_NC=tally > 0))
+    return [{k: _joined(parts) for k, parts in by_k.items()} for by_k in chunks]
 
 
-def unit_rows(features_nD: np.ndarray) -> Tensor:
-    """A copy with rows of length 1; an all-zero row stays zero and is equally far from everything."""
-    return torch.nn.functional.normalize(torch.tensor(features_nD, dtype=torch.float32), dim=1)
+def _joined(parts: Sequence[Guesses]) -> Guesses:
+    return Guesses(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("predicted_N", "rank_N")))
+
+
+def few_shot_voters(labels_n: np.ndarray, n_per_class: int, tries: int, spec_ks: Sequence[int]) -> list[Voters]:
+    """Random training sets of `n_per_class` images a class (all of a class that has fewer), one a try.
+
+    As DINOv2 draws them: a fresh generator with seed t, one permutation a class in order; k is cut to `n_per_class`.
+    """
+    ks = tuple(sorted({k for k in spec_ks if k <= n_per_class} | {n_per_class}))
+    members = [torch.from_numpy(np.flatnonzero(labels_n == label)) for label in np.unique(labels_n)]
+    voters = []
+    for seed in range(tries):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.cat([of[torch.randperm(len(of), generator=generator)[:n_per_class]] for of in members])
+        voters.append(Voters(tuple(sorted({min(k, len(rows)) for k in ks})), rows))
+    return voters
 
 
 def neighbour_counts(spec: KnnSpec, n_train: int) -> tuple[tuple[int, ...], list[str]]:
@@ -158,16 +162,20 @@ def neighbour_counts(spec: KnnSpec, n_train: int) -> tuple[tuple[int, ...], list
 
 
 def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec()) -> Measurement:
-    """The k-NN accuracy of `test` against `train`, both with labels. Raises InputError for an impossible k."""
+    """The k-NN accuracy of `test` against `train`, both with labels.
+
+    Raises InputError for an impossible k, CheckFailed for features that are not finite.
+    """
     ks, notes = neighbour_counts(spec, len(train))
     train_labels_n, test_labels_q, classes = index_labels(train, test)
-    bank_nD = unit_rows(train.features)
-    bank_labels_n = torch.from_numpy(train_labels_n)
-    guesses = classify(
-        bank_nD, bank_labels_n, unit_rows(test.features), test_labels_q, len(classes), ks, spec.temperature
+    bank_nD, bank_labels_n = unit_rows(train.features), torch.from_numpy(train_labels_n)
+    shots = {n: few_shot_voters(train_labels_n, n, spec.tries, spec.k or PROTOCOL_K) for n in spec.n_per_class}
+    all_voters = [Voters(ks), *(one for tries in shots.values() for one in tries)]
+    guesses, *few = classify(
+        bank_nD, bank_labels_n, test.features, test_labels_q, len(classes), all_voters, spec.temperature, spec.vote
     )
     grid: list[dict[str, Any]] = [{"k": k, **accuracies(guesses[k], test_labels_q, len(classes))} for k in ks]
-    left_out = _leave_one_out(bank_nD, train_labels_n, index_groups(train), len(classes), ks, spec.temperature)
+    left_out = _leave_one_out(bank_nD, train_labels_n, index_groups(train), len(classes), ks, spec)
     for entry, accuracy in zip(grid, left_out, strict=True):
         entry["train_left_out_top1"] = accuracy
     by = "train_left_out_top1" if spec.select_on == "train" else "top1"
@@ -176,9 +184,14 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec())
     groups_q = index_groups(test)
     metrics = accuracy_metrics(guesses[chosen], test_labels_q, len(classes), groups_q)
     metrics["top1_best_on_val"] = accuracy_metrics(guesses[best], test_labels_q, len(classes), groups_q)["top1"]
+    for n in shots:
+        of_n, few = few[: spec.tries], few[spec.tries :]
+        hits_q = np.mean([by_k[max(by_k)].correct_N for by_k in of_n], axis=0)
+        metrics[f"top1_{n}_per_class"] = mean_metric(hits_q, groups_q)
+        grid += few_shot_entries(n, of_n)
     return Measurement(
         evaluator="knn",
-        protocol=f"weighted k-NN, cosine, votes exp(similarity / {spec.temperature:g}), all training images",
+        protocol=f"weighted k-NN, cosine, votes {spec.vote}(similarity / {spec.temperature:g}), all training images",
         version=VERSION,
         metrics=metrics,
         headline="top1",
@@ -199,26 +212,31 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec())
     )
 
 
+def few_shot_entries(n_per_class: int, tries: Sequence[dict[int, Guesses]]) -> list[dict[str, Any]]:
+    """Grid entries of one size of training set: mean and standard deviation of top-1 over its tries, for each k."""
+    entries = []
+    for k in tries[0]:
+        top1 = [float(by_k[k].correct_N.mean()) for by_k in tries]
+        entry: dict[str, Any] = {"k": k, "n_per_class": n_per_class, "tries": len(tries), "top1": float(np.mean(top1))}
+        entries.append(entry | {"top1_std": float(np.std(top1, ddof=1)) if len(top1) > 1 else None})
+    return entries
+
+
 def _leave_one_out(
     bank_nD: Tensor,
     labels_n: np.ndarray,
     groups_n: np.ndarray,
     n_classes: int,
     ks: tuple[int, ...],
-    temperature: float,
+    spec: KnnSpec,
 ) -> list[float]:
     """Top-1 on training images, each judged by the others that are not of its group, for every k."""
     rows = np.unique(np.linspace(0, len(labels_n) - 1, min(len(labels_n), MAX_SELECTION_QUERIES)).astype(np.int64))
     groups = torch.from_numpy(groups_n)
-    guesses = classify(
-        bank_nD,
-        torch.from_numpy(labels_n),
-        bank_nD[rows],
-        labels_n[rows],
-        n_classes,
-        ks,
-        temperature,
-        (groups, groups[rows]),
+    labels = torch.from_numpy(labels_n)
+    queries_qD, between = bank_nD[rows], (groups, groups[rows])
+    (guesses,) = classify(
+        bank_nD, labels, queries_qD, labels_n[rows], n_classes, [Voters(ks)], spec.temperature, groups=between
     )
     return [float(guesses[k].correct_N.mean()) for k in ks]
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.errors import InputError
+from data.errors import CheckFailed, InputError
 from evaluators.accuracy import rank_classes
 from evaluators.extract import FeatureTable
-from evaluators.knn import KnnSpec, classify, evaluate, nearest, unit_rows, vote_weights, votes
+from evaluators.knn import KnnSpec, Voters, classify, evaluate, few_shot_voters, vote_weights, votes
+from evaluators.neighbours import nearest, unit_rows
 from tests.oracles.knn import knn_votes
 
 
@@ -33,7 +34,7 @@ def table(features: np.ndarray, labels: list[str], groups: list[str] | None = No
 def test_votes_equal_the_official_ones_of_both_versions(golden) -> None:
     io, results = golden
     ks = tuple(results["ks"])
-    (similarity, rows) = next(nearest(io["train_features"], io["test_features"], max(ks)))
+    ((similarity, rows),) = nearest(io["train_features"], io["test_features"], max(ks))
     labels = io["train_labels"][rows]
     softmax = vote_weights(similarity, results["temperature"], "softmax")
     for k, got in zip(ks, votes(softmax, labels, ks, 12), strict=True):
@@ -46,7 +47,8 @@ def test_accuracies_equal_the_official_ones(golden) -> None:
     io, results = golden
     ks = tuple(results["ks"])
     labels = io["test_labels"].numpy()
-    guesses = classify(io["train_features"], io["train_labels"], io["test_features"], labels, 12, ks, 0.07)
+    train = (io["train_features"], io["train_labels"])
+    (guesses,) = classify(*train, io["test_features"], labels, 12, [Voters(ks)], 0.07)
     for k in ks:
         official = results["results"][str(k)]
         top1, top5 = 100 * np.mean(guesses[k].rank_N == 0), 100 * np.mean(guesses[k].rank_N < 5)
@@ -66,7 +68,7 @@ def test_brute_force_agrees_on_small_and_awkward_sets(n_train: int) -> None:
     queries = rng.normal(size=(23, 5)).astype(np.float32)
     truth = rng.integers(0, 4, 23)
     ks = tuple(sorted({1, 2, min(10, n_train), n_train}))
-    got = classify(unit_rows(train), torch.from_numpy(labels), unit_rows(queries), truth, 4, ks, 0.07)
+    (got,) = classify(unit_rows(train), torch.from_numpy(labels), queries, truth, 4, [Voters(ks)], 0.07)
     for k in ks:
         tally = np.array([knn_votes(train.tolist(), labels.tolist(), q, k, 0.07, 4) for q in queries.tolist()])
         wanted = rank_classes(tally, truth, guessable_NC=tally > 0)
@@ -88,7 +90,7 @@ def test_chunking_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) ->
     train = torch.randint(-1, 2, (50, 4), generator=generator).float()
     queries = torch.randint(-1, 2, (33, 4), generator=generator).float()
     ((whole_values, whole_rows),) = nearest(train, queries, 7)
-    monkeypatch.setattr("evaluators.knn.CHUNK_BYTES", 4 * 50 * 5)
+    monkeypatch.setattr("evaluators.neighbours.CHUNK_BYTES", 4 * 50 * 5)
     chunks = list(nearest(train, queries, 7))
     assert len(chunks) == 7
     torch.testing.assert_close(torch.cat([values for values, _ in chunks]), whole_values)
@@ -153,3 +155,56 @@ def test_leave_one_out_never_asks_another_view_of_the_same_thing() -> None:
 def test_impossible_settings_are_refused(k: tuple[int, ...], temperature: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
         KnnSpec(k=k, temperature=temperature)
+
+
+def test_each_try_of_a_small_training_set_is_the_search_among_its_images_alone() -> None:
+    rng = np.random.default_rng(5)
+    features, labels = rng.normal(size=(90, 6)).astype(np.float32), np.arange(90) % 3
+    queries, truth = rng.normal(size=(40, 6)).astype(np.float32), rng.integers(0, 3, 40)
+    tries = few_shot_voters(labels, 7, 3, (1, 5, 10))
+    assert [some.ks for some in tries] == [(1, 5, 7)] * 3
+    assert len({tuple(some.rows.tolist()) for some in tries}) == 3
+    together = classify(unit_rows(features), torch.from_numpy(labels), queries, truth, 3, tries, 0.07)
+    for some, found in zip(tries, together, strict=True):
+        rows = some.rows.numpy()
+        assert np.bincount(labels[rows]).tolist() == [7, 7, 7]
+        bank = unit_rows(features[rows])
+        (alone,) = classify(bank, torch.from_numpy(labels[rows]), queries, truth, 3, [Voters(some.ks)], 0.07)
+        for k in some.ks:
+            np.testing.assert_array_equal(found[k].predicted_N, alone[k].predicted_N)
+            np.testing.assert_array_equal(found[k].rank_N, alone[k].rank_N)
+
+
+def test_few_shot_figures_are_means_over_tries_and_stand_beside_the_full_set() -> None:
+    rng = np.random.default_rng(3)
+    labels = [str(i % 3) for i in range(90)]
+    features = np.eye(3)[[int(label) for label in labels]] + rng.normal(scale=0.8, size=(90, 3))
+    train, test = table(features[:60], labels[:60]), table(features[60:], labels[60:])
+    found = evaluate(train, test, KnnSpec(k=(1, 5, 20), n_per_class=(2, 30), tries=4))
+    few = [entry for entry in found.grid if entry.get("n_per_class") == 2]
+    assert [entry["k"] for entry in few] == [1, 2]
+    assert found.metrics["top1_2_per_class"].value == pytest.approx(few[-1]["top1"])
+    assert few[-1]["top1_std"] > 0
+    whole = next(entry for entry in found.grid if entry["k"] == 20 and "n_per_class" not in entry)
+    capped = next(entry for entry in found.grid if entry["k"] == 20 and entry.get("n_per_class") == 30)
+    assert capped["top1"] == pytest.approx(whole["top1"])  # no class has 30: every try is the whole set
+    assert found.metrics["top1"] == evaluate(train, test, KnnSpec(k=(1, 5, 20))).metrics["top1"]
+
+
+def test_both_presets_elect_the_same_classes() -> None:
+    rng = np.random.default_rng(1)
+    train = table(rng.normal(size=(80, 8)), [str(i % 5) for i in range(80)])
+    test = table(rng.normal(size=(60, 8)), [str(i % 5) for i in range(60)])
+    v1, v2 = (evaluate(train, test, KnnSpec(preset=preset, k=(5, 20))) for preset in ("dino", "dinov2"))
+    np.testing.assert_array_equal(v1.predictions["predicted"], v2.predictions["predicted"])
+    assert ("exp" in v1.protocol, "softmax" in v2.protocol) == (True, True)
+
+
+def test_features_that_are_not_finite_or_of_two_widths_are_refused() -> None:
+    good = table(np.eye(4), ["a", "b", "a", "b"])
+    spoilt = np.eye(4)
+    spoilt[2, 1] = np.nan
+    with pytest.raises(CheckFailed, match="embedding of 1 images is not finite, first of 'image2'"):
+        evaluate(good, table(spoilt, ["a", "b", "a", "b"]), KnnSpec(k=(1,)))
+    with pytest.raises(InputError, match=r"features of \[3, 4\] numbers"):
+        evaluate(good, table(np.eye(3), ["a", "b", "a"]), KnnSpec(k=(1,)))

@@ -1,0 +1,134 @@
+"""Unit features in, the exact nearest rows out: the one search behind k-NN, retrieval and copy detection.
+
+Similarities are one matrix product a chunk of queries, in a buffer that is used again, so memory holds the database and
+two chunks. Selecting k of n must not cost as much as the product: the k-th largest of the maxima of n / GROUP groups is
+a lower bound of the k-th largest similarity, and only the few entries that reach it are sorted. Groups are strided, so
+that images of one class, which lie side by side in most sets, fall into different ones.
+Read in this order: unit_rows, similarity_chunks, top_rows, nearest.
+Legend: n database rows, q queries, c queries of a chunk, k neighbours, D feature size.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK_QUERIES = 256
+CHUNK_BYTES = 128 * 2**20
+"""Largest block of similarities held at a time."""
+GROUP = 32
+"""Columns that share a maximum."""
+MIN_GROUPS = 4
+"""Groups wanted for each neighbour; with fewer, whole rows are sorted."""
+MAX_HITS = 8
+"""A row with more entries above its bound than this times k (ties) is sorted as a whole."""
+
+
+def unit_rows(features_nD: np.ndarray | Tensor) -> Tensor:
+    """A float32 copy with rows of length 1; an all-zero row stays zero and is equally far from everything."""
+    rows_nD = (
+        torch.tensor(features_nD, dtype=torch.float32) if isinstance(features_nD, np.ndarray) else features_nD.clone()
+    )
+    rows_nD /= torch.linalg.vector_norm(rows_nD, dim=1, keepdim=True).clamp_min(1e-12)
+    return rows_nD
+
+
+def similarity_chunks(
+    bank_nD: Tensor, queries_qD: np.ndarray | Tensor, cosine: bool = True
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first query's row and the similarities [c, n] of each chunk; the tensor is overwritten by the next.
+
+    `bank_nD` has unit rows. Queries are brought to length 1 a chunk at a time, unless `cosine` is off.
+    """
+    n = len(bank_nD)
+    chunk = max(1, min(CHUNK_QUERIES, CHUNK_BYTES // (4 * max(1, n)), len(queries_qD)))
+    buffer_cn = torch.empty(chunk, n)
+    for start in range(0, len(queries_qD), chunk):
+        queries = queries_qD[start : start + chunk]
+        queries_cD = unit_rows(queries) if cosine else torch.as_tensor(queries)
+        similarity_cn = buffer_cn[: len(queries_cD)]
+        torch.mm(queries_cD, bank_nD.T, out=similarity_cn)
+        yield start, similarity_cn
+
+
+def top_rows(similarity_cn: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns, [c, k] each, largest first, lowest column first among equals.
+
+    Exact, also where equals lie on both sides of the k-th place. The values are finite or -inf.
+    """
+    c, n = similarity_cn.shape
+    k = min(k, n)
+    values_cn = similarity_cn.numpy()
+    if n // GROUP < MIN_GROUPS * k:
+        return _sorted_rows(values_cn, k)
+    bound_c = _lower_bound(similarity_cn, k)
+    hits = np.flatnonzero(values_cn >= bound_c[:, None])
+    ends_c = np.searchsorted(hits, np.arange(1, c + 1) * n)
+    counts_c = np.diff(ends_c, prepend=0)
+    few_c = counts_c <= MAX_HITS * k
+    if not few_c.all():
+        many = np.flatnonzero(~few_c)
+        hits = hits[few_c[hits // n]]
+        counts_c = np.where(few_c, counts_c, 0)
+    row_of_hit = np.repeat(np.arange(c), counts_c)
+    columns = hits - row_of_hit * n
+    slots = np.arange(len(hits)) - np.repeat(np.cumsum(counts_c) - counts_c, counts_c)
+    keys_cL = np.full((c, max(k, int(counts_c.max(initial=0)))), np.iinfo(np.int64).min)
+    keys_cL[row_of_hit, slots] = _keys(values_cn.reshape(-1)[hits], columns)
+    values, rows = _take(keys_cL, k)
+    if not few_c.all():
+        values[many], rows[many] = _sorted_rows(values_cn[many], k)
+    return values, rows
+
+
+def _lower_bound(similarity_cn: Tensor, k: int) -> np.ndarray:
+    """For each row, the k-th largest of the maxima of its groups: at least k entries reach it."""
+    n = similarity_cn.shape[1]
+    per_group = n // GROUP
+    maxima_cm = similarity_cn[:, : GROUP * per_group].unflatten(1, (GROUP, per_group)).amax(dim=1).numpy()
+    bound_c: np.ndarray = np.partition(maxima_cm, per_group - k, axis=1)[:, per_group - k]
+    return bound_c
+
+
+def _sorted_rows(values_cn: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    return _take(_keys(values_cn, np.arange(values_cn.shape[1])), k)
+
+
+def _keys(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Value and column in one int64 that sorts by value, then by falling column: sorting numbers needs no index."""
+    bits = (values + np.float32(0)).view(np.int32)  # + 0 makes -0 the same as 0
+    ordered = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    keys: np.ndarray = (ordered.astype(np.int64) << 32) | (0xFFFFFFFF - columns)
+    return keys
+
+
+def _take(keys_cL: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest keys of each row, largest first, as values and columns."""
+    length = keys_cL.shape[1]
+    if length > 4 * k:
+        keys_cL = np.partition(keys_cL, length - k, axis=1)[:, length - k :]
+    best_ck = np.sort(keys_cL, axis=1)[:, : -k - 1 : -1]
+    columns = 0xFFFFFFFF - (best_ck & 0xFFFFFFFF)
+    ordered = (best_ck >> 32).astype(np.int32)
+    values = (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return torch.from_numpy(values), torch.from_numpy(columns)
+
+
+def nearest(
+    bank_nD: Tensor,
+    queries_qD: np.ndarray | Tensor,
+    k: int,
+    bank_groups_n: Tensor | None = None,
+    query_groups_q: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, chunk by chunk of queries, the similarities [c, k] and rows [c, k] of the k nearest, nearest first.
+
+    `bank_nD` has unit rows. Equal similarities are ordered by row, also at the k-th place, so results do not depend on
+    how the search is cut. Database rows of the query's own group are passed over (similarity -inf).
+    """
+    for start, similarity_cn in similarity_chunks(bank_nD, queries_qD):
+        if bank_groups_n is not None and query_groups_q is not None:
+            own = query_groups_q[start : start + len(similarity_cn), None] == bank_groups_n[None, :]
+            similarity_cn.masked_fill_(own, -torch.inf)
+        yield top_rows(similarity_cn, k)
