@@ -107,6 +107,17 @@ def whole_view(image_HWC: np.ndarray, pre: Preprocess, size_px: int | None = Non
     return normalise(_resize(image_HWC, side, pre, None), pre)
 
 
+def fit_view(image_HWC: np.ndarray, pre: Preprocess, longest_px: int) -> np.ndarray:
+    """The whole image with its own aspect, shrunk (never enlarged) until its long side fits: float32 [3,H,W].
+
+    Lanczos, as DINO's retrieval evaluation. Sides need not be multiples of a patch.
+    """
+    check_view_px(longest_px, "size")
+    image = Image.fromarray(image_HWC)
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    return normalise(np.asarray(image), pre)
+
+
 def normalise(image_HWC: np.ndarray, pre: Preprocess) -> np.ndarray:
     """uint8 [H,W,3] to float32 [3,H,W]: (x / 255 - mean) / std by a table of 256 values a channel, so exactly."""
     tables = _tables(pre.mean, pre.std)

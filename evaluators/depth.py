@@ -45,13 +45,14 @@ from evaluators.results import (
 )
 from evaluators.rgbd import MeasuredDepth, open_rgbd
 from evaluators.splits import Splits, hash_bucket, held_out_words, parts_to_hold_out
+from evaluators.view_batches import ViewSpec
 from runtimes.open import open_runtime
 
 VERSION = 1
 HEADLINE = "abs_rel"
 FOLDS = 5
 """Parts the training images are cut into by a hash of their scene; some of them choose the learning rate."""
-EXTRACT = ExtractSpec(columns=("embedding", "patches"), view="whole")
+EXTRACT = ExtractSpec(columns=("embedding", "patches"), view=ViewSpec(view="whole"))
 FEATURES = "patches+cls of whole views"
 """The head manifest's word for what goes in."""
 ON_TRAIN = f"train_held_out_{HEADLINE}"
@@ -276,7 +277,7 @@ def run(
         context = Context(
             model=describe_model(options.ckpt, runtime),
             data=describe_data(options.data, splits, counts),
-            preprocess=manifest.preprocess.to_json() | {"view": EXTRACT.view},
+            preprocess=manifest.preprocess.to_json() | {"view": EXTRACT.view.view},
             timing=timing,
             environment=describe_environment(runtime.device, options.threads),
         )

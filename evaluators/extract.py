@@ -2,35 +2,40 @@
 
 Every evaluator takes its features from here, so all see the same images through the same preprocessing (the one in
 the manifest of whatever runs), and a second evaluator finds the first one's features in the cache.
+Read in this order: ExtractSpec, extract, features_of, FeatureTable.
 Legend: n rows kept, D feature size, N patches.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from data.datasets import Dataset
-from data.decode import DecodeError
 from data.errors import CheckFailed, InputError
-from data.preprocess import Preprocess, center_view, whole_view
 from evaluators.feature_cache import FeatureStore, cache_key, open_store
 from evaluators.splits import group_of
-from runtimes.runtime import Runtime
+from evaluators.view_batches import Batch, ViewSpec, decoded_batches
+from runtimes.runtime import Runtime, step_px
+from runtimes.torch_runtime import TorchRuntime
 
-View = Literal["center", "whole"]
-"""`center`: resize and centre crop, as embeddings are served. `whole`: the whole image, as maps and depth are."""
-Column = Literal["embedding", "patch_mean", "patches"]
-"""`embedding` [n, D] (CLS after the last norm), `patch_mean` [n, D] (mean of the patch tokens), `patches` [n, N, D]."""
+Column = Literal["embedding", "patch_mean", "patch_gem", "patches", "cls_last4"]
+"""`embedding` [n, D] (CLS after the last norm); of the patch tokens, `patch_mean` [n, D], `patch_gem` [n, D]
+(generalised mean of power 4) or all `patches` [n, N, D]; `cls_last4` [n, 4 D], CLS of the last 4 blocks, oldest first."""
+LEFT_OUT_IF_MISSING: tuple[Column, ...] = ("patch_mean", "cls_last4")
+"""Columns that some runtimes cannot give, and that evaluators do without."""
 
 MAX_CORRUPT_SHARE = 0.05
 """More unreadable images than this share, and the figures would be about another data set."""
 SAVE_EVERY_BATCHES = 20
+GEM_POWER, GEM_FLOOR = 4.0, 1e-6
+"""Of DINO's copy detection."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +90,25 @@ class ExtractSpec:
     """How a network is run over a data set."""
 
     columns: tuple[Column, ...] = ("embedding", "patch_mean")
-    """A column the runtime has no output for is an error, except `patch_mean`, which is then left out."""
-    view: View = "center"
+    """A column the runtime cannot give is an error, except those that are `LEFT_OUT_IF_MISSING`."""
+    view: ViewSpec = field(default_factory=ViewSpec)
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which each view is shown; with several, embeddings are averaged and brought to length 1."""
     batch_size: int = 64
+    workers: int = 1
+    """Threads that decode images."""
     max_corrupt_share: float = MAX_CORRUPT_SHARE
     cache_dir: Path | None = None
     """Root of the feature cache; None: features stay in memory."""
     group_column: str | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size}: wanted at least 1")
+        if self.batch_size < 1 or self.workers < 1:
+            raise InputError(f"--batch-size {self.batch_size}, --workers {self.workers}: wanted at least 1 of each")
+        if not self.scales or not all(0.01 <= scale <= 4 for scale in self.scales):
+            raise InputError(f"--scales {' '.join(map(str, self.scales)) or '(empty)'}: wanted sizes from 0.01 to 4")
+        if self.scales != (1.0,) and self.columns != ("embedding",):
+            raise InputError("several scales are for embeddings alone")
 
 
 def extract(
@@ -111,7 +124,7 @@ def extract(
     """
     columns = available_columns(runtime, spec.columns)
     n = len(dataset.items)
-    with open_store(spec.cache_dir, extraction_key(runtime, dataset, columns, spec.view), n) as store:
+    with open_store(spec.cache_dir, extraction_key(runtime, dataset, columns, spec), n) as store:
         cached = store.complete
         if not cached:
             _fill(store, runtime, dataset, columns, spec, progress)
@@ -124,9 +137,9 @@ def extract(
 
 def available_columns(runtime: Runtime, wanted: Sequence[Column]) -> tuple[Column, ...]:
     """The columns this runtime can give. Raises InputError when one that cannot be left out is missing."""
-    columns = tuple(name for name in wanted if name != "patch_mean" or "patches" in runtime.outputs)
+    columns = tuple(name for name in wanted if _gives(runtime, name) or name not in LEFT_OUT_IF_MISSING)
     for name in columns:
-        if _output_of(name) not in runtime.outputs:
+        if not _gives(runtime, name):
             raise InputError(
                 f"the network has no output {_output_of(name)!r}, which this evaluator reads; "
                 f"it has {', '.join(runtime.outputs)}"
@@ -134,25 +147,31 @@ def available_columns(runtime: Runtime, wanted: Sequence[Column]) -> tuple[Colum
     return columns
 
 
-def extraction_key(runtime: Runtime, dataset: Dataset, columns: Sequence[Column], view: View) -> str:
-    """Key of the cache: weights, architecture, preprocessing, view, images, engine and device, and nothing else."""
-    manifest = runtime.manifest
-    return cache_key(
-        {
-            "weights": manifest.weights_sha256,
-            "architecture": manifest.architecture,
-            "preprocess": manifest.preprocess.to_json(),
-            "view": view,
-            "data": dataset.fingerprint(),
-            "runtime": runtime.name,
-            "device": runtime.device,
-            "columns": list(columns),
-        }
-    )
+def _gives(runtime: Runtime, name: Column) -> bool:
+    if name == "cls_last4":
+        architecture = runtime.manifest.architecture
+        return isinstance(runtime, TorchRuntime) and int(architecture.get("depth", 0)) >= 4
+    return _output_of(name) in runtime.outputs
 
 
 def _output_of(column: Column) -> str:
-    return "patches" if column == "patch_mean" else column
+    return "patches" if column in ("patch_mean", "patch_gem") else column
+
+
+def extraction_key(runtime: Runtime, dataset: Dataset, columns: Sequence[Column], spec: ExtractSpec) -> str:
+    """Key of the cache: weights, architecture, preprocessing, view, images, engine and device, and nothing else."""
+    manifest = runtime.manifest
+    parts = {
+        "weights": manifest.weights_sha256,
+        "architecture": manifest.architecture,
+        "preprocess": manifest.preprocess.to_json(),
+        "data": dataset.fingerprint(),
+        "runtime": runtime.name,
+        "device": runtime.device,
+        "columns": list(columns),
+        **spec.view.to_json(),
+    }
+    return cache_key(parts if spec.scales == (1.0,) else parts | {"scales": list(spec.scales)})
 
 
 def _fill(
@@ -164,27 +183,80 @@ def _fill(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Extract what the store does not hold yet."""
-    outputs = tuple(dict.fromkeys(_output_of(name) for name in columns))
     n = len(dataset.items)
-    batches = _decoded_batches(dataset, runtime.manifest.preprocess, spec.view, spec.batch_size, store.next_item)
-    for number, (start, stop, pixels, skipped) in enumerate(batches, start=1):
-        features: dict[str, np.ndarray] = {}
-        if len(pixels):
-            got = runtime.run(pixels, outputs)
-            features = {name: _column(name, got) for name in columns}
-            kept = [row for row in range(start, stop) if row not in skipped]
-            _check_finite(store, features, [dataset.items[row].name for row in kept])
-        store.append(features, stop - start, skipped)
+    preprocess, first = runtime.manifest.preprocess, store.next_item
+    batches = decoded_batches(dataset, preprocess, spec.view, spec.batch_size, first, spec.workers)
+    for number, batch in enumerate(batches, start=1):
+        features = _batch_features(runtime, batch, columns, spec.scales)
+        _check_finite(store, features, [dataset.items[row].name for row in batch.rows])
+        store.append(features, batch.stop - batch.start, batch.skipped)
         if number % SAVE_EVERY_BATCHES == 0:
             store.save_progress()
         if progress:
-            progress(stop, n)
+            progress(batch.stop, n)
 
 
-def _column(name: Column, got: Mapping[str, np.ndarray]) -> np.ndarray:
-    if name == "patch_mean":
-        return got["patches"].mean(axis=1, dtype=np.float32)
-    return got[name]
+def _batch_features(
+    runtime: Runtime, batch: Batch, columns: Sequence[Column], scales: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Features of a batch in the order of its views; views of one shape go through the network together."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for place, view in enumerate(batch.views):
+        by_shape.setdefault(view.shape, []).append(place)
+    features: dict[str, np.ndarray] = {}
+    for places in by_shape.values():
+        pixels_BCHW = np.stack([batch.views[place] for place in places])
+        for name, values in features_of(runtime, pixels_BCHW, columns, scales).items():
+            if name not in features:
+                features[name] = np.empty((len(batch.views), *values.shape[1:]), np.float32)
+            if values.shape[1:] != features[name].shape[1:]:
+                raise InputError(f"{name} is of another shape for images of another size; wanted square views for it")
+            features[name][places] = values
+    return features
+
+
+def features_of(
+    runtime: Runtime, pixels_BCHW: np.ndarray, columns: Sequence[Column], scales: Sequence[float] = (1.0,)
+) -> dict[str, np.ndarray]:
+    """The columns of normalised pixels of any size; what does not fill a patch at the right and lower border is cut off."""
+    if tuple(scales) == (1.0,):
+        return _columns_of(runtime, _whole_patches(pixels_BCHW, step_px(runtime.manifest)), columns)
+    total: np.ndarray | float = 0.0
+    for scale in scales:
+        scaled = torch.from_numpy(pixels_BCHW)
+        if scale != 1:
+            scaled = F.interpolate(scaled, scale_factor=scale, mode="bilinear", align_corners=False)
+        shown = _whole_patches(scaled.numpy(), step_px(runtime.manifest))
+        total = total + _columns_of(runtime, shown, ("embedding",))["embedding"]
+    mean_BD = np.asarray(total) / len(scales)
+    return {"embedding": mean_BD / np.maximum(np.linalg.norm(mean_BD, axis=1, keepdims=True), 1e-12)}
+
+
+def _whole_patches(pixels_BCHW: np.ndarray, step: int) -> np.ndarray:
+    height, width = pixels_BCHW.shape[2:]
+    if min(height, width) < step:
+        raise InputError(f"an image of {height}x{width} pixels is smaller than one patch of {step}; leave it out")
+    return np.ascontiguousarray(pixels_BCHW[:, :, : height // step * step, : width // step * step])
+
+
+def _columns_of(runtime: Runtime, pixels_BCHW: np.ndarray, columns: Sequence[Column]) -> dict[str, np.ndarray]:
+    if "cls_last4" in columns and isinstance(runtime, TorchRuntime):
+        cls_B4D, patches_BND = runtime.run_blocks(pixels_BCHW, 4)
+        got = {"embedding": cls_B4D[:, -1], "patches": patches_BND, "cls_last4": cls_B4D.reshape(len(cls_B4D), -1)}
+    else:
+        got = runtime.run(pixels_BCHW, tuple(dict.fromkeys(_output_of(name) for name in columns)))
+    if "patch_mean" in columns:
+        got["patch_mean"] = got["patches"].mean(axis=1, dtype=np.float32)
+    if "patch_gem" in columns:
+        got["patch_gem"] = generalised_mean(got["patches"])
+    return {name: got[name] for name in columns}
+
+
+def generalised_mean(patches_BND: np.ndarray) -> np.ndarray:
+    """GeM pooling [B, D] (Radenovic et al. 2018): the fourth root of the mean fourth power of what is above 0."""
+    powers = np.maximum(patches_BND, GEM_FLOOR) ** GEM_POWER
+    pooled: np.ndarray = powers.mean(axis=1, dtype=np.float32) ** (1 / GEM_POWER)
+    return pooled
 
 
 def _check_finite(store: FeatureStore, features: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
@@ -208,40 +280,6 @@ def _check_share(store: FeatureStore, dataset: Dataset, max_share: float) -> Non
         f"{len(store.skipped)} of {store.n_items} images cannot be decoded ({kinds}; first "
         f"{dataset.items[row].name!r}: {reason}), more than the {max_share:.0%} allowed; remove or repair them"
     )
-
-
-def _decoded_batches(
-    dataset: Dataset, preprocess: Preprocess, view: View, batch_size: int, first: int
-) -> Iterator[tuple[int, int, np.ndarray, dict[int, str]]]:
-    """Yield (start, stop, pixels [b, 3, H, W], skipped row -> reason); one thread decodes a batch ahead."""
-    starts = list(range(first, len(dataset.items), batch_size))
-    with ThreadPoolExecutor(max_workers=1) as decoder:
-
-        def decode(start: int) -> tuple[int, int, np.ndarray, dict[int, str]]:
-            return _decode_batch(dataset, preprocess, view, start, min(start + batch_size, len(dataset.items)))
-
-        ahead = decoder.submit(decode, starts[0]) if starts else None
-        for start in [*starts[1:], None]:
-            if ahead is None:
-                return
-            ready = ahead.result()
-            ahead = decoder.submit(decode, start) if start is not None else None
-            yield ready
-
-
-def _decode_batch(
-    dataset: Dataset, preprocess: Preprocess, view: View, start: int, stop: int
-) -> tuple[int, int, np.ndarray, dict[int, str]]:
-    make_view = center_view if view == "center" else whole_view
-    views: list[np.ndarray] = []
-    skipped: dict[int, str] = {}
-    for row in range(start, stop):
-        try:
-            views.append(make_view(dataset.image(row), preprocess))
-        except DecodeError as error:
-            skipped[row] = error.reason
-    pixels = np.stack(views) if views else np.empty((0, 3, 0, 0), dtype=np.float32)
-    return start, stop, pixels, skipped
 
 
 def _table(store: FeatureStore, dataset: Dataset, group_column: str | None, cached: bool) -> FeatureTable:

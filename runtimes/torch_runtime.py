@@ -1,7 +1,8 @@
 """A checkpoint on torch."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch
 from backbones.checkpoints import Backbone
 from backbones.heads import AnyDepthHead, SegmentationHead
 from backbones.network import Network
+from backbones.vit import ViT
 from data.errors import InputError
 from runtimes.runtime import Runtime
 
@@ -35,16 +37,40 @@ class TorchRuntime(Runtime):
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
-        with self._lock, torch.inference_mode():
-            if self._threads is not None and torch.get_num_threads() != self._threads:
-                torch.set_num_threads(self._threads)
-            # torch warns of arrays that it could not write to, such as those that lie in a received message.
-            writable = np.require(pixels_NCHW, requirements=["C", "W"])
-            pixels = torch.from_numpy(writable).to(self.device)
+        with self._turn():
+            pixels = self._on_device(pixels_NCHW)
             # A map costs more than an embedding; maps are left out unless one is wanted.
             mapped = "depth" in outputs or "classes" in outputs
             made = self._network(pixels) if mapped else self._network.backbone.outputs(pixels)
             return {name: as_array(made[name]) for name in outputs}
+
+    def run_blocks(self, pixels_NCHW: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """CLS [N, n, D] of the last `n` blocks, oldest first, and patches [N, h*w, D] of the last; all after the final norm.
+
+        What an exported graph does not give. Raises InputError for a network without so many blocks.
+        """
+        self.check_call(pixels_NCHW, ("embedding",))
+        backbone = self._network.backbone
+        if not isinstance(backbone, ViT):
+            raise InputError("a ResNet has no blocks with CLS tokens; use the features of its last layer")
+        if n > backbone.spec.depth:
+            raise InputError(f"the last {n} blocks were asked for; this backbone has {backbone.spec.depth}")
+        with self._turn():
+            layers = backbone.intermediate_layers(self._on_device(pixels_NCHW), n)
+            cls_BnD = torch.stack([cls_BD for _, cls_BD in layers], dim=1)
+            return as_array(cls_BnD), as_array(layers[-1][0])
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, with this runtime's number of threads."""
+        with self._lock, torch.inference_mode():
+            if self._threads is not None and torch.get_num_threads() != self._threads:
+                torch.set_num_threads(self._threads)
+            yield
+
+    def _on_device(self, pixels_NCHW: np.ndarray) -> torch.Tensor:
+        # torch warns of arrays that it could not write to, such as those that lie in a received message.
+        return torch.from_numpy(np.require(pixels_NCHW, requirements=["C", "W"])).to(self.device)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

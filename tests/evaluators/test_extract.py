@@ -10,6 +10,7 @@ from data.datasets import open_dataset
 from data.errors import CheckFailed, InputError
 from data.preprocess import center_view
 from evaluators.extract import ExtractSpec, extract, inspect
+from evaluators.view_batches import ViewSpec
 from tests.evaluators.fakes import SMALL, MeanColourRuntime, colour_folder
 
 
@@ -78,7 +79,7 @@ def test_the_cache_answers_only_to_the_same_weights_preprocessing_view_and_image
         extract(runtime, open_dataset(folder), spec)
         assert runtime.images == 36
     runtime = MeanColourRuntime()
-    extract(runtime, open_dataset(folder), replace(spec, view="whole"))
+    extract(runtime, open_dataset(folder), replace(spec, view=ViewSpec(view="whole")))
     (folder / "val" / "red" / "0.png").unlink()
     extract(runtime, open_dataset(folder), spec)
     assert runtime.images == 36 + 35
