@@ -1,16 +1,19 @@
 """What the commands of this room share: where the images lie, where the run goes, and what it runs on."""
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
 from data.datasets import open_dataset
 from data.errors import InputError
 from training import parallel
 from training.loop import train
 from training.memory import keep_freed_memory
+from training.probe import EvalEvery
 from training.recipe import Recipe
 
 
@@ -25,7 +28,9 @@ class RunOptions:
     split: str | None = None
     """Use only the rows of this split, such as train."""
     eval_data: str | None = None
-    """Labelled images, on which k-NN measures the teacher after each epoch; labels are used for nothing else."""
+    """Labelled images, on which k-NN measures the teacher, and whose test images are drawn; labels are used for nothing else."""
+    eval_every: Annotated[EvalEvery, tyro.conf.arg(name="")] = field(default_factory=EvalEvery)
+    """How often."""
     seed: int = 0
     """Of initialisation, order and views."""
     workers: int = 1
@@ -57,6 +62,7 @@ def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = Non
             init=init,
             teacher=teacher,
             eval_data=options.eval_data,
+            eval_every=options.eval_every,
         )
         if parallel.rank() == 0:
             print(path)

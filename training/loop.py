@@ -15,12 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from backbones.checkpoints import Manifest, save_backbone, weights_sha256
-from backbones.vit import ViT, ViTSpec
+from backbones.vit import ViTSpec
 from data.datasets import Dataset
 from data.errors import InputError
 from data.loader import ViewLoader, Views
@@ -28,17 +27,18 @@ from training import parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
 from training.methods import make_state, take_step_
-from training.picture import attention_picture
-from training.probe import KnnProbe
+from training.picture import Album
+from training.probe import EvalEvery, KnnProbe
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.run_log import NoLog, RunLog
+from training.run_page import RunPage
 from training.schedules import Cosine, LinearWarmup
+from training.speed import measure_speed
 from training.warm_start import frozen_teacher, warm_start_
 from training.watch import Watch
 
 SAVE_EVERY_S = 120.0
-PICTURE_IMAGES = 6
 
 
 class Plan:
@@ -83,12 +83,14 @@ def train(
     init: str | None = None,
     teacher: str | None = None,
     eval_data: str | None = None,
+    eval_every: EvalEvery | None = None,
     stop_at_step: int | None = None,
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
     `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the run whose frozen teacher is learned
-    from, see `frozen_teacher`; `eval_data` a labelled set on which the run's teacher is measured after each epoch.
+    from, see `frozen_teacher`; `eval_data` a labelled set on which the run's teacher is measured, by default
+    after each epoch, and whose test images are drawn.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
@@ -111,7 +113,8 @@ def train(
         rank=parallel.rank(),
         world_size=parallel.world_size(),
     )
-    probe = KnnProbe(eval_data) if eval_data else None
+    steps_per_epoch = recipe.epoch_steps or len(loader)
+    probe = KnnProbe(eval_data, (eval_every or EvalEvery()).steps(steps_per_epoch)) if eval_data else None
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
     resolved |= {"init": init} if init else {}
@@ -120,7 +123,7 @@ def train(
         resolved |= {"teacher": {"run": teacher, "weights_sha256": weights_sha256(guide.state_dict())}}
     leads = parallel.rank() == 0
     resuming = parallel.gathered(folder.open(resolved) if leads else None)[0]
-    plan = Plan(recipe, recipe.epoch_steps or len(loader))
+    plan = Plan(recipe, steps_per_epoch)
     torch.manual_seed(seed)
     state = make_state(recipe, device)
     state.guide = guide
@@ -166,6 +169,11 @@ class Run:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved, self.probe = resolved, probe
         self.n_listed = 0
+        if parallel.rank() == 0:
+            self.album = Album(
+                folder.path, probe.splits.val if probe else loader.dataset, recipe.preprocess, loader.dataset
+            )
+            self.page = RunPage(folder, resolved, plan.steps, self.album)
 
     @property
     def device(self) -> torch.device:
@@ -175,21 +183,17 @@ class Run:
     def go(self, step: int, end: int, stopped: Callable[[], int | None], log: NoLog) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
         self.log, self.watch = log, Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
+        speed = measure_speed(self.recipe, self.device, parallel.world_size(), self.state.guide)
         saved_at, waited_from = time.monotonic(), time.monotonic()
         for views in self._batches(step, end):
             began = time.monotonic()
             record = self._step(step, views)
-            took = time.monotonic() - waited_from
-            record |= {
-                "images_per_s": round(self.recipe.batch_size / took, 2),
-                "data_wait": round((began - waited_from) / took, 4),
-            }
+            record |= speed.of_step(time.monotonic() - waited_from, began - waited_from)
             step += 1
-            if self.probe and isinstance(log, RunLog) and step % self.plan.steps_per_epoch == 0:
+            if self.probe and isinstance(log, RunLog) and self.probe.is_due(step, end):
                 backbone = self.state.teacher.backbone
                 record["knn_top1"] = self.probe.top1(backbone, self._manifest(step), self.device.type)
                 log.say(f"step {step}: k-NN top-1 of the teacher {record['knn_top1']:.4f}")
-            waited_from = time.monotonic()
             log.write(step, record)
             due = time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0
             # All processes save and leave at the same step: whoever has a reason, all have it.
@@ -199,7 +203,8 @@ class Run:
                 saved_at = time.monotonic()
             if reasons > 1:
                 leave(reasons // 2, step, self.folder)
-        self.save(step)
+            waited_from = time.monotonic()
+        self.save(step, last=True)
 
     def _batches(self, step: int, end: int) -> Iterator[Views]:
         while step < end:
@@ -219,7 +224,7 @@ class Run:
         self.watch.see(step, found, self.state, views)
         return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, last: bool = False) -> None:
         """Write state, checkpoint, picture and list of skipped images; all processes call it, the leading one writes.
 
         Raises CheckFailed, and leaves what was saved before as it is, where a weight is not finite.
@@ -239,8 +244,10 @@ class Run:
             }
         )
         save_backbone(self.folder.checkpoint, state.teacher.backbone, self._manifest(step))
-        self._save_picture()
         self._list_skipped(skipped)
+        if last or self.album.is_due(step):
+            self.album.add(step, state.teacher.backbone)
+        self.page.write(step)
 
     def _manifest(self, step: int) -> Manifest:
         return Manifest(
@@ -263,23 +270,6 @@ class Run:
         )
         self.folder.write_text("skipped.json", json.dumps(skipped, indent=1))
         self.n_listed = len(skipped)
-
-    def _save_picture(self) -> None:
-        dataset = self.loader.dataset
-        images: list[np.ndarray] = []
-        for i in range(len(dataset)):
-            if len(images) == PICTURE_IMAGES:
-                break
-            try:
-                images.append(dataset.image(i * max(len(dataset) // PICTURE_IMAGES, 1) % len(dataset)))
-            except InputError:
-                continue
-        if images and isinstance(self.state.teacher.backbone, ViT):
-            picture = attention_picture(self.state.teacher.backbone.cpu(), images, self.recipe.preprocess)
-            self.state.teacher.backbone.to(self.device)
-            scratch = self.folder.path / ".attention.part.png"
-            cv2.imwrite(str(scratch), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-            scratch.replace(self.folder.picture)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ nan.jsonl                steps that were not finite: which terms, which images
 tensorboard/             the same as curves
 state.pt                 everything needed to go on, replaced atomically
 checkpoints/latest.safetensors   the teacher's backbone
-attention.png            its attention over a few training images
+pictures/                what it sees in a few images: attention by head, patches by their principal components, at growing distances
+attention.png, pca.png   links to the latest
+run.html                 all of this as one page
 skipped.json             images that could not be read, and why
 """
 
@@ -105,7 +107,7 @@ class RunFolder:
                 for line in log.read_text().splitlines():
                     try:
                         record = json.loads(line)
-                        if record.get("start", record)["step"] < step:
+                        if record.get("start", record.get("note", record))["step"] < step:
                             kept.append(line)
                     except (ValueError, KeyError, TypeError, AttributeError):
                         break  # a line cut short by a crash; whatever follows belongs to steps that will be taken again

@@ -5,6 +5,7 @@ A step that is not finite changes nothing. It is said with its terms and its ima
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 from data.errors import CheckFailed
 from data.loader import Views
 from training import parallel
+from training.dinov2 import Dinov2Spec
 from training.distillation import State
-from training.monitors import collapse_warning
+from training.monitors import collapse_warnings
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.run_log import NoLog, RunLog
 
 WATCH_EVERY = 10
 """Steps between two looks at the monitors of collapse, which cost a decomposition each."""
+PATIENCE = 3
+"""Looks in a row that show the same trouble before it is told."""
+MIN_SILENCE = 500
+"""Steps, or an epoch if that is longer, before the same trouble is told again."""
 MAX_BAD_STEPS = 5
 """So many steps in a row that are not finite end the run."""
 MAX_NAMED = 8
@@ -32,6 +38,7 @@ class Watch:
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int, folder: RunFolder, log: NoLog) -> None:
         self.recipe, self.steps_per_epoch, self.folder, self.log = recipe, steps_per_epoch, folder, log
+        self.alarm = Alarm(round(recipe.optim.warmup_epochs * steps_per_epoch), max(steps_per_epoch, MIN_SILENCE))
         self.bad_steps = 0
 
     def looks_at(self, step: int) -> bool:
@@ -43,11 +50,14 @@ class Watch:
         bad = [name for name, value in found.items() if not math.isfinite(value)]
         if bad:
             self._see_bad(step, bad, found, state, views)
-        else:
-            self.bad_steps = 0
-            warning = collapse_warning(found, self.recipe.head.prototypes) if "feature_spread" in found else None
-            if warning and step % self.steps_per_epoch == self.steps_per_epoch - 1:
-                self.log.say(f"step {step}: collapse? {warning}")
+            return
+        self.bad_steps = 0
+        if "feature_spread" in found:
+            spec = self.recipe.step
+            patches = (spec.ibot_head or self.recipe.head).prototypes if isinstance(spec, Dinov2Spec) else None
+            warnings = collapse_warnings(found, self.recipe.head.prototypes, patches)
+            for text in self.alarm.hear(step, warnings):
+                self.log.note(step, text)
 
     def _see_bad(
         self, step: int, bad: Sequence[str], found: Mapping[str, float], state: State[Any], views: Views
@@ -59,7 +69,7 @@ class Watch:
         batch = [name for _, some in everywhere for name in some]
         first = [name for name in bad if name == "loss" or not name.startswith("grad_norm")] or list(bad)
         images = f"images {listed(suspects)}" if suspects else f"no image alone is to blame, batch {listed(batch)}"
-        self.log.say(f"step {step}: {', '.join(first)} not finite ({images}); the step changes nothing, see nan.jsonl")
+        self.log.note(step, f"{', '.join(first)} not finite ({images}); the step changes nothing, see nan.jsonl")
         if isinstance(self.log, RunLog):
             values = {name: str(value) if name in bad else value for name, value in found.items()}
             line = {"step": step, "not_finite": list(bad), "suspects": suspects, "batch": batch, "found": values}
@@ -78,6 +88,41 @@ class Watch:
             raise CheckFailed(
                 f"after step {step} weights are not finite and are not saved; lower lr and resume from the last state"
             )
+
+
+class Alarm:
+    """Decides when a warning is worth a line.
+
+    Features start out nearly equal and targets nearly uniform, so what never was well counts only after the learning rate's warm-up; what
+    was well and is no more counts at once. Either must hold for a few looks in a row. The first warning stands for all that come with it;
+    it is said again now and then while it lasts, and once more when it is over.
+    """
+
+    def __init__(self, warmup_steps: int, silence_steps: int) -> None:
+        self.warmup_steps, self.silence_steps = warmup_steps, silence_steps
+        self.looks = 0
+        self.seen: Counter[str] = Counter()
+        """Looks at which a kind of trouble was there; fewer than all looks: it once was well."""
+        self.held: dict[str, int] = {}
+        """Looks in a row."""
+        self.said: dict[str, int] = {}
+        """Step at which a trouble that lasts was last told of."""
+
+    def hear(self, step: int, warnings: Mapping[str, str]) -> list[str]:
+        """Lines to say after a look at the monitors, which gave these warnings by kind."""
+        self.looks += 1
+        self.seen.update(warnings.keys())
+        self.held = {kind: self.held.get(kind, 0) + 1 for kind in warnings}
+        lines = [f"the trouble of step {self.said.pop(kind)} is over ({kind})" for kind in {*self.said} - {*warnings}]
+        counts = [
+            kind
+            for kind in warnings
+            if self.held[kind] >= PATIENCE and (step >= self.warmup_steps or self.seen[kind] < self.looks)
+        ]
+        if counts and step - self.said.get(counts[0], -self.silence_steps) >= self.silence_steps:
+            lines.append(f"collapse? {warnings[counts[0]]}")
+            self.said[counts[0]] = step
+        return lines
 
 
 def listed(names: Sequence[str]) -> str:
