@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.heads import DepthHead, DepthHeadSpec
+from backbones.heads import AnyDepthHead, DepthHead, DepthHeadSpec
 from data.errors import InputError
 
 POINTS = 64
@@ -211,7 +211,7 @@ def sample_nearest(depth_HW: np.ndarray, out_hw: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_depth(head: DepthHead, table: DepthTable, row: int) -> np.ndarray:
+def predict_depth(head: AnyDepthHead, table: DepthTable, row: int) -> np.ndarray:
     """Depth of one image at the size of its measurement, float32 [H, W], in the head's unit."""
     patches = torch.from_numpy(np.array(table.patches_nND[row : row + 1]))
     cls = torch.from_numpy(np.array(table.cls_nD[row : row + 1]))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data.errors import InputError
+from evaluators.attention_maps import top_mass
 from server.collections import Collections
 from server.engine import Engine
 from server.options import AttentionOptions, EmbeddingOptions, KnnOptions, MapOptions, NoOptions, read_options
@@ -227,18 +228,3 @@ def unit_rows(rows_ND: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; a row of zeros stays as it is."""
     length = np.linalg.norm(rows_ND, axis=1, keepdims=True)
     return (rows_ND / np.maximum(length, 1e-12)).astype(np.float32)
-
-
-def top_mass(attention: np.ndarray, mass: float) -> np.ndarray:
-    """uint8 [N,heads,h,w]: 1 on the patches that together hold the top `mass` of each head's attention.
-
-    Patches are taken from the largest on, as long as those left out still hold more than 1 - mass (Caron et al. 2021,
-    fig. 3, as the authors' script computes it).
-    """
-    flat = attention.reshape(*attention.shape[:2], -1).astype(np.float64)
-    order = np.argsort(flat, axis=-1)
-    ascending = np.take_along_axis(flat, order, -1)
-    held = np.cumsum(ascending, -1) / np.sum(ascending, -1, keepdims=True)
-    mask = np.zeros(flat.shape, np.uint8)
-    np.put_along_axis(mask, order, (held > 1 - mass).astype(np.uint8), -1)
-    return mask.reshape(attention.shape)

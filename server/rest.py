@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response
 
 from data.decode import decode_image
 from data.errors import InputError
+from evaluators.attention_maps import top_mass
 from server.http_body import Upload, read_upload, unless_disconnected
 from server.http_v2 import timeout_of
-from server.models import top_mass
 from server.pictures import attention_overlay, depth_picture
 from server.service import InferReply, InferRequest, Service
 from server.tensors import Tensor, object_array

@@ -1,0 +1,244 @@
+"""Images with masks in: any set named on a command line, as objects (attention) or as classes (segmentation).
+
+    images/train/a.jpg + masks/train/a.png    two folders with files of the same names; train/ and val/ if there are splits
+    NAME.csv beside NAME.zip, a CSV, tars     with a further file an image: `masks`, `sem` or `instances`
+    voc2012:ROOT                              VOCdevkit/VOC2012 (or ROOT itself): JPEGImages, SegmentationClass, -Object
+    ade20k:ROOT                               ADEChallengeData2016 (or ROOT itself): images, annotations
+
+The two benchmarks are also known by their folders, without the prefix. Nothing is decoded before it is asked for.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from data.datasets import Dataset, open_dataset
+from data.decode import DEFAULT_LIMITS
+from data.errors import InputError
+from data.listings import IMAGE, Item, Record, scan_folder
+from data.members import Member
+
+Purpose = Literal["objects", "classes"]
+"""`objects`: each thing its own number. `classes`: numbers that mean the same in every image."""
+MaskValues = Literal["auto", "foreground", "ids"]
+"""What the values of a mask mean: bright is foreground, or numbers. `auto`: palettes and the kinds below are numbers."""
+Coding = Literal["palette", "grey", "lossy"]
+KINDS: dict[Purpose, tuple[str, ...]] = {"objects": ("masks", "instances"), "classes": ("sem", "masks")}
+"""Kinds of member that are looked for, in this order."""
+NUMBERED = ("sem", "instances")
+VOID = -1
+"""In a mask that was read: belongs to nothing that is scored."""
+VOID_VALUE = 255
+FOREGROUND_FROM = 128
+"""Of an alpha mask of 0 to 255."""
+ROOM_CLASSES = (
+    *("floor", "wall", "person", "plant", "sofa", "chair", "bed", "table", "storage", "lamp", "vehicle", "sanitary"),
+    *("appliance", "tableware", "opening"),
+)
+"""Values 1 to 15 of the packed set `rooms`; 0 is nothing."""
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+@dataclass(frozen=True)
+class MaskedImages:
+    """Images with one mask each."""
+
+    dataset: Dataset
+    kind: str
+    """Kind of the mask's member."""
+    numbered: bool | None
+    """Whether values are numbers; None: told by each mask itself (a palette means numbers)."""
+    zero_is_void: bool = False
+    """ADE20K, rooms: 0 is no class, and classes count from 1."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes where the set has them; the first is number 0 of a mask that was read."""
+    source: str = ""
+    """Which form it is, in words."""
+
+    def subset(self, rows: Sequence[int]) -> "MaskedImages":
+        """Some of its rows."""
+        return dataclasses.replace(self, dataset=self.dataset.subset(rows))
+
+    def mask(self, row: int, image_hw: tuple[int, int] | None = None) -> np.ndarray:
+        """int32 [H, W]: numbers (foreground: 1), `VOID` where nothing is scored. Raises InputError, also where the mask is
+        not of `image_hw`."""
+        name = self.dataset.items[row].name
+        values, coding = decode_mask(self.dataset.read_member(row, self.kind), name)
+        if image_hw is not None and values.shape != image_hw:
+            raise InputError(
+                f"{name}: its mask has {values.shape[1]} x {values.shape[0]} pixels, the image {image_hw[1]} x "
+                f"{image_hw[0]}; wanted the same size, and the image without a rotation noted in its EXIF"
+            )
+        numbered = coding == "palette" if self.numbered is None else self.numbered
+        if numbered and coding == "lossy":
+            raise InputError(f"{name}: its mask is a JPEG, whose values are not exact; wanted numbers in a PNG")
+        if not numbered:
+            return ((values >= FOREGROUND_FROM) | (values == 1) & (values.max() == 1)).astype(np.int32)
+        mask: np.ndarray = values - 1 if self.zero_is_void else values.copy()
+        mask[values == VOID_VALUE] = VOID
+        return mask
+
+    def truth_fingerprint(self) -> str:
+        """As `Dataset.fingerprint`, of the masks."""
+        records = [Record(one.item, {IMAGE: one.members[self.kind]}) for one in self.dataset._records]
+        return Dataset(records).fingerprint()
+
+
+def decode_mask(data: bytes, name: str) -> tuple[np.ndarray, Coding]:
+    """Values int32 [H, W] and what they may be: of RGBA the alpha, of a bit mask 0 and 1. JPEG holds no exact values."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as image:
+            if image.width * image.height > DEFAULT_LIMITS.max_pixels:
+                raise InputError(f"{name}: its mask has {image.width} x {image.height} pixels, more than allowed")
+            if image.mode in ("RGBA", "LA"):
+                return np.asarray(image.getchannel("A")).astype(np.int32), "grey"
+            if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+                raise InputError(
+                    f"{name}: its mask is of mode {image.mode}; wanted one value a pixel (a palette, grey, or alpha)"
+                )
+            coding: Coding = "lossy" if image.format == "JPEG" else "palette" if image.mode == "P" else "grey"
+            return np.asarray(image).astype(np.int32), coding
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name}: its mask is no PNG that can be decoded ({error})") from error
+
+
+def open_masks(data: str | Path, purpose: Purpose, values: MaskValues = "auto") -> MaskedImages:
+    """Open a set for a purpose; see the head of this file. Raises InputError where an image has no mask."""
+    name, _, rest = str(data).partition(":")
+    if name in BENCHMARKS and rest:
+        benchmark, root = name, Path(rest)
+    else:
+        root = Path(data)
+        benchmark = next((name for name, (_, find) in BENCHMARKS.items() if find(root) is not None), "")
+    if benchmark:
+        open_it, find = BENCHMARKS[benchmark]
+        found = find(root)
+        if found is None:
+            raise InputError(f"{data}: nothing there that looks like {benchmark}; wanted its folders as distributed")
+        return open_it(found, purpose)
+    folders = next((kind for kind in (*KINDS[purpose], "annotations") if (root / kind).is_dir()), None)
+    if (root / "images").is_dir() and folders:
+        dataset = folder_pair(root, folders)
+        kind = folders
+    else:
+        dataset = open_dataset(data)
+        kind = next((kind for kind in KINDS[purpose] if kind in dataset.kinds), "")
+    if not kind:
+        raise InputError(
+            f"{data}: not every image has a mask (kinds: {', '.join(dataset.kinds)}); wanted PNG masks: images/ with "
+            f"masks/, a CSV column `masks`, a packed set, or one of {', '.join(f'{name}:ROOT' for name in BENCHMARKS)}"
+        )
+    numbered = {"foreground": False, "ids": True}.get(
+        values, True if kind in NUMBERED or purpose == "classes" else None
+    )
+    rooms = kind == "sem" and bool(dataset.items) and "floor" in dataset.items[0].row
+    return MaskedImages(
+        dataset, kind, numbered, zero_is_void=rooms, classes=ROOM_CLASSES if rooms else (), source=f"{kind} of {data}"
+    )
+
+
+def folder_pair(root: Path, kind: str) -> Dataset:
+    """`images/` and the folder `kind/`, which holds a .png of the same name for each image, as one set."""
+    records = []
+    for record in scan_folder(root / "images"):
+        mask = (root / kind / record.item.name).with_suffix(".png")
+        if not mask.is_file():
+            raise InputError(f"{mask}: nothing there; wanted the mask of images/{record.item.name}")
+        records.append(Record(record.item, {IMAGE: record.members[IMAGE], kind: Member(str(mask))}))
+    return Dataset(records, name=str(root))
+
+
+def find_voc(root: Path) -> Path | None:
+    """The folder that holds JPEGImages/ and ImageSets/Segmentation/."""
+    places = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    return next((p for p in places if (p / "JPEGImages").is_dir() and (p / "ImageSets/Segmentation").is_dir()), None)
+
+
+def open_voc(root: Path, purpose: Purpose) -> MaskedImages:
+    """PASCAL VOC 2012; the larger training list (trainaug, 10,582) where it and SegmentationClassAug/ are there."""
+    lists = root / "ImageSets" / "Segmentation"
+    folder = "SegmentationObject" if purpose == "objects" else "SegmentationClass"
+    train = "train"
+    augmented = (root / "SegmentationClassAug").is_dir() and (lists / "trainaug.txt").is_file()
+    if purpose == "classes" and augmented:
+        folder, train = "SegmentationClassAug", "trainaug"
+    records = []
+    for split, listed in (("train", train), ("val", "val")):
+        path = lists / f"{listed}.txt"
+        for name in read_names(path) if path.is_file() else []:
+            image, mask = root / "JPEGImages" / f"{name}.jpg", root / folder / f"{name}.png"
+            records.append(listed_record(name, split, image, "masks", mask, path))
+    if not records:
+        raise InputError(f"{lists}: no train.txt or val.txt with names in it; wanted VOC2012 as distributed")
+    dataset = Dataset(records, name=str(root))
+    return MaskedImages(dataset, "masks", True, classes=VOC_CLASSES, source=f"PASCAL VOC 2012, {folder}")
+
+
+def find_ade(root: Path) -> Path | None:
+    """The folder that holds images/validation and annotations/validation."""
+    places = (root, root / "ADEChallengeData2016")
+    return next((p for p in places if all((p / k / "validation").is_dir() for k in ("images", "annotations"))), None)
+
+
+def open_ade(root: Path, purpose: Purpose) -> MaskedImages:
+    """ADE20K (scene parsing, 150 classes): 0 is unlabelled, classes count from 1; the list of names is optional."""
+    if purpose == "objects":
+        raise InputError(f"{root}: ADE20K as distributed has classes, no objects; wanted a set with object masks")
+    records = []
+    for record in scan_folder(root / "images"):
+        mask = (root / "annotations" / record.item.name).with_suffix(".png")
+        image = Path(record.members[IMAGE].path)
+        records.append(listed_record(record.item.name, record.item.split, image, "masks", mask, root))
+    dataset = Dataset(records, name=str(root))
+    return MaskedImages(
+        dataset, "masks", True, zero_is_void=True, classes=ade_names(root / "objectInfo150.txt"), source="ADE20K"
+    )
+
+
+def ade_names(path: Path) -> tuple[str, ...]:
+    """First name of each of the 150 classes; without the list, their numbers."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    except (OSError, UnicodeDecodeError):
+        return tuple(f"class {number}" for number in range(1, 151))
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+    return tuple(names) if len(names) == 150 else tuple(f"class {number}" for number in range(1, 151))
+
+
+def read_names(path: Path) -> list[str]:
+    """First word of each line of a list."""
+    try:
+        words = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); wanted a name a line") from error
+    names = [line[0] for line in words if line]
+    for name in names:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise InputError(f"{path}: {name!r:.80} climbs out of the set's folder; wanted names of files in it")
+    return names
+
+
+def listed_record(name: str, split: str | None, image: Path, kind: str, truth: Path, source: Path) -> Record:
+    """One row of a list, both of whose files must be there."""
+    for path in (image, truth):
+        if not path.is_file():
+            raise InputError(f"{path}: nothing there, though {source} lists {name}; unpack the set again")
+    return Record(Item(name, None, split), {IMAGE: Member(str(image)), kind: Member(str(truth))})
+
+
+BENCHMARKS: dict[str, tuple[Callable[[Path, Purpose], MaskedImages], Callable[[Path], Path | None]]] = {
+    "voc2012": (open_voc, find_voc),
+    "ade20k": (open_ade, find_ade),
+}
+"""Prefix of `--data` to what opens the set, and what finds its folder."""
