@@ -1,13 +1,12 @@
 """Train a backbone: `python -m training --recipe R --data D --out RUN`."""
 
-import dataclasses
 from typing import Annotated
 
 import tyro
 
 from data.errors import run_cli
 from training.command import RunOptions, start
-from training.recipes import find_recipe
+from training.recipes import check_name, find_recipe
 
 
 def main(
@@ -23,19 +22,16 @@ def main(
     Run the same command again to resume. Ctrl-C and SIGTERM save first.
 
     Args:
-        recipe: Name of a recipe: dino_tiny_small_data for a CPU, smoke, smoke_dinov2 to try; training/published.py has the published ones.
+        recipe: Name of a recipe. dino_small, dinov2_small (GPU), dino_small_cpu and dinov2_small_cpu fit themselves to the number of
+            images; smoke and smoke_dinov2 try things; docs/recipes.md lists the published ones.
         options: The run.
         init: Begin with these weights instead of random ones: a run folder (with its heads) or a backbone as `--ckpt` takes it.
         teacher: Distil the frozen teacher of this finished DINOv2 run, usually of a larger backbone, with its heads.
         epochs: Instead of the recipe's.
         batch_size: Images a step, instead of the recipe's; the learning rate follows.
     """
-    chosen = find_recipe(recipe)
-    if epochs is not None:
-        chosen = dataclasses.replace(chosen, epochs=epochs)
-    if batch_size is not None:
-        chosen = dataclasses.replace(chosen, batch_size=batch_size)
-    start(chosen, recipe, options, init, teacher)
+    check_name(recipe)
+    start(lambda n_images: find_recipe(recipe, n_images, batch_size, epochs), recipe, options, init, teacher)
 
 
 if __name__ == "__main__":

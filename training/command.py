@@ -1,6 +1,7 @@
 """What the commands of this room share: where the images lie, where the run goes, and what it runs on."""
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -41,17 +42,24 @@ class RunOptions:
     """auto, cpu, or cuda."""
 
 
-def start(recipe: Recipe, name: str, options: RunOptions, init: str | None = None, teacher: str | None = None) -> None:
-    """Open the data, train, and print the checkpoint's path. Raises InputError."""
+def start(
+    choose: Callable[[int], Recipe],
+    name: str,
+    options: RunOptions,
+    init: str | None = None,
+    teacher: str | None = None,
+) -> None:
+    """Open the data, train, and print the checkpoint's path; `choose` gives the recipe for a number of images. Raises InputError."""
     if options.threads is not None:
         if options.threads < 1:
             raise InputError(f"--threads {options.threads}: want at least 1")
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     with parallel.joined(pick_device(options.device)) as device:
+        dataset = open_dataset(options.data, options.split)
         path = train(
-            recipe,
-            open_dataset(options.data, options.split),
+            choose(len(dataset)),
+            dataset,
             options.out,
             recipe_name=name,
             source=options.data,

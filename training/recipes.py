@@ -1,4 +1,7 @@
-"""The recipes by name: published configurations, and ours for little data and little time."""
+"""The recipes by name: published configurations, those that fit themselves to little data, and ours for little time."""
+
+from dataclasses import replace
+from typing import Any
 
 from backbones.vit import ViTSpec
 from data.crops import CropSpec
@@ -9,6 +12,7 @@ from training.distillation import StepSpec
 from training.projection_head import HeadSpec
 from training.published import PUBLISHED
 from training.recipe import OptimSpec, Recipe
+from training.small import SMALL, fit_to_data
 
 RECIPES: dict[str, Recipe] = PUBLISHED | {
     # For some thousand small images and an hour or two of a CPU; the bundled checkpoint's recipe, see docs/bundled-checkpoint.md.
@@ -76,8 +80,20 @@ RECIPES: dict[str, Recipe] = PUBLISHED | {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of this name. Raises InputError that lists the known ones."""
-    if name not in RECIPES:
-        raise InputError(f"recipe {name!r} is unknown; want one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+def check_name(name: str) -> None:
+    """Raise InputError, with the known names, for a recipe that is none."""
+    if name not in RECIPES and name not in SMALL:
+        raise InputError(f"recipe {name!r} is unknown; want one of {', '.join([*SMALL, *RECIPES])}")
+
+
+def find_recipe(name: str, n_images: int, batch_size: int | None = None, epochs: int | None = None) -> Recipe:
+    """The recipe of this name, with another batch and length where they are given.
+
+    One for little data is fitted to `n_images`. Raises InputError for an unknown name.
+    """
+    check_name(name)
+    if name in SMALL:
+        return fit_to_data(name, n_images, batch_size, epochs)
+    recipe = RECIPES[name]
+    given: dict[str, Any] = {k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None}
+    return replace(recipe, **given)

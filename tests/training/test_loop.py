@@ -253,9 +253,12 @@ def test_recipes_that_cannot_work_are_refused(changes: dict[str, object], said: 
 
 
 def test_recipes_are_found_by_name() -> None:
-    assert find_recipe("dino_vits16").backbone.width == 384
+    assert find_recipe("dino_vits16", 10).backbone.width == 384
+    assert find_recipe("dino_vits16", 10, batch_size=8, epochs=2) == replace(
+        RECIPES["dino_vits16"], batch_size=8, epochs=2
+    )
     with pytest.raises(InputError, match="smoke"):
-        find_recipe("dino_vits17")
+        find_recipe("dino_vits17", 10)
 
 
 def command(*words: str) -> list[str]:
