@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format lint types bench bench-training clean
+.PHONY: help demo test test-slow check format lint types bench bench-training bench-curation clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,9 @@ bench: $(TEST_STAMP)  ## every performance figure of the README, as ratios measu
 
 bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's matrix product rate, and its memory
 	$(BIN)/python -m benchmarks.training
+
+bench-curation: $(TEST_STAMP)  ## near-duplicate removal beside the bare search of the same vectors, up to a million
+	$(BIN)/python -m benchmarks.curation
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

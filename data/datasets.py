@@ -74,6 +74,11 @@ class Dataset:
             )
         return read_bytes(record.members[kind])
 
+    def file_of(self, i: int) -> Path | None:
+        """The file that is the image of item i; None where it lies in an archive."""
+        member = self._records[i].members[IMAGE]
+        return Path(member.path) if member.stored_bytes is None else None
+
     def image(self, i: int, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
         """The image of item i, uint8 [H,W,3]. Raises DecodeError, its message beginning with the item's name."""
         try:
