@@ -29,7 +29,9 @@ def recompress(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """JPEG of quality 10 to 30."""
     quality = int(rng.integers(10, 31))
     encoded = cv2.imencode(".jpg", cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    assert decoded is not None, "it was encoded just now"
+    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
 
 
 def flip(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -36,6 +36,7 @@ COSINES = np.round(np.arange(0.30, 0.9951, 0.01), 2)
 _BLOCK = 2048
 HEAP_IMAGES = 2048
 """Images of the heap, evenly spaced, that the whitening is fitted on here."""
+DEFAULTS = DeduplicateSpec()
 Describe = Callable[[np.ndarray], np.ndarray]
 
 
@@ -127,13 +128,13 @@ def planted_recall(
     return found
 
 
-def _images(dataset: Dataset, order: Sequence[int], n: int) -> list[np.ndarray]:
+def _images(dataset: Dataset, order: np.ndarray, n: int) -> list[np.ndarray]:
     images: list[np.ndarray] = []
-    for row in order:
+    for row in order.tolist():
         if len(images) == n:
             break
         try:
-            images.append(dataset.image(int(row)))
+            images.append(dataset.image(row))
         except DecodeError:
             continue
     if len(images) < 2:
@@ -240,9 +241,9 @@ def main(
     data: str,
     out: Path | None = None,
     precision: float = 0.95,
-    threshold: float | None = None,
-    hash_bits: int | None = None,
-    whiten: int | None = None,
+    threshold: float = DEFAULTS.threshold,
+    hash_bits: int = DEFAULTS.hash_bits,
+    whiten: int = DEFAULTS.whiten,
     heap: str | None = None,
     plant: int = 200,
     seed: int = 0,
@@ -256,7 +257,7 @@ def main(
         data: Images; with a column `group` that ties copies together, precision and recall are shown.
         out: File to write all figures to (.json).
         precision: Share of pairs above the recommended threshold that shall be copies.
-        threshold: Cosine at which planted copies are counted; the default of curation.deduplicate if left out.
+        threshold: Cosine at which planted copies are counted; as in curation.deduplicate.
         hash_bits: Differing bits of the hash at which they are counted; likewise.
         whiten: Main directions that are compared, 0 for embeddings as they are; likewise.
         heap: The images that shall be deduplicated, on which the whitening is fitted; `data` itself if left out.
@@ -269,22 +270,11 @@ def main(
         raise InputError(
             f"--precision {precision} --plant {plant}: wanted a share above 0 and at most 1, and no fewer than 0"
         )
-    given = {
-        name: value
-        for name, value in (("threshold", threshold), ("hash_bits", hash_bits), ("whiten", whiten))
-        if value is not None
-    }
+    spec = DeduplicateSpec(threshold=threshold, hash_bits=hash_bits, whiten=whiten)
+    dataset = open_dataset(data)
+    fitted_on = dataset if heap is None else open_dataset(heap)
     with open_runtime(ckpt, device=device, threads=threads) as runtime:
-        dataset = open_dataset(data)
-        result = calibrate(
-            runtime,
-            dataset,
-            dataset if heap is None else open_dataset(heap),
-            precision,
-            DeduplicateSpec(**given),
-            plant,
-            seed,
-        )  # type: ignore[arg-type]
+        result = calibrate(runtime, dataset, fitted_on, precision, spec, plant, seed)
     if out is not None:
         with replacing(out) as path:
             path.write_text(json.dumps(result, indent=1) + "\n")

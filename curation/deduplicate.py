@@ -157,8 +157,8 @@ def decide(
     decisions = [Decision("dropped", "filter", reason) if reason else Decision("kept") for reason in looks.reasons]
     best_n = representatives(by_hash_n, np.where(looks.kept_n, looks.quality_n, -1))
     hashes = looks.pca_n if spec.hash == "pca" else looks.dct_n
-    for row in np.flatnonzero(looks.kept_n & (best_n != np.arange(len(names)))):
-        bits = int(distances(hashes[row : row + 1], hashes[best_n[row : row + 1]])[0])
+    for row in np.flatnonzero(looks.kept_n & (best_n != np.arange(len(names)))).tolist():
+        bits = float(distances(hashes[row : row + 1], hashes[best_n[row : row + 1]])[0])
         decisions[row] = Decision("dropped", "hash", f"same {spec.hash} hash", names[best_n[row]], bits)
     for place, row in enumerate(rows):
         if near.eval_row_m[place] >= 0:

@@ -49,11 +49,11 @@ def unit_rows(features_nD: np.ndarray) -> np.ndarray:
     return np.divide(rows, norms, out=rows, where=norms > 0)
 
 
-def build_index(features_nD: np.ndarray, spec: SearchSpec) -> faiss.Index:
+def build_index(features_nD: np.ndarray, spec: SearchSpec) -> Any:
     """An index of unit rows for searches by cosine: all pairs up to `flat_below` rows, else inverted lists."""
     n, width = features_nD.shape
     if n <= spec.flat_below:
-        index = faiss.IndexFlatIP(width)
+        index: Any = faiss.IndexFlatIP(width)
         _add_all(index, features_nD)
         return index
     n_lists = 2 ** round(math.log2(2 * math.sqrt(n)))
