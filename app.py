@@ -333,7 +333,7 @@ def exported_models() -> Path:
             raise InputError(f"{path}: is missing; restore it from the repository, or name a server with --server")
     key = hashlib.sha256(load_backbone(CHECKPOINT).manifest.weights_sha256.encode())
     key.update(weights_sha256(load_tensors(DEPTH_HEAD)[0]).encode())
-    for source in sorted([*(ROOT / "backbones").glob("*.py"), ROOT / "exports" / "to_onnx.py"]):
+    for source in sorted([*(ROOT / "backbones").glob("*.py"), *(ROOT / "exports").glob("*.py")]):
         key.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoscope" / "exports"
     exported = cache / f"{CHECKPOINT.stem}-{key.hexdigest()[:16]}.onnx"

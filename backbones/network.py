@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from backbones.heads import AnyDepthHead, SegmentationHead
+from backbones.heads import AnyDepthHead, LinearHead, SegmentationHead
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
+
+LINEAR_FEATURES = {"cls": 1, "cls+patch_mean": 2}
+"""What a linear head may read, and how often the backbone's width that is: CLS, and behind it the mean of the patches."""
 
 
 class Network(nn.Module):
@@ -17,14 +20,21 @@ class Network(nn.Module):
         backbone: ViT | ResNet,
         depth_head: AnyDepthHead | None = None,
         segmentation_head: SegmentationHead | None = None,
+        linear_head: LinearHead | None = None,
+        linear_features: str = "cls",
     ) -> None:
+        """`linear_features` are those of the linear head's manifest, see `LINEAR_FEATURES`. Raises InputError."""
         super().__init__()
+        if linear_head is not None:
+            check_linear_fits(linear_head, linear_features, backbone)
         for name, head, parts in (("depth", depth_head, 2), ("segmentation", segmentation_head, 1)):
             if head is not None:
                 check_fits(name, head, backbone, parts)
         self.backbone = backbone
         self.depth_head = depth_head
         self.segmentation_head = segmentation_head
+        self.linear_head = linear_head
+        self.linear_features = linear_features
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -32,16 +42,20 @@ class Network(nn.Module):
         attention = ("attention",) if isinstance(self.backbone, ViT) else ()
         depth = ("depth",) if self.depth_head is not None else ()
         classes = ("classes",) if self.segmentation_head is not None else ()
-        return ("embedding", "patches", *attention, *depth, *classes)
+        logits = ("logits",) if self.linear_head is not None else ()
+        return ("embedding", "patches", *attention, *logits, *depth, *classes)
 
     def forward(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """`embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w] (ViT), and with their heads `depth`
-        [B, H, W] and `classes` int32 [B, H, W]."""
+        """`embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w] (ViT), and with their heads `logits` [B, C],
+        `depth` [B, H, W] and `classes` int32 [B, H, W]."""
         H, W = pixels_BCHW.shape[2:]
         grid = (H // self.backbone.patch_px, W // self.backbone.patch_px)
         layers = sorted({n for head in (self.depth_head, self.segmentation_head) if head for n in head.spec.layers})
         made = self.backbone.outputs(pixels_BCHW, layers) if layers else self.backbone.outputs(pixels_BCHW)  # type: ignore[call-arg]
         outputs = {name: made[name] for name in self.output_names if name in made}
+        if self.linear_head is not None:
+            parts = [made["embedding"], made["patches"].mean(dim=1)][: LINEAR_FEATURES[self.linear_features]]
+            outputs["logits"] = self.linear_head(torch.cat(parts, dim=1))
         if self.depth_head is not None:
             patches_BND, cls_BD = self._read(made, self.depth_head.spec.layers, norm=False)
             outputs["depth"] = self.depth_head(patches_BND, cls_BD, grid, (H, W))
@@ -72,5 +86,19 @@ def check_fits(name: str, head: AnyDepthHead | SegmentationHead, backbone: ViT |
         what = "patch and CLS" if parts == 2 else "patches"
         raise InputError(
             f"the {name} head takes {head.spec.width_in} features, this backbone gives {given} ({what}); "
+            "train a head on this backbone"
+        )
+
+
+def check_linear_fits(head: LinearHead, features: str, backbone: ViT | ResNet) -> None:
+    """Raise InputError where a linear head reads what the backbone does not give."""
+    if features not in LINEAR_FEATURES:
+        raise InputError(
+            f"the linear head reads the features {features!r:.60}; a network gives {' or '.join(LINEAR_FEATURES)}"
+        )
+    given = LINEAR_FEATURES[features] * backbone.embed_dim
+    if head.spec.width_in != given:
+        raise InputError(
+            f"the linear head takes {head.spec.width_in} features, this backbone gives {given} ({features}); "
             "train a head on this backbone"
         )

@@ -167,6 +167,7 @@ def extraction_key(runtime: Runtime, dataset: Dataset, columns: Sequence[Column]
         "preprocess": manifest.preprocess.to_json(),
         "data": dataset.fingerprint(),
         "runtime": runtime.name,
+        "precision": runtime.precision,
         "device": runtime.device,
         "columns": list(columns),
         **spec.view.to_json(),

@@ -51,6 +51,7 @@ class Graph:
         self._ranges = ranges or {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
+        self._names: set[str] = set()
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._quantised: dict[str, tuple[str, str, str]] = {}
         self._cast: dict[tuple[str, int], str] = {}
@@ -80,8 +81,11 @@ class Graph:
         return self.constant(values, np.int64)
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """A constant of this name."""
-        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        """A constant of this name, which stands for the same values wherever it is used."""
+        if name in self._names:
+            return name
+        self._names.add(name)
+        self._initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def cast(self, x: str, kind: int) -> str:
@@ -113,11 +117,23 @@ class Graph:
         return self.op("Add", made, self.weight(f"{name}.bias", self._narrow(bias_O.detach().numpy())))
 
     def conv(
-        self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None, *, stride: int, padding: int = 0
+        self,
+        x: str,
+        name: str,
+        weight: np.ndarray,
+        bias: np.ndarray | None,
+        *,
+        stride: int,
+        padding: int = 0,
+        sensitive: bool = False,
     ) -> str:
-        """A square convolution, weight [O, I, k, k]. In fp16 `x` and the result are float16, else float32."""
-        self.quantised_inputs[name] = x
-        if self.precision == "int8-static":
+        """A square convolution, weight [O, I, k, k]. In fp16 `x` and the result are float16, else float32.
+
+        One that is `sensitive`, as the first of a network is, is never computed in whole numbers.
+        """
+        if not sensitive:
+            self.quantised_inputs[name] = x
+        if self.precision == "int8-static" and not sensitive:
             x, kernel = self._fake_quantised(x, name), self._stored_int8(name, weight, axis=0)
         else:
             kernel = self.weight(f"{name}.weight", self._narrow(weight))

@@ -1,43 +1,47 @@
 """A checkpoint to one .onnx file that stands for it everywhere: `python -m exports.to_onnx --ckpt X --out Y.onnx`.
 
 The graph takes `pixels` float32 [N, 3, H, W] of any N and any H, W that are multiples of the patch, and has every output that the
-backbone and its heads have; the manifest travels in the metadata. What was written is run and compared with torch before it gets its name.
+backbone and its heads have; the manifest travels in the metadata. What was written is run and compared with torch before it gets its
+name; a file of lower precision is also run on real images, carries its measured drift, and is refused where that is too much.
 """
 
 import json
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 import tyro
+from onnx import helper
 
-from backbones.checkpoints import MANIFEST_KEY, Backbone, load_backbone
-from backbones.heads import AnyDepthHead, HeadManifest, load_depth_head
-from backbones.network import Network
+from backbones.checkpoints import Backbone, load_backbone
 from data.errors import CheckFailed, InputError, run_cli
-from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime
+from exports.calibration import calibrate
+from exports.drift import USUAL_TOLERANCE, Drift, Tolerance, check_drift, measure_drift, open_parts
+from exports.graph import Precision
+from exports.onnx_file import (
+    PLAIN,
+    Heads,
+    OnnxSpec,
+    check_spec,
+    describe,
+    fixed_preprocess,
+    load_heads,
+    make_model,
+    make_network,
+)
+from runtimes.onnx_runtime import EXPORT_KEY, OnnxRuntime
 from runtimes.runtime import step_px
 from runtimes.torch_runtime import TorchRuntime
 
-OPSET = 20
-MAX_WEIGHT_BYTES = 2**31 - 2**24
-"""A protobuf message, which an .onnx file is, holds 2 GB; the graph takes a little of them."""
 TOLERANCE = 2e-4
-"""Largest difference from torch that is let through, relative to the largest value of the output."""
-AXES = {
-    "embedding": {0: "N"},
-    "patches": {0: "N", 1: "patches"},
-    "attention": {0: "N", 2: "h", 3: "w"},
-    "depth": {0: "N", 1: "H", 2: "W"},
-}
+"""Largest difference from torch that is let through in float32, relative to the largest value of the output."""
+CLASS_TOLERANCE = 2e-3
+"""Largest share of pixels whose class differs; two logits that are nearly equal may change places."""
 
 
 @dataclass(frozen=True)
@@ -49,36 +53,55 @@ class Parity:
     """Batches compared: images, height, width."""
 
 
-def export_onnx(ckpt: str | Path, out: str | Path, depth_head: str | Path | None = None) -> Parity:
-    """Export a checkpoint, and its depth head if one is named; the file appears whole and checked, or not at all.
+@dataclass(frozen=True)
+class Exported:
+    """What was found out about a file before it got its name."""
 
-    Raises InputError for what cannot be read, CheckFailed where ONNX Runtime and torch differ by more than `TOLERANCE`.
+    parity: Parity
+    drift: Drift | None = None
+
+
+def export_onnx(
+    ckpt: str | Path,
+    out: str | Path,
+    depth_head: str | Path | None = None,
+    *,
+    linear_head: str | Path | None = None,
+    segmentation_head: str | Path | None = None,
+    spec: OnnxSpec = PLAIN,
+    data: str | None = None,
+    tolerance: Tolerance = USUAL_TOLERANCE,
+) -> Exported:
+    """Export a checkpoint and the heads that are named; the file appears whole and checked, or not at all.
+
+    Raises InputError for what cannot be read, does not fit or is in the way, CheckFailed where ONNX Runtime and torch differ by more
+    than `TOLERANCE`, or a lower precision drifts by more than `tolerance`.
     """
     out = Path(out)
-    if out.suffix != ".onnx" or out.is_dir():
-        raise InputError(f"--out {out}: wanted the name of a file that ends in .onnx")
+    check_out(out)
+    if spec.precision != "fp32" and data is None:
+        raise InputError(f"--precision {spec.precision}: name real images with --data, on which its drift is measured")
     backbone = load_backbone(ckpt)
-    check_size(backbone)
-    head: AnyDepthHead | None = None
-    heads: dict[str, HeadManifest] = {}
-    if depth_head is not None:
-        head, heads["depth"] = load_depth_head(depth_head, backbone.manifest.weights_sha256)
+    check_spec(backbone, spec)
+    heads = load_heads(backbone, linear_head, depth_head, segmentation_head)
+    ranges = None
+    if spec.precision == "int8-static":
+        ranges = calibrate(backbone, open_parts(str(data))[0].train, spec.fixed_px)
     with scratch_beside(out) as scratch:
-        write_graph(backbone, head, heads, scratch)
-        parity = check_parity(backbone, head, scratch)
+        write_file(make_model(backbone, heads, spec, ranges), scratch)
+        parity = check_parity(backbone, heads, spec, scratch)
+        drift = None if data is None else add_drift(backbone, spec, scratch, data, tolerance)
         os.chmod(scratch, 0o644)
         os.replace(scratch, out)
-    return parity
+    return Exported(parity, drift)
 
 
-def check_size(backbone: Backbone) -> None:
-    """Raise InputError where the weights do not fit into one file."""
-    size = sum(weight.numel() * weight.element_size() for weight in backbone.model.state_dict().values())
-    if size > MAX_WEIGHT_BYTES:
-        raise InputError(
-            f"this backbone has {size / 1e9:.1f} GB of weights, one .onnx file holds at most "
-            f"{MAX_WEIGHT_BYTES / 1e9:.1f}; use the checkpoint itself, which runs on torch"
-        )
+def check_out(out: Path) -> None:
+    """Raise InputError unless `out` can be the name of a new file."""
+    if out.suffix != ".onnx" or out.is_dir():
+        raise InputError(f"--out {out}: wanted the name of a file that ends in .onnx")
+    if out.exists():
+        raise InputError(f"--out {out}: is there already; delete it first, or name another file")
 
 
 @contextmanager
@@ -96,100 +119,74 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
-def write_graph(backbone: Backbone, head: AnyDepthHead | None, heads: Mapping[str, HeadManifest], path: Path) -> None:
-    """Trace with symbolic sizes and write the file with its manifests."""
-    step = step_px(backbone.manifest)
-    network = Network(backbone.model, head).eval()  # type: ignore[arg-type]
-    example = torch.zeros(2, 3, 3 * step, 2 * step)
-    h, w = torch.export.Dim("h", min=1, max=1024), torch.export.Dim("w", min=1, max=1024)
-    shapes = {0: torch.export.Dim("N", min=1, max=65_536), 2: step * h, 3: step * w}
-    names = list(network.output_names)
-    with quiet():
-        program = torch.onnx.export(
-            Listed(network),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["pixels"],
-            output_names=names,
-            dynamic_shapes=(shapes,),
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    name_axes(model)
-    strip_traces(model)
-    metadata = {MANIFEST_KEY: json.dumps(backbone.manifest.to_json(), sort_keys=True)}
-    if heads:
-        metadata[HEADS_KEY] = json.dumps({kind: manifest.to_json() for kind, manifest in heads.items()}, sort_keys=True)
-    onnx.helper.set_model_props(model, metadata)
+def write_file(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model to the disk itself."""
     with open(path, "wb") as file:
-        onnx.save(model, file)
+        file.write(model.SerializeToString())
         file.flush()
         os.fsync(file.fileno())
 
 
-class Listed(torch.nn.Module):
-    """The network with its outputs as a tuple, which an exported graph wants."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = self.network(pixels)
-        return tuple(made[name] for name in self.network.output_names)
-
-
-def name_axes(model: onnx.ModelProto) -> None:
-    """Give the dynamic axes of inputs and outputs the names that people look for."""
-    for value in (*model.graph.input, *model.graph.output):
-        for axis, name in {"pixels": {0: "N", 2: "H", 3: "W"}, **AXES}[value.name].items():
-            value.type.tensor_type.shape.dim[axis].dim_param = name
-
-
-def strip_traces(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: stack traces with the paths of this machine, as large as the weights of a small network."""
-    graph = model.graph
-    for noted in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
-        noted.ClearField("metadata_props")
-
-
-def parity_cases(backbone: Backbone) -> tuple[tuple[int, int, int], ...]:
+def parity_cases(backbone: Backbone, fixed_px: tuple[int, int] | None) -> tuple[tuple[int, int, int], ...]:
     """Batches that cover what may differ: one and several images, the usual sizes, wide, tall, one patch."""
+    if fixed_px is not None:
+        return (1, *fixed_px), (3, *fixed_px)
     step, preprocess = step_px(backbone.manifest), backbone.manifest.preprocess
     usual = max(step, preprocess.size_px // step * step)
     whole = max(step, preprocess.whole_px // step * step)
     return (
         (1, usual, usual),
         (3, usual, usual),
-        (2, whole, whole),
+        *([(2, whole, whole)] if whole != usual else []),
         (1, usual, 2 * usual),
         (2, 3 * step, step),
         (1, step, step),
     )
 
 
-def check_parity(backbone: Backbone, head: AnyDepthHead | None, path: Path) -> Parity:
-    """Compare the file with torch on random pixels. Raises CheckFailed, naming output and size, where they differ."""
-    generator = np.random.default_rng(0)
+def random_pixels(rng: np.random.Generator, shape: tuple[int, int, int], backbone: Backbone) -> np.ndarray:
+    """Normalised noise of 8 bits, float32 [N, 3, H, W], as images of every kind are."""
+    n, height, width = shape
+    preprocess = backbone.manifest.preprocess
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    shades = rng.integers(0, 256, (n, 3, height, width)).astype(np.float32)
+    return (shades / np.float32(255) - mean) / std
+
+
+def check_parity(backbone: Backbone, heads: Heads, spec: OnnxSpec, path: Path) -> Parity:
+    """Compare the file with torch on noise. Raises CheckFailed, naming output and size, where they differ.
+
+    Of a lower precision only names and shapes are held against torch, and that all is finite: how much it may depart is for real
+    images to say.
+    """
+    rng = np.random.default_rng(0)
     differences: dict[str, float] = {}
-    cases = parity_cases(backbone)
-    with TorchRuntime(backbone, head, device="cpu") as wanted, OnnxRuntime(path, device="cpu") as found:
+    cases = parity_cases(backbone, spec.fixed_px)
+    network = make_network(backbone, heads)
+    with TorchRuntime(backbone, network=network, device="cpu") as wanted, OnnxRuntime(path, device="cpu") as found:
         if wanted.outputs != found.outputs:
             raise CheckFailed(f"the exported graph has outputs {found.outputs}, wanted {wanted.outputs}")
-        for n, height, width in cases:
-            pixels = generator.standard_normal((n, 3, height, width), dtype=np.float32)
+        for shape in cases:
+            pixels = random_pixels(rng, shape, backbone)
             expected, got = wanted.run(pixels, wanted.outputs), found.run(pixels, wanted.outputs)
             for name in wanted.outputs:
-                difference = relative_difference(got[name], expected[name])
-                if not difference <= TOLERANCE:
+                difference = output_difference(got[name], expected[name])
+                allowed = CLASS_TOLERANCE if name == "classes" else TOLERANCE
+                if not difference <= (allowed if spec.precision == "fp32" else np.finfo(np.float32).max):
+                    n, height, width = shape
                     raise CheckFailed(
                         f"exported {name} differs from torch by {difference:.2e} of its largest value "
-                        f"on {n} images of {height}x{width} (allowed {TOLERANCE:.0e}); nothing was written"
+                        f"on {n} images of {height}x{width} (allowed {allowed:.0e}); nothing was written"
                     )
                 differences[name] = max(difference, differences.get(name, 0.0))
     return Parity(differences, cases)
+
+
+def output_difference(got: np.ndarray, expected: np.ndarray) -> float:
+    """Of whole numbers the share that differs, else `relative_difference`."""
+    if np.issubdtype(expected.dtype, np.integer) and got.shape == expected.shape:
+        return float((got != expected).mean())
+    return relative_difference(got, expected)
 
 
 def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
@@ -199,32 +196,68 @@ def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-12))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The exporter narrates its passes; none of it helps whoever exports a backbone."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def add_drift(backbone: Backbone, spec: OnnxSpec, path: Path, data: str, tolerance: Tolerance) -> Drift:
+    """Measure a file's drift and write it into the file. Raises CheckFailed where it is more than `tolerance`."""
+    preprocess = fixed_preprocess(backbone.manifest.preprocess, spec.fixed_px)
+    same_views = Backbone(backbone.model, replace(backbone.manifest, preprocess=preprocess))
+    with TorchRuntime(same_views, device="cpu") as before, OnnxRuntime(path, device="cpu") as after:
+        drift = measure_drift(before, after, data)
+    check_drift(drift, tolerance)
+    model = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    metadata[EXPORT_KEY] = json.dumps(describe(spec, drift=drift.to_json()), sort_keys=True)
+    helper.set_model_props(model, metadata)
+    write_file(model, path)
+    return drift
 
 
-def main(ckpt: str, out: Path, depth_head: Path | None = None) -> None:
+def main(
+    ckpt: str,
+    out: Path,
+    depth_head: Path | None = None,
+    segmentation_head: Path | None = None,
+    linear_head: Path | None = None,
+    precision: Precision = "fp32",
+    fixed_px: tuple[int, int] | None = None,
+    uint8: bool = False,
+    data: str | None = None,
+    tolerance: Tolerance = USUAL_TOLERANCE,
+) -> None:
     """Export a backbone to ONNX and check it against torch.
 
     Args:
         ckpt: A checkpoint, published weights, a Hugging Face folder or a catalog name.
-        out: The .onnx file to write.
+        out: The .onnx file to write; it must not be there yet.
         depth_head: A depth head trained on this backbone; adds the output `depth`.
+        segmentation_head: A segmentation head trained on this backbone; adds the output `classes`.
+        linear_head: A linear classifier trained on this backbone; adds the output `logits`.
+        precision: fp32; fp16 (float32 in and out); int8 (for CPUs, scales found while it runs); int8-static (Q/DQ pairs calibrated on
+            the training part of --data, in the form that TensorRT takes).
+        fixed_px: Height and width to bake in, multiples of the patch; left out: any.
+        uint8: Take decoded images, uint8 [N,H,W,3], and normalise them inside.
+        data: Real images to measure drift on, labelled ones also by k-NN; needed for every precision but fp32.
+        tolerance: The most drift that is let through.
     """
-    parity = export_onnx(ckpt, out, depth_head)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, largest difference from torch over {len(parity.cases)} batches:")
-    for name, difference in parity.differences.items():
-        print(f"  {name:<10} {difference:.1e} of its largest value")
+    spec = OnnxSpec(precision=precision, fixed_px=fixed_px, uint8=uint8)
+    done = export_onnx(
+        ckpt,
+        out,
+        depth_head,
+        linear_head=linear_head,
+        segmentation_head=segmentation_head,
+        spec=spec,
+        data=data,
+        tolerance=tolerance,
+    )
+    size_mb = out.stat().st_size / 1e6
+    print(
+        f"{out}: {size_mb:.1f} MB, {precision}, largest difference from torch over {len(done.parity.cases)} batches of noise:"
+    )
+    for name, difference in done.parity.differences.items():
+        of = "of all pixels" if name == "classes" else "of its largest value"
+        print(f"  {name:<10} {difference:.1e} {of}")
+    for line in done.drift.lines() if done.drift else ():
+        print(f"  {line}")
 
 
 if __name__ == "__main__":

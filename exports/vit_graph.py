@@ -1,8 +1,10 @@
 """A ViT as an ONNX graph: `pixels` to `embedding`, `patches` and `attention`, for any size of whole patches or for one.
 
-LayerScale is folded into the linear layer before it and the attention's scale into the queries, so that a block is LayerNorm, MatMul, Softmax
-and Gelu, each one operator. Axes as in `backbones.vit`, beside them M the side of the position table and d the width of a head.
+LayerScale is folded into the linear layer before it and the attention's scale into the queries, so that a block is LayerNorm, MatMul,
+Softmax and Gelu, each one operator. Axes as in `backbones.vit`, beside them M the side of the position table and d the width of a head.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 from onnx import TensorProto
@@ -13,9 +15,9 @@ from exports.graph import Graph
 
 
 def add_vit(
-    graph: Graph, model: ViT, pixels: str, fixed_px: tuple[int, int] | None = None, blocks: tuple[int, ...] = ()
+    graph: Graph, model: ViT, pixels: str, fixed_px: tuple[int, int] | None = None, layers: Collection[int] = ()
 ) -> dict[str, str]:
-    """Add the network; returns the tensor behind each output, and as `block_I` [B, T, D] what the blocks asked for give, normed.
+    """Add the network; returns the tensor behind each output of `ViT.outputs`, those of `layers` before the final norm included.
 
     `pixels` is float32 [B, 3, H, W]. With `fixed_px` (H, W) the position encodings of that size are stored ready-made.
     """
@@ -26,16 +28,15 @@ def add_vit(
     for i, block in enumerate(model.blocks):
         last = i == spec.depth - 1
         x, weights = _add_block(graph, f"blocks.{i}", block, x, spec.heads, last)  # type: ignore[arg-type]
-        if i in blocks:
-            made[f"block_{i}"] = x if last else _layer_norm(graph, f"tap.{i}", model.norm, x)
+        if i in layers:
+            x = made[f"block{i}"] = graph.op("Identity", x, name=f"block{i}")
         if last:
-            attention = _after(graph, weights, first, axis=2)
+            attention = after(graph, weights, first, axis=2)
             shape = _grid_shape(graph, rows_and_columns, fixed_px, spec.patch_px)
             made["attention"] = graph.op("Reshape", attention, shape, name="attention")
-    normed = _layer_norm(graph, "norm", model.norm, x)
-    made |= {name: normed for name in made if name == f"block_{spec.depth - 1}"}
+    normed = layer_norm(graph, "norm", model.norm, x)
     made["embedding"] = graph.op("Gather", normed, graph.constant(0, np.int64), axis=1, name="embedding")
-    made["patches"] = _after(graph, normed, first, axis=1, name="patches")
+    made["patches"] = after(graph, normed, first, axis=1, name="patches")
     return made
 
 
@@ -47,9 +48,7 @@ def _grid_sizes(graph: Graph, pixels: str, patch_px: int) -> tuple[str, str]:
     return h, w
 
 
-def _grid_shape(
-    graph: Graph, sizes: tuple[str, str] | None, fixed_px: tuple[int, int] | None, patch_px: int
-) -> str:
+def _grid_shape(graph: Graph, sizes: tuple[str, str] | None, fixed_px: tuple[int, int] | None, patch_px: int) -> str:
     """The shape [B, heads, h, w] for a Reshape, whose 0 keeps what is there."""
     if fixed_px is not None:
         return graph.ints(0, 0, *(side // patch_px for side in fixed_px))
@@ -63,7 +62,9 @@ def _tokens(
     """What enters the first block: CLS and registers, the same for every image, then patches with their positions."""
     spec, projection = model.spec, model.patch_embed.proj
     kernel, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()  # type: ignore[union-attr]
-    patches = graph.full(graph.conv(graph.half(pixels), "patch_embed", kernel, bias, stride=spec.patch_px))
+    patches = graph.full(
+        graph.conv(graph.half(pixels), "patch_embed", kernel, bias, stride=spec.patch_px, sensitive=True)
+    )
     patches = graph.op("Reshape", patches, graph.ints(0, spec.width, -1))
     patches = graph.op("Transpose", patches, perm=[0, 2, 1])
     if fixed_px is None:
@@ -140,17 +141,18 @@ def _cubic_kernel(graph: Graph, x: str, a: float) -> str:
     return graph.op("Where", graph.op("Less", x, number(1.0)), near, beyond)
 
 
-def _layer_norm(graph: Graph, name: str, norm: nn.LayerNorm, x: str) -> str:
+def layer_norm(graph: Graph, name: str, norm: nn.LayerNorm, x: str) -> str:
+    """`norm` over the last axis; asked for twice under one name its weights are stored once."""
     gain, shift = (graph.weight(f"{name}.{key}", getattr(norm, key).detach().numpy()) for key in ("weight", "bias"))
     return graph.op("LayerNormalization", x, gain, shift, axis=-1, epsilon=NORM_EPS)
 
 
 def _add_block(graph: Graph, name: str, block: Block, x: str, heads: int, last: bool) -> tuple[str, str]:
     """The block's output [B, T, D], and the CLS query's weights [B, heads, T] where it is the last, else nothing."""
-    normed = graph.half(_layer_norm(graph, f"{name}.norm1", block.norm1, x))
+    normed = graph.half(layer_norm(graph, f"{name}.norm1", block.norm1, x))
     mixed, weights = _add_attention(graph, f"{name}.attn", block, normed, heads, last)
     x = graph.op("Add", x, graph.full(mixed))
-    normed = graph.half(_layer_norm(graph, f"{name}.norm2", block.norm2, x))
+    normed = graph.half(layer_norm(graph, f"{name}.norm2", block.norm2, x))
     return graph.op("Add", x, graph.full(_add_ffn(graph, f"{name}.mlp", block, normed))), weights
 
 
@@ -186,10 +188,10 @@ def _add_ffn(graph: Graph, name: str, block: Block, x: str) -> str:
     if isinstance(block.mlp, Mlp):
         hidden = graph.op("Gelu", graph.linear(x, f"{name}.fc1", block.mlp.fc1.weight, block.mlp.fc1.bias))
         return graph.linear(hidden, f"{name}.fc2", *_scaled(block.mlp.fc2, block.ls2))
-    both = graph.linear(x, f"{name}.w12", block.mlp.w12.weight, block.mlp.w12.bias)  # type: ignore[union-attr, arg-type]
+    both = graph.linear(x, f"{name}.w12", block.mlp.w12.weight, block.mlp.w12.bias)
     gate, value = graph.ops("Split", both, names=("", ""), axis=-1, num_outputs=2)
     hidden = graph.op("Mul", graph.op("Mul", gate, graph.op("Sigmoid", gate)), value)
-    return graph.linear(hidden, f"{name}.w3", *_scaled(block.mlp.w3, block.ls2))  # type: ignore[arg-type]
+    return graph.linear(hidden, f"{name}.w3", *_scaled(block.mlp.w3, block.ls2))
 
 
 def _scaled(linear: nn.Linear, gain: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -199,8 +201,6 @@ def _scaled(linear: nn.Linear, gain: nn.Module) -> tuple[Tensor, Tensor | None]:
     return linear.weight * gain.gamma[:, None], None if linear.bias is None else linear.bias * gain.gamma
 
 
-def _after(graph: Graph, x: str, first: int, axis: int, name: str = "") -> str:
+def after(graph: Graph, x: str, first: int, axis: int, name: str = "") -> str:
     """Everything from `first` on along one axis."""
-    return graph.op(
-        "Slice", x, graph.ints(first), graph.ints(np.iinfo(np.int64).max), graph.ints(axis), name=name
-    )
+    return graph.op("Slice", x, graph.ints(first), graph.ints(np.iinfo(np.int64).max), graph.ints(axis), name=name)

@@ -9,63 +9,121 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError as ProtobufError
 
 from backbones.checkpoints import MANIFEST_KEY, CheckpointError, Manifest
 from data.errors import InputError
-from runtimes.onnx_graph import split_off_depth
-from runtimes.runtime import Runtime
+from data.preprocess import Preprocess
+from runtimes.onnx_graph import fuse_attention, split_heads
+from runtimes.runtime import Runtime, run_in_parts
 
 HEADS_KEY = "dinoscope_heads"
 """Metadata key of the heads' manifests: a JSON object from the head's kind to its manifest."""
-_DEPTH_INPUTS = ("embedding", "patches")
+EXPORT_KEY = "dinoscope_export"
+"""Metadata key of the file's own form: a JSON object with `precision`, `fixed_px`, `input` and, where it was measured, `drift`."""
+CPU_ROWS = 4
+"""Images that a CPU is given at a time; with more, the features of a layer leave its caches (measured: 15 % more time at 16)."""
 
 
 class OnnxRuntime(Runtime):
-    """One session for the backbone, and one for the depth head where the file has it; shared by all threads."""
+    """One session for the backbone and one for each head; shared by all threads.
 
-    def __init__(self, path: str | Path, *, device: str = "auto", threads: int | None = None) -> None:
+    `threads` bounds the threads of one call (they sleep while they wait, so that others can use the cores), `max_batch` the images
+    computed at a time; larger batches are run in parts.
+    """
+
+    def __init__(
+        self, path: str | Path, *, device: str = "auto", threads: int | None = None, max_batch: int | None = None
+    ) -> None:
         check_one_build()
         self.name = "onnxruntime"
-        options = ort.SessionOptions()
-        # 4: fatal only. The engine's warnings are about its own memory plan, and its errors are raised as well.
-        options.log_severity_level = 4
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        providers = pick_providers(device)
-        session = open_session(Path(path), options, providers)
-        self.device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        model = load_model(Path(path))
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        self.manifest, self.heads = read_metadata(metadata, path)
+        self.export = read_export(metadata, path)
+        self.precision = str(self.export.get("precision", "fp32"))
+        self.outputs = tuple(output.name for output in model.graph.output)
+        options, providers = session_options(threads), pick_providers(device)
+        if providers[0] == "CPUExecutionProvider":
+            fuse_attention(model)
+        backbone, parts = split_heads(model)
+        del model
+        self._read = tuple(output.name for output in backbone.graph.output)
+        self._backbone: ort.InferenceSession | None = open_session(backbone, options, providers, path)
+        del backbone
+        self._heads = {part.output: (open_session(part.model, options, providers, path), part.inputs) for part in parts}
+        self.device = "cuda" if self._backbone.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         if device == "cuda" and self.device != "cuda":  # the engine falls back without a word
             raise InputError(
                 "--device cuda: ONNX Runtime could not start CUDA here; check the driver, or use --device cpu"
             )
-        self.manifest, self.heads = read_metadata(session.get_modelmeta().custom_metadata_map, path)
-        self.outputs = tuple(output.name for output in session.get_outputs())
-        self._backbone: ort.InferenceSession | None = session
-        self._depth: ort.InferenceSession | None = None
-        if "depth" in self.outputs:
-            del session, self._backbone  # before the same weights are loaded once more
-            self._backbone, self._depth = (
-                ort.InferenceSession(part.SerializeToString(), options, providers=providers)
-                for part in split_off_depth(onnx.load(path))
-            )
+        self.max_batch = max_batch or (CPU_ROWS if self.device == "cpu" else None)
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
+        fixed = self.export.get("fixed_px")
+        if fixed and list(pixels_NCHW.shape[2:]) != fixed:
+            height, width = pixels_NCHW.shape[2:]
+            raise InputError(f"this file takes images of {fixed[0]}x{fixed[1]} only, {height}x{width} came")
+        if self.export.get("input") == "uint8":
+            pixels_NCHW = as_shades(pixels_NCHW, self.manifest.preprocess)
+        return run_in_parts(lambda part: self._run(part, outputs), pixels_NCHW, self.max_batch or len(pixels_NCHW))
+
+    def _run(self, pixels: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         if self._backbone is None:
             raise InputError("this runtime was closed; open it again")
-        given = {"pixels": np.ascontiguousarray(pixels_NCHW)}
-        # the depth head continues from these two
-        names = dict.fromkeys((*(name for name in outputs if name != "depth"), *_DEPTH_INPUTS * ("depth" in outputs)))
+        heads = {name: self._heads[name] for name in outputs if name in self._heads}
+        read = [name for _, inputs in heads.values() for name in inputs if name != "pixels"]
+        names = list(dict.fromkeys([*(name for name in outputs if name not in heads), *read]))
+        made: dict[str, np.ndarray] = {"pixels": np.ascontiguousarray(pixels)}
         try:
-            made = dict(zip(names, self._backbone.run(list(names), given), strict=True))
+            made |= zip(names, self._backbone.run(names, made), strict=True)
         except ort.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            raise InputError(f"this file does not take pixels of {list(pixels_NCHW.shape)}: {error}") from error
-        if "depth" in outputs and self._depth is not None:
-            (made["depth"],) = self._depth.run(["depth"], given | {name: made[name] for name in _DEPTH_INPUTS})
+            shape = list(pixels.shape)
+            raise InputError(f"this file does not take pixels of {shape}: {' '.join(str(error).split())}") from error
+        for name, (session, inputs) in heads.items():
+            (made[name],) = session.run([name], {given: made[given] for given in inputs})
         return {name: made[name] for name in outputs}
 
     def close(self) -> None:
-        self._backbone = self._depth = None
+        self._backbone = None
+        self._heads = {}
+
+
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """Sessions that share a machine: a bounded number of threads, which do not spin while they wait."""
+    options = ort.SessionOptions()
+    # 4: fatal only. The engine's warnings are about its own memory plan, and its errors are raised as well.
+    options.log_severity_level = 4
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def as_shades(pixels_NCHW: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """The uint8 [N, H, W, 3] that normalised pixels came from. Raises InputError for pixels that no image has."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    shades = (pixels_NCHW * std + mean) * np.float32(255)
+    whole = np.rint(shades)
+    if not (np.abs(shades - whole) < 0.02).all() or whole.min() < 0 or whole.max() > 255:
+        raise InputError(
+            "this file takes images of 8 bits (exported with --uint8); pixels came that are none, normalised"
+        )
+    return np.ascontiguousarray(whole.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def read_export(metadata: dict[str, str], path: str | Path) -> dict[str, Any]:
+    """What a file says of its own form; empty in files that say nothing. Raises CheckpointError."""
+    try:
+        plain = json.loads(metadata.get(EXPORT_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its description is not JSON ({error!s:.120}); export it again") from error
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{path}: its description is no object; export it again")
+    return plain
 
 
 def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest, dict[str, dict[str, Any]]]:
@@ -86,12 +144,25 @@ def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest,
         raise CheckpointError(f"{path}: {error}; export it again") from error
 
 
-def open_session(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
-    """A session on a file. Raises CheckpointError where it is missing or no ONNX model."""
+def load_model(path: Path) -> onnx.ModelProto:
+    """The model in a file. Raises CheckpointError where it is missing or no ONNX model."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of an .onnx file")
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        model = onnx.load(path)
+    except (ProtobufError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable .onnx file ({error}); was it cut short?") from error
+    if not model.graph.output:
+        raise CheckpointError(f"{path}: not a readable .onnx file (no outputs); was it cut short?")
+    return model
+
+
+def open_session(
+    model: onnx.ModelProto, options: ort.SessionOptions, providers: list[str], path: str | Path
+) -> ort.InferenceSession:
+    """A session on a model. Raises CheckpointError where the engine refuses it."""
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
     except Exception as error:  # the engine raises a dozen unrelated types
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path}: ONNX Runtime cannot load it ({reason}); was it cut short?") from error

@@ -18,10 +18,12 @@ def open_runtime(
     threads: int | None = None,
     depth_head: str | Path | None = None,
     segmentation_head: str | Path | None = None,
+    max_batch: int | None = None,
 ) -> Runtime:
     """A runtime for a checkpoint, published weights, a Hugging Face folder, an .onnx, a catalog name or a server's address.
 
-    `threads` bounds the CPU threads; heads add the outputs `depth` and `classes` to a checkpoint. Raises InputError.
+    `threads` bounds the CPU threads, `max_batch` the images that an exported file computes at a time;
+    heads add the outputs `depth` and `classes` to a checkpoint. Raises InputError.
     """
     if threads is not None and threads < 1:
         raise InputError(f"--threads {threads}: wanted at least 1")
@@ -34,7 +36,7 @@ def open_runtime(
     if remote:
         return RemoteRuntime(name)
     if exported:
-        return OnnxRuntime(name, device=device, threads=threads)
+        return OnnxRuntime(name, device=device, threads=threads, max_batch=max_batch)
     check_one_build()  # said at every start, whichever engine runs
     backbone = load_backbone(ckpt)
     fits = backbone.manifest.weights_sha256

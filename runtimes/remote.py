@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest
 from data.errors import InputError
-from runtimes.runtime import Runtime, step_px
+from runtimes.runtime import Runtime, run_in_parts, step_px
 
 _HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:.]+\]")
 """A name, an IPv4 address, or an IPv6 address in brackets."""
@@ -75,11 +75,7 @@ class RemoteRuntime(Runtime):
         self.check_call(pixels_NCHW, outputs)
         names = list(dict.fromkeys(outputs))
         rows = self._rows(pixels_NCHW.shape[2], pixels_NCHW.shape[3], names)
-        parts = [
-            self._infer(np.ascontiguousarray(pixels_NCHW[start : start + rows]), names)
-            for start in range(0, len(pixels_NCHW), rows)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+        return run_in_parts(lambda part: self._infer(np.ascontiguousarray(part), names), pixels_NCHW, rows)
 
     def _rows(self, height: int, width: int, outputs: Sequence[str]) -> int:
         """Images a request, so that neither it nor its reply is larger than a message may be."""

@@ -1,12 +1,15 @@
 """The one call that evaluators and servers know: normalised pixels in, named arrays out, whatever computes them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from backbones.checkpoints import Manifest
 from data.errors import InputError
+
+BACKBONE_OUTPUTS = ("embedding", "patches", "attention")
+"""What a backbone computes without a head."""
 
 
 class Runtime(ABC):
@@ -15,18 +18,20 @@ class Runtime(ABC):
     manifest: Manifest
     """What is known of the backbone; its `preprocess` says how images become pixels."""
     name: str
-    """The engine: torch, onnxruntime, remote."""
+    """The engine: torch, onnxruntime, tensorrt, remote."""
     device: str
     """Where it computes: cpu, cuda."""
     outputs: tuple[str, ...]
-    """Names that `run` can give: `embedding`, `patches`, and where the network has them `attention`, `depth`, `classes`."""
+    """Names that `run` can give: `embedding`, `patches`, and where the network has them `attention`, `logits`, `depth`, `classes`."""
+    precision: str = "fp32"
+    """What the linear layers are computed in; features of different precisions differ."""
 
     @abstractmethod
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         """The named outputs, float32, of normalised pixels float32 [N, 3, H, W]; safe to call from several threads.
 
-        `embedding` [N, D], `patches` [N, h*w, D], `attention` [N, heads, h, w], `depth` [N, H, W], `classes` [N, H, W] (int32).
-        H and W are multiples of the patch.
+        `embedding` [N, D], `patches` [N, h*w, D], `attention` [N, heads, h, w], `logits` [N, C], `depth` [N, H, W], `classes`
+        [N, H, W] (int32). H and W are multiples of the patch.
         Raises InputError for an unknown output, or pixels of another shape or type.
         """
 
@@ -63,3 +68,11 @@ class Runtime(ABC):
 def step_px(manifest: Manifest) -> int:
     """What the sides of an image must be multiples of: the patch of a ViT, the total stride of a ResNet."""
     return int(manifest.architecture.get("patch_px", 32))
+
+
+def run_in_parts(
+    run: Callable[[np.ndarray], dict[str, np.ndarray]], pixels_NCHW: np.ndarray, rows: int
+) -> dict[str, np.ndarray]:
+    """What `run` makes of at most `rows` images at a time, put together again."""
+    parts = [run(pixels_NCHW[start : start + rows]) for start in range(0, len(pixels_NCHW), rows)]
+    return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

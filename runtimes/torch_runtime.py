@@ -12,11 +12,14 @@ from backbones.heads import AnyDepthHead, SegmentationHead
 from backbones.network import Network
 from backbones.vit import ViT
 from data.errors import InputError
-from runtimes.runtime import Runtime
+from runtimes.runtime import BACKBONE_OUTPUTS, Runtime
 
 
 class TorchRuntime(Runtime):
-    """A backbone and its heads in float32. Calls take turns: torch's thread count belongs to the process."""
+    """A backbone and its heads in float32. Calls take turns: torch's thread count belongs to the process.
+
+    `network` is one that was put together before, of this backbone and its heads.
+    """
 
     def __init__(
         self,
@@ -24,13 +27,15 @@ class TorchRuntime(Runtime):
         depth_head: AnyDepthHead | None = None,
         segmentation_head: SegmentationHead | None = None,
         *,
+        network: Network | None = None,
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
         self.manifest = backbone.manifest
         self.name = "torch"
         self.device = pick_device(device)
-        self._network = Network(backbone.model, depth_head, segmentation_head).to(self.device).eval()  # type: ignore[arg-type]
+        network = network or Network(backbone.model, depth_head, segmentation_head)  # type: ignore[arg-type]
+        self._network = network.to(self.device).eval()
         self.outputs = self._network.output_names
         self._threads = threads
         self._lock = threading.Lock()
@@ -39,9 +44,9 @@ class TorchRuntime(Runtime):
         self.check_call(pixels_NCHW, outputs)
         with self._turn():
             pixels = self._on_device(pixels_NCHW)
-            # A map costs more than an embedding; maps are left out unless one is wanted.
-            mapped = "depth" in outputs or "classes" in outputs
-            made = self._network(pixels) if mapped else self._network.backbone.outputs(pixels)
+            # A map costs more than an embedding; heads are left out unless one is wanted.
+            headed = not set(outputs) <= set(BACKBONE_OUTPUTS)
+            made = self._network(pixels) if headed else self._network.backbone.outputs(pixels)
             return {name: as_array(made[name]) for name in outputs}
 
     def run_blocks(self, pixels_NCHW: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -82,7 +82,7 @@ def artifact(name: str) -> Artifact:
     ckpt, head = save_network(name, folder)
     depth_head = None if name == "v2" else head
     onnx = folder / f"{name}.onnx"
-    parity = export_onnx(ckpt, onnx, depth_head)
+    parity = export_onnx(ckpt, onnx, depth_head).parity
     attention = () if name == "resnet" else ("attention",)
     outputs = ("embedding", "patches", *attention, *(("depth",) if depth_head else ()))
     return Artifact(ckpt, depth_head, onnx, parity, outputs, {"v1": 8, "v2": 7, "resnet": 32}[name])

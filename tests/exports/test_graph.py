@@ -10,8 +10,9 @@ import torch
 
 from backbones.checkpoints import Backbone, load_backbone
 from backbones.vit import ViT
-from exports.to_onnx import OPSET, TOLERANCE, relative_difference
-from runtimes.onnx_graph import split_off_depth
+from exports.graph import OPSET
+from exports.to_onnx import TOLERANCE, relative_difference
+from runtimes.onnx_graph import split_heads
 from runtimes.onnx_runtime import OnnxRuntime
 from runtimes.open import open_runtime
 from runtimes.torch_runtime import TorchRuntime
@@ -150,7 +151,9 @@ def test_the_depth_head_runs_only_where_depth_is_asked_for(v1: Artifact, tmp_pat
 
 def test_no_weight_is_in_both_halves_of_a_split_graph(v1: Artifact) -> None:
     model = onnx.load(v1.onnx)
-    backbone, head = split_off_depth(model)
+    backbone, (depth,) = split_heads(model)
+    head = depth.model
+    assert (depth.output, depth.inputs) == ("depth", ("pixels", "embedding", "patches"))
     for part in (backbone, head):
         onnx.checker.check_model(part, full_check=True)
     weights = [{i.name for i in part.graph.initializer if len(i.raw_data) > 256} for part in (backbone, head)]
@@ -165,7 +168,7 @@ def test_the_weights_are_those_of_the_checkpoint_to_the_last_bit(v1: Artifact) -
         initializer.name: onnx.numpy_helper.to_array(initializer)
         for initializer in onnx.load(v1.onnx).graph.initializer
     }
-    projection = "network.backbone.patch_embed.proj.weight"
+    projection = "patch_embed.weight"
     wanted = load_backbone(v1.ckpt).model.state_dict()["patch_embed.proj.weight"]
     assert torch.equal(torch.from_numpy(stored[projection].copy()), wanted)
 

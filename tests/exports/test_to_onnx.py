@@ -8,70 +8,78 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-import torch
 
 from data.errors import CheckFailed, InputError, run_cli
-from exports import to_onnx
+from exports import onnx_file, to_onnx
 from exports.to_onnx import TOLERANCE, export_onnx, main, relative_difference
 from tests.exports.artifacts import Artifact, artifact, save_network
 
+Accident = Callable[[Any, Path], None]
+
 
 @pytest.fixture
-def quick(v1: Artifact, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts the file that was traced before in place of tracing again, then does what a test wants done."""
+def during_writing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accident], None]:
+    """Makes an accident happen as soon as the file is on the disk under its hidden name."""
+    write_file = to_onnx.write_file
 
-    def arrange(then: Callable[[Any, Path], None] = lambda backbone, path: None, file: Path = v1.onnx) -> None:
-        def write(backbone: Any, head: Any, heads: Any, path: Path) -> None:
-            shutil.copy(file, path)
-            then(backbone, path)
+    def arrange(accident: Accident) -> None:
+        def write(model: Any, path: Path) -> None:
+            write_file(model, path)
+            accident(model, path)
 
-        monkeypatch.setattr(to_onnx, "write_graph", write)
+        monkeypatch.setattr(to_onnx, "write_file", write)
 
     return arrange
 
 
-def test_the_file_appears_whole_with_the_folders_it_needs(v1: Artifact, tmp_path: Path, quick: Callable) -> None:
-    quick()
+def test_the_file_appears_whole_with_the_folders_it_needs(v1: Artifact, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "down" / "x.onnx"
-    parity = export_onnx(v1.ckpt, out, v1.depth_head)
-    assert parity == v1.parity, "the check draws the same pixels each time"
+    done = export_onnx(v1.ckpt, out, v1.depth_head)
+    assert done.parity == v1.parity, "the check draws the same pixels each time"
+    assert done.drift is None
     assert out.read_bytes() == v1.onnx.read_bytes()
     assert out.stat().st_mode & 0o777 == 0o644
     assert [path.name for path in out.parent.iterdir()] == ["x.onnx"]
 
 
-def _tamper(backbone: Any, path: Path) -> None:
-    with torch.no_grad():
-        backbone.model.blocks[1].mlp.fc2.weight[3, 5] += 0.5
+def _tamper(model: onnx.ModelProto, path: Path) -> None:
+    """One weight of the last layer is not what it was."""
+    altered = onnx.load(path)
+    weight = next(one for one in altered.graph.initializer if one.name == "blocks.1.mlp.fc2.weight")
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[3, 5] += 0.5
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(altered, path)
 
 
 def test_a_single_altered_weight_fails_the_check_and_leaves_nothing(
-    v1: Artifact, tmp_path: Path, quick: Callable
+    v1: Artifact, tmp_path: Path, during_writing: Callable
 ) -> None:
-    quick(_tamper)
+    during_writing(_tamper)
     with pytest.raises(CheckFailed, match=r"differs from torch by .* \(allowed 2e-04\); nothing was written"):
         export_onnx(v1.ckpt, tmp_path / "x.onnx", v1.depth_head)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_with_other_outputs_fails_the_check(v1: Artifact, tmp_path: Path, quick: Callable) -> None:
-    quick(file=artifact("v2").onnx)
+def test_a_graph_with_other_outputs_fails_the_check(v1: Artifact, tmp_path: Path, during_writing: Callable) -> None:
+    during_writing(lambda _, path: shutil.copy(artifact("v2").onnx, path))
     with pytest.raises(CheckFailed, match=r"the exported graph has outputs .*, wanted .*depth"):
         export_onnx(v1.ckpt, tmp_path / "x.onnx", v1.depth_head)
     assert list(tmp_path.iterdir()) == []
 
 
-def _interrupt(backbone: Any, path: Path) -> None:
+def _interrupt(model: Any, path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     raise KeyboardInterrupt
 
 
-def _break(backbone: Any, path: Path) -> None:
+def _break(model: Any, path: Path) -> None:
     raise RuntimeError("the exporter failed")
 
 
-def _disk_full(backbone: Any, path: Path) -> None:
+def _disk_full(model: Any, path: Path) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -79,16 +87,21 @@ def _disk_full(backbone: Any, path: Path) -> None:
     ("accident", "error"),
     [(_tamper, CheckFailed), (_interrupt, KeyboardInterrupt), (_break, RuntimeError), (_disk_full, InputError)],
 )
-def test_an_accident_leaves_the_file_that_was_there_and_no_scratch(
-    v1: Artifact, tmp_path: Path, quick: Callable, accident: Callable, error: type[BaseException]
+def test_an_accident_leaves_nothing(
+    v1: Artifact, tmp_path: Path, during_writing: Callable, accident: Accident, error: type[BaseException]
 ) -> None:
+    during_writing(accident)
+    with pytest.raises(error):
+        export_onnx(v1.ckpt, tmp_path / "x.onnx", v1.depth_head)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_not_written_over(v1: Artifact, tmp_path: Path) -> None:
     out = tmp_path / "x.onnx"
     out.write_bytes(b"the old one")
-    quick(accident)
-    with pytest.raises(error):
-        export_onnx(v1.ckpt, out, v1.depth_head)
+    with pytest.raises(InputError, match=r"x\.onnx: is there already; delete it first"):
+        export_onnx(v1.ckpt, out)
     assert out.read_bytes() == b"the old one"
-    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
 
 
 def test_what_is_not_a_number_or_of_another_shape_is_no_match() -> None:
@@ -112,10 +125,7 @@ def test_what_is_not_a_number_or_of_another_shape_is_no_match() -> None:
         ("file/deep/x.onnx", "cannot be written"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_refused(
-    v1: Artifact, tmp_path: Path, quick: Callable, out: str, words: str
-) -> None:
-    quick()
+def test_a_place_that_cannot_be_written_is_refused(v1: Artifact, tmp_path: Path, out: str, words: str) -> None:
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "file").write_text("a file")
     with pytest.raises(InputError, match=words):
@@ -123,11 +133,11 @@ def test_a_place_that_cannot_be_written_is_refused(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.onnx"]
 
 
-def test_weights_that_one_file_cannot_hold_are_refused_before_anything_is_traced(
-    v1: Artifact, tmp_path: Path, quick: Callable, monkeypatch: pytest.MonkeyPatch
+def test_weights_that_one_file_cannot_hold_are_refused_before_anything_is_written(
+    v1: Artifact, tmp_path: Path, during_writing: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick(_break)
-    monkeypatch.setattr(to_onnx, "MAX_WEIGHT_BYTES", 100_000)
+    during_writing(_break)
+    monkeypatch.setattr(onnx_file, "MAX_WEIGHT_BYTES", 100_000)
     with pytest.raises(InputError, match=r"one \.onnx file holds at most"):
         export_onnx(v1.ckpt, tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -150,9 +160,8 @@ def status_of(command: Callable[[], None]) -> int:
 
 
 def test_status_0_with_the_size_and_the_differences(
-    v1: Artifact, tmp_path: Path, quick: Callable, capsys: pytest.CaptureFixture[str]
+    v1: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick()
     assert status_of(lambda: main(str(v1.ckpt), tmp_path / "x.onnx", v1.depth_head)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "0.1 MB" in lines[0] or "0.2 MB" in lines[0]
@@ -160,15 +169,15 @@ def test_status_0_with_the_size_and_the_differences(
 
 
 def test_status_3_and_one_line_when_the_check_fails(
-    v1: Artifact, tmp_path: Path, quick: Callable, capsys: pytest.CaptureFixture[str]
+    v1: Artifact, tmp_path: Path, during_writing: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick(_tamper)
+    during_writing(_tamper)
     assert status_of(lambda: main(str(v1.ckpt), tmp_path / "x.onnx")) == 3
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_status_130_when_stopped(v1: Artifact, tmp_path: Path, quick: Callable) -> None:
-    quick(_interrupt)
+def test_status_130_when_stopped(v1: Artifact, tmp_path: Path, during_writing: Callable) -> None:
+    during_writing(_interrupt)
     assert status_of(lambda: main(str(v1.ckpt), tmp_path / "x.onnx")) == 130
     assert list(tmp_path.iterdir()) == []
 

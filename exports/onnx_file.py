@@ -1,0 +1,246 @@
+"""A backbone and its heads -> one ONNX model with its manifests: what goes in, what comes out, and what is put between."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from backbones.checkpoints import MANIFEST_KEY, Backbone, CheckpointError
+from backbones.heads import (
+    AnyDepthHead,
+    HeadManifest,
+    LinearHead,
+    SegmentationHead,
+    load_depth_head,
+    load_head,
+    load_segmentation_head,
+)
+from backbones.network import Network
+from backbones.resnet import ResNet
+from backbones.vit import ViT
+from data.errors import InputError
+from data.preprocess import MAX_VIEW_PX, Preprocess
+from exports.graph import Graph, Precision, Value
+from exports.head_graph import add_depth, add_linear, add_segmentation
+from exports.resnet_graph import add_resnet
+from exports.vit_graph import add_vit, after, layer_norm
+from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY
+from runtimes.runtime import step_px
+
+MAX_WEIGHT_BYTES = 2**31 - 2**24
+"""A protobuf message, which an .onnx file is, holds 2 GB; the graph takes a little of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxSpec:
+    """The form of an exported file."""
+
+    precision: Precision = "fp32"
+    """fp32; fp16 (float32 in and out, norms and softmax kept in float32); int8 (for CPUs, scales found while it runs); int8-static
+    (Q/DQ pairs with scales calibrated on images, for TensorRT)."""
+    fixed_px: tuple[int, int] | None = None
+    """Bake one height and width into the file, whole patches each; left out: any."""
+    uint8: bool = False
+    """Take decoded images, uint8 [N,H,W,3], and normalise them inside; left out: normalised float32 [N,3,H,W]."""
+
+
+PLAIN = OnnxSpec()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads that go into a file, each with its manifest."""
+
+    linear: tuple[LinearHead, HeadManifest] | None = None
+    depth: tuple[AnyDepthHead, HeadManifest] | None = None
+    segmentation: tuple[SegmentationHead, HeadManifest] | None = None
+
+    @property
+    def manifests(self) -> dict[str, HeadManifest]:
+        """Kind to manifest of the heads that are there."""
+        pairs = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {kind: pair[1] for kind, pair in pairs if pair is not None}
+
+
+def load_heads(
+    backbone: Backbone,
+    linear: str | Path | None = None,
+    depth: str | Path | None = None,
+    segmentation: str | Path | None = None,
+) -> Heads:
+    """Read the heads that are named. Raises CheckpointError for one of another backbone or kind."""
+    fits = backbone.manifest.weights_sha256
+    return Heads(
+        None if linear is None else load_linear_head(linear, fits),
+        None if depth is None else load_depth_head(depth, fits),
+        None if segmentation is None else load_segmentation_head(segmentation, fits),
+    )
+
+
+def load_linear_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead, HeadManifest]:
+    """Read a linear classifier; errors as in `load_head`, and for a head of another kind."""
+    head, manifest = load_head(path, backbone_sha256)
+    if not isinstance(head, LinearHead):
+        raise CheckpointError(f"{path}: is a {manifest.kind} head; wanted a linear head")
+    return head, manifest
+
+
+def make_network(backbone: Backbone, heads: Heads) -> Network:
+    """Backbone and heads on torch: what the file is held against. Raises InputError where a head does not fit."""
+    linear, features = (heads.linear[0], heads.linear[1].features) if heads.linear else (None, "")
+    return Network(
+        backbone.model,  # type: ignore[arg-type]
+        heads.depth[0] if heads.depth else None,
+        heads.segmentation[0] if heads.segmentation else None,
+        linear,
+        features,
+    ).eval()
+
+
+def check_spec(backbone: Backbone, spec: OnnxSpec) -> None:
+    """Raise InputError for a form that this backbone cannot have."""
+    size = sum(weight.numel() * weight.element_size() for weight in backbone.model.state_dict().values())
+    if size > MAX_WEIGHT_BYTES:
+        raise InputError(
+            f"this backbone has {size / 1e9:.1f} GB of weights, one .onnx file holds at most "
+            f"{MAX_WEIGHT_BYTES / 1e9:.1f}; use the checkpoint itself, which runs on torch"
+        )
+    if spec.precision == "int8" and isinstance(backbone.model, ResNet):
+        raise InputError("--precision int8 is for ViTs, a ResNet has convolutions; use int8-static or fp16")
+    step = step_px(backbone.manifest)
+    if spec.fixed_px is not None and any(side < step or side % step or side > MAX_VIEW_PX for side in spec.fixed_px):
+        height, width = spec.fixed_px
+        raise InputError(
+            f"--fixed-px {height} {width}: wanted multiples of the patch, {step}, from {step} to {MAX_VIEW_PX}; "
+            f"nearest: {_nearest(height, step)} {_nearest(width, step)}"
+        )
+
+
+def _nearest(side: int, step: int) -> int:
+    return min(max(round(side / step), 1), MAX_VIEW_PX // step) * step
+
+
+def fixed_preprocess(preprocess: Preprocess, fixed_px: tuple[int, int] | None) -> Preprocess:
+    """The preprocessing of a file that takes one size only: views of that size, in the proportions of the given one."""
+    if fixed_px is None or fixed_px[0] != fixed_px[1]:
+        return preprocess
+    side = fixed_px[0]
+    resize_px = max(side, round(preprocess.resize_px * side / preprocess.size_px))
+    return dataclasses.replace(preprocess, size_px=side, resize_px=resize_px, whole_px=side)
+
+
+def make_graph(
+    backbone: Backbone, heads: Heads, spec: OnnxSpec, ranges: Mapping[str, float] | None = None
+) -> tuple[Graph, dict[str, str]]:
+    """The graph, and the tensor behind each of its outputs. `ranges`: largest input of each layer, for int8-static."""
+    graph, model = Graph(spec.precision, ranges), backbone.model
+    pixels = _normalised(graph, backbone.manifest.preprocess) if spec.uint8 else "pixels"
+    if isinstance(model, ViT):
+        layers = {n for pair in (heads.depth, heads.segmentation) if pair for n in pair[0].spec.layers}
+        made = add_vit(graph, model, pixels, spec.fixed_px, layers)
+    else:
+        assert isinstance(model, ResNet)
+        made = add_resnet(graph, model, pixels)
+    _add_heads(graph, backbone, heads, made, spec.uint8)
+    return graph, {name: made[name] for name in make_network(backbone, heads).output_names}
+
+
+def _normalised(graph: Graph, preprocess: Preprocess) -> str:
+    """uint8 [N,H,W,3] as the network wants it, step by step what `data.preprocess.normalise` does."""
+    x = graph.op("Cast", graph.op("Transpose", "pixels", perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
+    mean, std = (
+        graph.constant(np.reshape(np.array(values, np.float32), (3, 1, 1)))
+        for values in (preprocess.mean, preprocess.std)
+    )
+    return graph.op("Div", graph.op("Sub", graph.op("Div", x, graph.constant(255, np.float32)), mean), std)
+
+
+def _add_heads(graph: Graph, backbone: Backbone, heads: Heads, made: dict[str, str], uint8: bool) -> None:
+    if heads.linear is not None:
+        head, manifest = heads.linear
+        patches = made["patches"] if manifest.features == "cls+patch_mean" else None
+        made["logits"] = add_linear(graph, head, made["embedding"], patches)
+    if heads.depth is None and heads.segmentation is None:
+        return
+    first = 1 if uint8 else 2
+    out = graph.op("Slice", graph.op("Shape", "pixels"), graph.ints(first), graph.ints(first + 2), graph.ints(0))
+    grid = graph.op("Div", out, graph.ints(step_px(backbone.manifest)))
+    if heads.depth is not None:
+        depth_head = heads.depth[0]
+        patches, cls = _read_layers(graph, backbone, made, depth_head.spec.layers, norm=False)
+        made["depth"] = add_depth(graph, depth_head, patches, cls, grid, out)
+    if heads.segmentation is not None:
+        segmentation_head = heads.segmentation[0]
+        patches, _ = _read_layers(graph, backbone, made, segmentation_head.spec.layers, norm=True)
+        made["classes"] = add_segmentation(graph, segmentation_head, patches, grid, out)
+
+
+def _read_layers(
+    graph: Graph, backbone: Backbone, made: Mapping[str, str], layers: tuple[int, ...], norm: bool
+) -> tuple[str, str]:
+    """Patches [B, N, L D] and CLS [B, L D] of the layers that a head reads, as `Network` puts them together."""
+    if not layers:
+        return made["patches"], made["embedding"]
+    model = backbone.model
+    assert isinstance(model, ViT)
+    tokens = [made[f"block{n}"] for n in layers]
+    if norm:
+        tokens = [layer_norm(graph, "norm", model.norm, x) for x in tokens]
+    joined = graph.op("Concat", *tokens, axis=2)
+    cls = graph.op("Gather", joined, graph.constant(0, np.int64), axis=1)
+    return after(graph, joined, 1 + model.spec.registers, axis=1), cls
+
+
+def make_model(
+    backbone: Backbone, heads: Heads, spec: OnnxSpec, ranges: Mapping[str, float] | None = None
+) -> onnx.ModelProto:
+    """The whole file: graph, inputs and outputs with their axes, manifests."""
+    graph, made = make_graph(backbone, heads, spec, ranges)
+    preprocess = fixed_preprocess(backbone.manifest.preprocess, spec.fixed_px)
+    manifest = dataclasses.replace(backbone.manifest, preprocess=preprocess)
+    metadata = {MANIFEST_KEY: manifest.to_json(), EXPORT_KEY: describe(spec)}
+    if heads.manifests:
+        metadata[HEADS_KEY] = {kind: one.to_json() for kind, one in heads.manifests.items()}
+    outputs = [_output(name, backbone, heads, spec) for name in made]
+    return graph.model(
+        [_input(spec)], outputs, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    )
+
+
+def describe(spec: OnnxSpec, **more: Any) -> dict[str, Any]:
+    """What the file says of its own form, as JSON."""
+    fixed = None if spec.fixed_px is None else list(spec.fixed_px)
+    return {"precision": spec.precision, "fixed_px": fixed, "input": "uint8" if spec.uint8 else "float32", **more}
+
+
+def _input(spec: OnnxSpec) -> Value:
+    height, width = spec.fixed_px or ("H", "W")
+    if spec.uint8:
+        return Value("pixels", TensorProto.UINT8, ("N", height, width, 3))
+    return Value("pixels", TensorProto.FLOAT, ("N", 3, height, width))
+
+
+def _output(name: str, backbone: Backbone, heads: Heads, spec: OnnxSpec) -> Value:
+    model, step = backbone.model, step_px(backbone.manifest)
+    width, n_heads = int(model.embed_dim), model.spec.heads if isinstance(model, ViT) else 0  # type: ignore[arg-type]
+    large: tuple[int | str, int | str] = spec.fixed_px or ("H", "W")
+    small: tuple[int | str, int | str] = ("h", "w")
+    patches: int | str = "patches"
+    if spec.fixed_px is not None:
+        small = (spec.fixed_px[0] // step, spec.fixed_px[1] // step)
+        patches = small[0] * small[1]
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "embedding": ("N", width),
+        "patches": ("N", patches, width),
+        "attention": ("N", n_heads, *small),
+        "logits": ("N", heads.linear[0].spec.n_classes if heads.linear else 0),
+        "depth": ("N", *large),
+        "classes": ("N", *large),
+    }
+    return Value(name, TensorProto.INT32 if name == "classes" else TensorProto.FLOAT, shapes[name])
