@@ -4,9 +4,10 @@ The network, then each baseline asked for, is run over the same two parts of the
 feature tables, is applied to each; differences are paired, image by image.
 """
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from backbones.checkpoints import Manifest
+from data.datasets import Dataset
 from data.errors import CheckFailed, InputError
 from evaluators.baselines import BaselineName, open_baseline
 from evaluators.bootstrap import mean_interval95
@@ -40,12 +42,12 @@ Evaluate = Callable[[FeatureTable, FeatureTable], Measurement]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
+class RunOptions:
     """What is measured, on what, and where the result goes."""
 
     ckpt: str
-    """The network: a checkpoint, published weights, a Hugging Face folder, an .onnx, a catalog name, or a running server
-    (grpc://host:port, http://host:port)."""
+    """The network: a checkpoint, published weights, a Hugging Face folder, an .onnx, a TensorRT plan, a catalog name, or a
+    running server (grpc://host:port, http://host:port)."""
     data: str
     """The images: a folder (train/CLASS/*, val/CLASS/*), a CSV, tar shards, or a packed set."""
     out: Path | None = None
@@ -56,28 +58,39 @@ class NetworkOptions:
     """CPU threads of the network, and of what is fitted to its features."""
     batch_size: int = 64
     """Images that go through the network at a time."""
+    workers: int = 1
+    """Threads that decode images."""
     cache_dir: Path | None = Path(".cache/features")
     """Root of the feature cache; None to do without."""
-    train_split: str | None = None
-    """Name of the training split; left out: `train`."""
-    val_split: str | None = None
-    """Name of the test split; left out: `val`, or `test` where there is none."""
-    group_by: str = "auto"
-    """Column that ties images together (views of one object); `auto`: instance, family, concept or group; `none`."""
     seed: int = 0
     """Of everything random: initial heads, the untrained baseline."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: wanted a whole number of at least 0 and below 2**63")
+        if self.batch_size < 1 or self.workers < 1:
+            raise InputError(f"--batch-size {self.batch_size}, --workers {self.workers}: wanted at least 1 of each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(RunOptions):
+    """Options of the evaluators that fit something to training images and test it on others."""
+
+    train_split: str | None = None
+    """Name of the training split; left out: `train`."""
+    val_split: str | None = None
+    """Name of the test split; left out: `val`, or `test` where there is none."""
+    group_by: str = "auto"
+    """Column that ties images together (views of one object); `auto`: instance, family, concept or group; `none`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationRun(NetworkOptions):
     """Options of the classification evaluators."""
 
-    baselines: tuple[Literal["pixels", "untrained"], ...] = ()
-    """Measured beside the network on the same images: pixels (32 x 32 RGB), untrained (same network, random weights)."""
+    baselines: tuple[Literal["pixels", "hog", "untrained"], ...] = ()
+    """Measured beside the network on the same images: pixels (32 x 32 RGB), hog (histograms of oriented gradients),
+    untrained (same network, random weights)."""
 
 
 def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[dict[str, Any], Measurement]:
@@ -109,32 +122,47 @@ def measure(
     title: str,
     runtime: Runtime,
     splits: Splits,
-    options: NetworkOptions,
+    options: RunOptions,
     evaluate: Evaluate,
     spec: ExtractSpec = CENTER_FEATURES,
 ) -> tuple[Measurement, dict[str, float], dict[str, Any]]:
     """Extract both parts (columns and view of `spec`) and evaluate; also returns seconds spent, and what was read."""
+    parts = {"train": splits.train, "val": splits.val}
+    return measure_parts(title, runtime, parts, splits.group_column, options, lambda tables: evaluate(*tables), spec)
+
+
+def measure_parts(
+    title: str,
+    runtime: Runtime,
+    parts: Mapping[str, Dataset],
+    group_column: str | None,
+    options: RunOptions,
+    evaluate: Callable[[list[FeatureTable]], Measurement],
+    spec: ExtractSpec = CENTER_FEATURES,
+) -> tuple[Measurement, dict[str, float], dict[str, Any]]:
+    """Extract each named part and evaluate the tables in that order; also returns seconds spent, and what was read."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    spec = replace(spec, batch_size=options.batch_size, cache_dir=options.cache_dir, group_column=splits.group_column)
+    spec = replace(spec, batch_size=options.batch_size, workers=options.workers, cache_dir=options.cache_dir)
+    spec = replace(spec, group_column=group_column)
     started = time.perf_counter()
     tables = []
-    for what, part in (("train", splits.train), ("val", splits.val)):
+    for what, part in parts.items():
         with progress_bar(f"{title}: {what}") as progress:
             tables.append(extract(runtime, part, spec, progress))
     extracted = time.perf_counter()
-    train, val = tables
-    measurement = evaluate(train, val)
-    for what, table in (("train", train), ("val", val)):
+    measurement = evaluate(tables)
+    for what, table in zip(parts, tables, strict=True):
         measurement.notes.extend(table_notes(what, table))
     timing = {
         "extract_s": round(extracted - started, 3),
         "evaluate_s": round(time.perf_counter() - extracted, 3),
-        "features_from_cache": train.cached and val.cached,
+        "features_from_cache": all(table.cached for table in tables),
     }
-    counts: dict[str, Any] = {"n_train": len(train), "n_val": len(val)}
-    if None not in (*train.labels, *val.labels):
-        classes = sorted({str(label) for label in (*train.labels, *val.labels)})
+    counts: dict[str, Any] = {f"n_{what}": len(table) for what, table in zip(parts, tables, strict=True)}
+    labels = {label for table in tables for label in table.labels}
+    if None not in labels:
+        classes = sorted(map(str, labels))
         counts |= {"n_classes": len(classes), "classes": classes}
     counts["skipped"] = {name: reason for table in tables for name, reason in table.skipped}
     return measurement, timing, counts
@@ -161,9 +189,12 @@ def measure_baseline(
 
 def baseline_json(baseline: Measurement, network: Measurement, timing: dict[str, float]) -> dict[str, Any]:
     """A baseline as the result file holds it; `difference` is the network's headline minus the baseline's, paired."""
+    ours, theirs = network.metrics[network.headline], baseline.metrics[network.headline]
     gain_N = network.predictions["score"] - baseline.predictions["score"]
-    ci95 = mean_interval95(gain_N, network.predictions["groups"])
-    difference = replace(network.metrics[network.headline], value=float(gain_N.mean()), ci95=ci95, n=len(gain_N))
+    difference = replace(ours, value=ours.value - theirs.value, ci95=None)
+    if math.isclose(gain_N.mean(), difference.value, abs_tol=1e-6):  # else the headline is no mean over items
+        ci95 = mean_interval95(gain_N, network.predictions["groups"])
+        difference = replace(difference, ci95=ci95, n=len(gain_N))
     return {
         "metrics": metrics_json(baseline.metrics),
         "difference": metrics_json({network.headline: difference})[network.headline],
@@ -273,7 +304,9 @@ def print_result(result: dict[str, Any], *written: Path | None) -> None:
     data = result["data"]
     print(f"{result['evaluator']}: {result['model']['ckpt']} ({result['model']['runtime']}) on {data['source']}")
     classes = f", {data['n_classes']} classes" if "n_classes" in data else ""
-    print(f"{data['n_train']} training and {data['n_val']} test images{classes}; {data['split']}")
+    kinds = {"train": "training", "val": "test"}
+    counts = [f"{data[f'n_{part}']} {kinds.get(part, part)}" for part in data["fingerprint"]]
+    print(f"{' and '.join(counts)} images{classes}; {data['split']}")
     print(result_table(result))
     for path in written:
         if path is not None:

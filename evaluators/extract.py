@@ -234,9 +234,12 @@ def features_of(
 
 
 def _whole_patches(pixels_BCHW: np.ndarray, step: int) -> np.ndarray:
+    """What fills whole patches; a side shorter than one patch is stretched to it first."""
     height, width = pixels_BCHW.shape[2:]
     if min(height, width) < step:
-        raise InputError(f"an image of {height}x{width} pixels is smaller than one patch of {step}; leave it out")
+        size = (max(height, step), max(width, step))
+        stretched = F.interpolate(torch.from_numpy(pixels_BCHW), size=size, mode="bilinear", align_corners=False)
+        pixels_BCHW, (height, width) = stretched.numpy(), size
     return np.ascontiguousarray(pixels_BCHW[:, :, : height // step * step, : width // step * step])
 
 

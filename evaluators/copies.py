@@ -1,0 +1,307 @@
+"""Features in, how well altered copies of an image are found again: mean average precision.
+
+An image is described by CLS followed by the pooled patches, optionally whitened, at length 1. On Copydays, the altered
+images search the originals. On any other set, a column names groups of near-duplicates, and all pairs of images are
+ranked by similarity; the figure is the average precision of the pairs of one group.
+Read in this order: CopiesSpec, describe, evaluate_pairs, evaluate_copydays, run.
+Legend: n images, q queries, D feature size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from data.datasets import Dataset, open_dataset
+from data.errors import InputError, run_cli
+from data.listings import IMAGE, Item, Record, images_under
+from data.members import Member
+from evaluators.accuracy import mean_metric
+from evaluators.classification import RunOptions, check_tables, print_result, summary
+from evaluators.extract import ExtractSpec, FeatureTable
+from evaluators.measuring import Parts, evaluate_parts
+from evaluators.neighbours import nearest, unit_rows
+from evaluators.ranking import average_precisions, pair_average_precision, trapezoid_precision
+from evaluators.results import Measurement, Metric
+from evaluators.view_batches import ViewSpec
+from runtimes.runtime import Runtime, step_px
+
+VERSION = 1
+SEARCHED = 20
+"""Copydays: only the first 20 results of a query count, as published."""
+PREFIX = 4
+"""Copydays: an image and its altered copies share the first 4 characters of their file names."""
+WHITENING_POWER, WHITENING_FLOOR = 0.5, 1e-5
+"""Published: eigenvalues to the power -0.5; those below 1e-5 of the largest are raised to it."""
+MAX_PAIRED_IMAGES = 20_000
+"""All pairs of more images than this do not fit into memory."""
+PAIR_RESAMPLES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesSpec:
+    """The copy detection protocol."""
+
+    preset: Literal["dino", "dinov2"] | None = None
+    """Size of the view (the whole image, squashed): dino, 320 px as published; dinov2, which has no such evaluation, 322
+    (a multiple of its patch). Left out: the size at which the network serves whole images."""
+    size_px: int | None = None
+    """Size of the view instead of the preset's; rounded down to whole patches."""
+    group: str = "group"
+    """Column that names groups of near-duplicates, of a set that is not Copydays."""
+
+    def view_px(self, runtime: Runtime) -> int:
+        """Side of the view for this network."""
+        published = {None: runtime.manifest.preprocess.whole_px, "dino": 320, "dinov2": 322}[self.preset]
+        wanted, step = self.size_px or published, step_px(runtime.manifest)
+        if wanted < step:
+            raise InputError(f"--size-px {wanted}: smaller than one patch of {step} pixels")
+        return wanted // step * step
+
+
+def describe(table: FeatureTable) -> np.ndarray:
+    """Descriptors [n, 2 D]: CLS, then the patches' generalised mean; [n, D] for a network without patches."""
+    if "patch_gem" not in table.columns:
+        return table.features
+    return np.concatenate([table.features, table.columns["patch_gem"]], axis=1)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Subtract a mean, rotate into principal components, divide by the power of their eigenvalues."""
+
+    mean_D: np.ndarray
+    matrix_DD: np.ndarray
+
+    def apply(self, features_nD: np.ndarray) -> np.ndarray:
+        """Whitened features [n, D]."""
+        whitened: np.ndarray = ((features_nD - self.mean_D) @ self.matrix_DD.T).astype(np.float32)
+        return whitened
+
+
+def learn_whitening(features_mD: np.ndarray) -> Whitening:
+    """From features of other images. Second moments are not centred, as in the published script; the mean is taken off later."""
+    features = features_mD.astype(np.float64)
+    values_D, vectors_DD = np.linalg.eigh(features.T @ features / len(features))
+    values_D = np.maximum(values_D, values_D.max() * WHITENING_FLOOR)
+    order = np.argsort(values_D)[::-1]
+    scale_D = values_D[order] ** -WHITENING_POWER
+    return Whitening(features.mean(axis=0), scale_D[:, None] * vectors_DD[:, order].T)
+
+
+def evaluate_pairs(
+    table: FeatureTable,
+    groups_n: Sequence[str],
+    spec: CopiesSpec = CopiesSpec(),
+    whitening: Whitening | None = None,
+) -> Measurement:
+    """Average precision over all pairs of images; a pair of one group is a hit. Raises InputError without such a pair."""
+    check_tables(table)
+    n = len(table)
+    if n > MAX_PAIRED_IMAGES:
+        raise InputError(f"{n} images have {n * (n - 1) // 2:,} pairs; wanted at most {MAX_PAIRED_IMAGES} images")
+    group_n = np.unique(np.asarray(groups_n), return_inverse=True)[1]
+    features_nD = describe(table)
+    bank_nD = unit_rows(features_nD if whitening is None else whitening.apply(features_nD))
+    similarity_nn = (bank_nD @ bank_nD.T).numpy()
+    first_m, second_m = np.triu_indices(n, 1)
+    scores_m, positive_m = similarity_nn[first_m, second_m], group_n[first_m] == group_n[second_m]
+    if not positive_m.any():
+        raise InputError(f"no two of the {n} images share a group; is --group {spec.group} the right column?")
+    np.fill_diagonal(similarity_nn, -np.inf)
+    grouped = np.flatnonzero(np.bincount(group_n)[group_n] > 1)
+    ranking = np.argsort(-similarity_nn[grouped], axis=1, kind="stable")[:, :-1]  # the image itself comes last
+    relevant = group_n[ranking] == group_n[grouped, None]
+    precision = average_precisions(relevant)
+    value = pair_average_precision(scores_m, positive_m)
+    return Measurement(
+        evaluator="copies",
+        protocol="average precision of pairs of one group among all pairs of images, cosine of CLS ++ GeM patches"
+        + (", whitened" if whitening is not None else ""),
+        version=VERSION,
+        metrics={
+            "ap": Metric(value, _pair_interval(similarity_nn, group_n), int(positive_m.sum())),
+            "map": mean_metric(precision, group_n[grouped]),
+            "top1": mean_metric(relevant[:, 0], group_n[grouped]),
+        },
+        headline="ap",
+        selected_on="nothing",
+        chosen={},
+        grid=[],
+        settings=asdict(spec),
+        predictions={
+            "names": np.array(table.names)[grouped],
+            "score": precision,
+            "groups": group_n[grouped],
+            "neighbours": ranking[:, :SEARCHED],
+            "database": np.array(table.names),
+            "relevant": relevant[:, :SEARCHED],
+        },
+    )
+
+
+def _pair_interval(similarity_nn: np.ndarray, group_n: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the pairs' average precision: whole groups are drawn with replacement.
+
+    A group drawn twice stands for two other groups of its kind, whose images are no pairs of each other, so no pair of
+    an image with itself gets in.
+    """
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(group_n == group) for group in range(group_n.max() + 1)]
+    values = []
+    for _ in range(PAIR_RESAMPLES):
+        drawn = rng.integers(0, len(members), len(members))
+        rows = np.concatenate([members[group] for group in drawn])
+        copy = np.repeat(np.arange(len(drawn)), [len(members[group]) for group in drawn])
+        first, second = np.triu_indices(len(rows), 1)
+        between = (copy[first] == copy[second]) | (group_n[rows[first]] != group_n[rows[second]])
+        first, second = first[between], second[between]
+        positive = copy[first] == copy[second]
+        if positive.any():
+            values.append(pair_average_precision(similarity_nn[rows[first], rows[second]], positive))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def evaluate_copydays(
+    originals: FeatureTable,
+    blocks: Mapping[str, FeatureTable],
+    spec: CopiesSpec = CopiesSpec(),
+    whitening: Whitening | None = None,
+    distractors: FeatureTable | None = None,
+) -> Measurement:
+    """Each block of altered images searches the originals (and distractors). Raises InputError for an empty match."""
+    tables = [originals, *blocks.values(), *([distractors] if distractors is not None else [])]
+    check_tables(*tables)
+    described = [describe(table) if whitening is None else whitening.apply(describe(table)) for table in tables]
+    extra = described[len(blocks) + 1 :]
+    bank_nD = unit_rows(np.concatenate([described[0], *extra]))
+    keys_n = np.array([Path(name).name[:PREFIX] for name in originals.names] + [""] * sum(map(len, extra)))
+    metrics: dict[str, Metric] = {}
+    found: dict[str, np.ndarray] = {}
+    for (block, table), queries_qD in zip(blocks.items(), described[1:], strict=False):
+        ranking = np.concatenate([rows.numpy() for _, rows in nearest(bank_nD, queries_qD, SEARCHED)])
+        precisions = []
+        for name, row in zip(table.names, ranking, strict=True):
+            key = Path(name).name[:PREFIX]
+            n_positive = int((keys_n == key).sum())
+            if not n_positive:
+                raise InputError(f"{name}: no original shares its first {PREFIX} characters; is this Copydays?")
+            precisions.append(trapezoid_precision(np.flatnonzero(keys_n[row] == key), n_positive))
+        found[block] = np.array(precisions)
+        metrics[f"map_{block}"] = mean_metric(
+            found[block], np.array([Path(name).name[:PREFIX] for name in table.names])
+        )
+    headline = "map_strong" if "strong" in blocks else next(iter(metrics))
+    block = headline.removeprefix("map_")
+    return Measurement(
+        evaluator="copies",
+        protocol=f"Copydays, first {SEARCHED} results, CLS ++ GeM patches{', whitened' if whitening else ''}, "
+        f"{len(distractors) if distractors is not None else 0} distractors",
+        version=VERSION,
+        metrics=metrics,
+        headline=headline,
+        selected_on="nothing",
+        chosen={},
+        grid=[{"block": name.removeprefix("map_"), "map": metric.value} for name, metric in metrics.items()],
+        settings=asdict(spec),
+        predictions={
+            "names": np.array(blocks[block].names),
+            "score": found[block],
+            "groups": np.unique([Path(name).name[:PREFIX] for name in blocks[block].names], return_inverse=True)[1],
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesRun(RunOptions):
+    """Options of the copy detection evaluator."""
+
+    data: str
+    """Copydays as distributed (a folder with original/ and strong/, jpegqual/ or crops/; also copydays:ROOT), or any set
+    whose table has a column `group`."""
+    whiten_data: str | None = None
+    """Other images, from which a whitening of the descriptors is learned (published: 20,000 of YFCC)."""
+    distractors: str | None = None
+    """Copydays: further images that are searched beside the originals (published: 10,000 of YFCC)."""
+    baselines: tuple[Literal["pixels", "hog", "untrained"], ...] = ()
+    """Measured beside the network on the same images: pixels (32 x 32 RGB), hog (histograms of oriented gradients),
+    untrained (same network, random weights)."""
+
+
+def copydays_at(data: str) -> Path | None:
+    """The folder of Copydays that `data` names, or None. Raises InputError where it is named but not there."""
+    root = Path(data.removeprefix("copydays:"))
+    if (root / "original").is_dir() and any((root / block).is_dir() for block in ("strong", "jpegqual", "crops")):
+        return root
+    if data.startswith("copydays:"):
+        raise InputError(f"{data}: wanted original/ and strong/, jpegqual/ or crops/ in {root}")
+    return None
+
+
+def open_copydays(root: Path) -> dict[str, Dataset]:
+    """`original`, then each block of altered images: `strong`, `jpegqual_75`, ..., `crops_10`, ... Raises InputError."""
+    folders = {"original": root / "original"}
+    if (root / "strong").is_dir():
+        folders["strong"] = root / "strong"
+    for kind in ("jpegqual", "crops"):
+        if (root / kind).is_dir():
+            levels = sorted(
+                (one for one in (root / kind).iterdir() if one.name.isdigit()), key=lambda one: int(one.name)
+            )
+            folders |= {f"{kind}_{level.name}": level for level in levels if level.is_dir()}
+    found = {}
+    for name, folder in folders.items():
+        records = [Record(Item(path.name), {IMAGE: Member(str(path))}) for path in images_under(folder)]
+        if not records:
+            raise InputError(f"{folder}: no images in it")
+        found[name] = Dataset(records, name=str(folder))
+    return found
+
+
+def run(options: CopiesRun, spec: CopiesSpec = CopiesSpec()) -> dict[str, Any]:
+    """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
+    root = copydays_at(options.data)
+    datasets = {"val": open_dataset(options.data)} if root is None else open_copydays(root)
+    how = "all images" if root is None else "Copydays as distributed"
+    if root is None:
+        items = datasets["val"].items
+        if any(spec.group not in item.row for item in items):
+            raise InputError(
+                f"{options.data}: no column {spec.group!r}; wanted a table that names groups of near-duplicates "
+                "(see --group), or Copydays with original/ and strong/"
+            )
+    extras = {"distractors": options.distractors, "whitening": options.whiten_data}
+    n_main = len(datasets)
+    datasets |= {name: open_dataset(data) for name, data in extras.items() if data is not None}
+
+    def measured(tables: list[FeatureTable]) -> Measurement:
+        more = dict(zip(list(datasets)[n_main:], tables[n_main:], strict=True))
+        whitening = learn_whitening(describe(more["whitening"])) if "whitening" in more else None
+        if root is None:
+            groups = [items[row].row[spec.group] or items[row].name for row in tables[0].rows]
+            return evaluate_pairs(tables[0], groups, spec, whitening)
+        blocks = dict(zip(list(datasets)[1:n_main], tables[1:n_main], strict=True))
+        return evaluate_copydays(tables[0], blocks, spec, whitening, more.get("distractors"))
+
+    def extraction(runtime: Runtime) -> ExtractSpec:
+        pooled = "patches" in runtime.outputs
+        view = ViewSpec(view="whole", size_px=spec.view_px(runtime))
+        return ExtractSpec(columns=("embedding", "patch_gem") if pooled else ("embedding",), view=view)
+
+    return evaluate_parts(options, Parts(datasets=datasets, how=how), measured, extraction, options.baselines)[0]
+
+
+def main(
+    options: Annotated[CopiesRun, tyro.conf.arg(name="")],
+    spec: Annotated[CopiesSpec, tyro.conf.arg(name="")],
+) -> None:
+    """Copy detection with the features of a frozen network."""
+    print_result(run(options, spec), options.out)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.copies", description=summary(__doc__)))
