@@ -75,6 +75,7 @@ def number_colours() -> np.ndarray:
 
 def numbers_over(image_HWC: np.ndarray, numbers_HW: np.ndarray) -> np.ndarray:
     """The image with each number's colour laid over it; 0 leaves it as it is, a number below 0 is grey."""
+    numbers_HW = numbers_HW.astype(np.int64)
     colours = number_colours()[np.maximum(numbers_HW, 0) % 256].astype(np.float32)
     colours[numbers_HW < 0] = UNKNOWN_GREY
     mixed = (1 - OVERLAY) * image_HWC + OVERLAY * colours
