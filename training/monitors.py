@@ -17,7 +17,9 @@ MAX_RANK_ROWS = 256
 RANK_FLOOR = 1e-12
 """Eigenvalues below this share of the largest are rounding."""
 MAX_CENTER = 10.0
-"""Logits are cosines, and their mean at most 1, while prototypes keep their magnitude."""
+"""Root mean square of a centre. Logits are cosines, and their mean at most 1, while prototypes keep their magnitude."""
+MIN_KL = 1e-3
+"""In nats, of the student from the teacher."""
 
 
 @torch.no_grad()
@@ -106,6 +108,16 @@ def collapse_warnings(
 ) -> dict[str, str]:
     """What the monitors of a step say is wrong and what to change, by kind; the root of the trouble first. Empty if all is well."""
     said: dict[str, str] = {}
+    heads = [("", n_prototypes, "the teacher's targets")]
+    if n_patch_prototypes and "ibot_prototypes_used" in found:
+        heads.append(("ibot_", n_patch_prototypes, "the teacher's targets of masked patches"))
+    for prefix, k, targets in heads:
+        center = found[f"{prefix}center_norm"] / k**0.5
+        if not center < MAX_CENTER:
+            said[f"{prefix}centre"] = (
+                f"logits behind {targets} grow without bound (root mean square of their centre {center:.0f}); "
+                "keep the prototypes' magnitude fixed (freeze_magnitude), or lower the learning rate"
+            )
     if found["feature_spread"] < 0.05:
         said["one point"] = (
             f"features of different images are nearly equal (spread {found['feature_spread']:.3f}, healthy is near 1); "
@@ -121,26 +133,21 @@ def collapse_warnings(
             f"features of different patches are nearly equal (spread {found['patch_spread']:.3f}); "
             "lower the learning rate, or mask less of each image"
         )
-    said |= head_warnings(found, n_prototypes, "", "the teacher's targets")
-    if n_patch_prototypes and "ibot_prototypes_used" in found:
-        said |= head_warnings(found, n_patch_prototypes, "ibot_", "the teacher's targets of masked patches")
-    if found["kl_nats"] < 1e-3 and not said:
+    for prefix, k, targets in heads:
+        said |= target_warnings(
+            found[f"{prefix}target_entropy_nats"], found[f"{prefix}prototypes_used"], k, prefix, targets
+        )
+    if found["kl_nats"] < MIN_KL and not said:
         said["nothing to learn"] = (
             f"the student already says what the teacher says (KL {found['kl_nats']:.5f} nats); "
-            "lower the momentum or the temperature of the teacher, or let views differ more"
+            "lower the teacher's temperature or momentum, or let views differ more"
         )
     return said
 
 
-def head_warnings(found: Mapping[str, float], n_prototypes: int, prefix: str, targets: str) -> dict[str, str]:
-    """What the monitors of one head say, by kind."""
-    entropy_nats, highest = found[f"{prefix}target_entropy_nats"], math.log(n_prototypes)
-    used, center = found[f"{prefix}prototypes_used"], found[f"{prefix}center_norm"] / n_prototypes**0.5
-    if not center < MAX_CENTER:
-        return {
-            f"{prefix}centre": f"logits behind {targets} grow without bound (root mean square of their centre {center:.0f}); "
-            "keep the prototypes' magnitude fixed (freeze_magnitude), or lower the learning rate"
-        }
+def target_warnings(entropy_nats: float, used: float, n_prototypes: int, prefix: str, targets: str) -> dict[str, str]:
+    """What is wrong with the targets of one head, by kind."""
+    highest = math.log(n_prototypes)
     if entropy_nats > 0.99 * highest:
         return {
             f"{prefix}uniform": f"{targets} are uniform (entropy {entropy_nats:.2f} of {highest:.2f} nats); "

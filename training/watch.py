@@ -26,6 +26,8 @@ WATCH_EVERY = 10
 """Steps between two looks at the monitors of collapse, which cost a decomposition each."""
 PATIENCE = 3
 """Looks in a row that show the same trouble before it is told."""
+MIN_GRACE = 100
+"""Steps, or the learning rate's warm-up if that is longer, in which features may be as they began: nearly equal, behind a LayerScale."""
 MIN_SILENCE = 500
 """Steps, or an epoch if that is longer, before the same trouble is told again."""
 MAX_BAD_STEPS = 5
@@ -38,7 +40,8 @@ class Watch:
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int, folder: RunFolder, log: NoLog) -> None:
         self.recipe, self.steps_per_epoch, self.folder, self.log = recipe, steps_per_epoch, folder, log
-        self.alarm = Alarm(round(recipe.optim.warmup_epochs * steps_per_epoch), max(steps_per_epoch, MIN_SILENCE))
+        grace = max(round(recipe.optim.warmup_epochs * steps_per_epoch), MIN_GRACE)
+        self.alarm = Alarm(grace, max(steps_per_epoch, MIN_SILENCE))
         self.bad_steps = 0
 
     def looks_at(self, step: int) -> bool:
@@ -93,13 +96,13 @@ class Watch:
 class Alarm:
     """Decides when a warning is worth a line.
 
-    Features start out nearly equal and targets nearly uniform, so what never was well counts only after the learning rate's warm-up; what
+    Features start out nearly equal and targets nearly uniform, so what never was well counts only after a time of grace; what
     was well and is no more counts at once. Either must hold for a few looks in a row. The first warning stands for all that come with it;
     it is said again now and then while it lasts, and once more when it is over.
     """
 
-    def __init__(self, warmup_steps: int, silence_steps: int) -> None:
-        self.warmup_steps, self.silence_steps = warmup_steps, silence_steps
+    def __init__(self, grace_steps: int, silence_steps: int) -> None:
+        self.grace_steps, self.silence_steps = grace_steps, silence_steps
         self.looks = 0
         self.seen: Counter[str] = Counter()
         """Looks at which a kind of trouble was there; fewer than all looks: it once was well."""
@@ -117,7 +120,7 @@ class Alarm:
         counts = [
             kind
             for kind in warnings
-            if self.held[kind] >= PATIENCE and (step >= self.warmup_steps or self.seen[kind] < self.looks)
+            if self.held[kind] >= PATIENCE and (step >= self.grace_steps or self.seen[kind] < self.looks)
         ]
         if counts and step - self.said.get(counts[0], -self.silence_steps) >= self.silence_steps:
             lines.append(f"collapse? {warnings[counts[0]]}")
