@@ -183,6 +183,8 @@ class Run:
     def go(self, step: int, end: int, stopped: Callable[[], int | None], log: NoLog) -> None:
         """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
         self.log, self.watch = log, Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
+        if step == 0:
+            self.watch.begin(self.loader.dataset)
         speed = measure_speed(self.recipe, self.device, parallel.world_size(), self.state.guide)
         saved_at, waited_from = time.monotonic(), time.monotonic()
         for views in self._batches(step, end):

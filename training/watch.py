@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.datasets import Dataset
 from data.errors import CheckFailed
 from data.loader import Views
 from training import parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import State
 from training.monitors import collapse_warnings
+from training.picture import readable_images
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.run_log import NoLog, RunLog
@@ -33,6 +35,8 @@ MIN_SILENCE = 500
 MAX_BAD_STEPS = 5
 """So many steps in a row that are not finite end the run."""
 MAX_NAMED = 8
+IMAGES_MEASURED = 24
+"""At the start, evenly spread over the data."""
 
 
 class Watch:
@@ -43,6 +47,18 @@ class Watch:
         grace = max(round(recipe.optim.warmup_epochs * steps_per_epoch), MIN_GRACE)
         self.alarm = Alarm(grace, max(steps_per_epoch, MIN_SILENCE))
         self.bad_steps = 0
+
+    def begin(self, dataset: Dataset) -> None:
+        """Say where many images are smaller than the crops cut from them."""
+        px = self.recipe.crops.global_px
+        looked_at = readable_images(dataset, IMAGES_MEASURED) if isinstance(self.log, RunLog) else []
+        small = [image for image in looked_at if min(image.shape[:2]) < px]
+        if 2 * len(small) > len(looked_at):
+            self.log.note(
+                0,
+                f"{len(small)} of {len(looked_at)} images looked at are smaller than a global crop of {px} px and are enlarged; "
+                "larger images teach more, a recipe with smaller crops costs less",
+            )
 
     def looks_at(self, step: int) -> bool:
         """Whether the monitors of collapse are wanted of this step: now and then, and at the end of an epoch."""
