@@ -56,7 +56,7 @@ def search_file(
 
 def _index(stored: Stage, spec: SearchSpec, folder: Folder) -> Path:
     """The file of an index over the features of `stored`."""
-    stage = folder.stage("index", features=stored.key, flat_below=spec.flat_below, seed=spec.seed)
+    stage = folder.stage("index", features=stored.key, flat_below=spec.flat_below)
     file = stage.path / "index.faiss"
     if not stage.done:
         index = build_index(np.load(stored.path / "features.npy", mmap_mode="r"), spec)

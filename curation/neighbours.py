@@ -23,6 +23,7 @@ BLOCK = 16_384
 _ADD_ROWS = 65_536
 _TRAIN_PER_LIST = 40
 _CALIBRATION_QUERIES = 256
+_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,6 @@ class SearchSpec:
     """Up to so many stored features every pair is compared; above, features are sorted into lists and a few lists are read."""
     min_recall: float = 0.97
     """Share of the true k nearest neighbours that the lists must find; the number of lists read is measured and raised until they do."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.min_recall <= 1:
@@ -58,8 +58,8 @@ def build_index(features_nD: np.ndarray, spec: SearchSpec) -> Any:
         return index
     n_lists = 2 ** round(math.log2(2 * math.sqrt(n)))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, n_lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.spherical, index.cp.niter = spec.seed + 1, True, 8
-    rng = np.random.default_rng(spec.seed)
+    index.cp.seed, index.cp.spherical, index.cp.niter = _SEED + 1, True, 8
+    rng = np.random.default_rng(_SEED)
     sample = np.sort(rng.choice(n, min(n, _TRAIN_PER_LIST * n_lists), replace=False))
     index.train(np.ascontiguousarray(features_nD[sample]))
     _add_all(index, features_nD)
@@ -77,7 +77,7 @@ def lists_to_read(index: Any, features_nD: np.ndarray, queries_qD: np.ndarray, s
     """
     if not hasattr(index, "nlist"):
         return 0
-    rng = np.random.default_rng(spec.seed)
+    rng = np.random.default_rng(_SEED)
     rows = np.sort(rng.choice(len(queries_qD), min(len(queries_qD), _CALIBRATION_QUERIES), replace=False))
     sample_sD = np.ascontiguousarray(queries_qD[rows])
     exact_sk = exact_neighbours(sample_sD, features_nD, k)[1]

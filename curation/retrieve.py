@@ -130,7 +130,9 @@ def retrieve(
     for place, query, cosine in zip(found.rows, found.queries, found.cosines, strict=True):
         decisions[rows[place]] = Decision("kept", "retrieval", found.reason, query_names[query], float(cosine))
     settings = asdict(spec) | asdict(filters) | {"ckpt": options.ckpt, "data": options.data, "queries": queries.name}
-    histogram = histogram_of("Cosine of what was taken to its query", found.cosines, -0.2, 1.0)
+    histogram = histogram_of(
+        "Cosine of what was taken to its query", found.cosines, found.cosines.min(initial=0.9), 1.0
+    )
     close(
         options,
         dataset,
