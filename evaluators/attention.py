@@ -341,7 +341,7 @@ def _measure(
 
 
 def _describe_data(options: AttentionRun, parts: Parts, found: Overlaps) -> dict[str, Any]:
-    fingerprint = {"val": parts.test.dataset.fingerprint(), "val_truth": parts.test.truth_fingerprint()}
+    fingerprint = {"val": parts.test.dataset.fingerprint()}
     if parts.train is not None:
         fingerprint["train"] = parts.train.dataset.fingerprint()
     return {
@@ -350,6 +350,7 @@ def _describe_data(options: AttentionRun, parts: Parts, found: Overlaps) -> dict
         "split": parts.how,
         "grouped_by": parts.group_column,
         "fingerprint": fingerprint,
+        "truth_fingerprint": {"val": parts.test.truth_fingerprint()},
         "n_train": 0 if parts.train is None else len(parts.train.dataset),
         "n_val": len(found.names),
         "skipped": found.skipped,

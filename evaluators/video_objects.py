@@ -26,7 +26,7 @@ from data.preprocess import check_view_px, normalise
 from evaluators.baselines import open_baseline
 from evaluators.bootstrap import mean_interval95
 from evaluators.classification import (
-    NetworkOptions,
+    RunOptions,
     baseline_json,
     describe_model,
     print_result,
@@ -210,7 +210,7 @@ def evaluate(followed: list[Followed], spec: VideoObjectsSpec) -> Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoObjectsRun(NetworkOptions):
+class VideoObjectsRun(RunOptions):
     """Options of the video object evaluator."""
 
     data: str
@@ -278,8 +278,8 @@ def _describe_data(options: VideoObjectsRun, videos: VideoSet, followed: list[Fo
         "form": videos.source,
         "split": "all its videos" + (", their last frames not scored" if not videos.score_last else ""),
         "grouped_by": "video",
-        "fingerprint": {"val": videos.dataset.fingerprint(), "val_truth": videos.truth_fingerprint()},
-        "n_train": 0,
+        "fingerprint": {"val": videos.dataset.fingerprint()},
+        "truth_fingerprint": {"val": videos.truth_fingerprint()},
         "n_val": len(videos.dataset),
         "n_videos": len(videos.videos),
         "n_objects": sum(len(one.numbers) for one in followed),

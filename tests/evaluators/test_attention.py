@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from data.errors import InputError
-from evaluators.attention import AttentionRun, AttentionSpec, evaluate, overlaps, run
+from evaluators.attention import AttentionRun, AttentionSpec, evaluate, main, overlaps, run
 from evaluators.attention_baselines import OneHead
 from evaluators.attention_maps import cell_of_pixels, head_jaccards, top_mass
 from evaluators.presets import with_preset
@@ -138,6 +138,14 @@ def test_the_command_writes_result_pictures_and_predictions(tmp_path: Path) -> N
     picture = cv2.imread(str(out.with_suffix(".png")))
     assert picture is not None
     assert picture.shape[0] > 6 * 192
+
+
+def test_the_command_prints_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, ckpt = blob_folder(tmp_path / "data"), small_checkpoint(tmp_path / "a.safetensors")
+    main(AttentionRun(ckpt=str(ckpt), data=str(data), threads=1), AttentionSpec())
+    printed = capsys.readouterr().out
+    assert "6 test and 6 training images; split 'val' of the set" in printed
+    assert "jaccard*" in printed
 
 
 def test_a_preset_gives_way_to_settings_of_ones_own() -> None:

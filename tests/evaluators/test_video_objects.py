@@ -14,7 +14,16 @@ from data.errors import InputError
 from data.preprocess import Preprocess
 from evaluators.results import load_result
 from evaluators.video_data import open_videos
-from evaluators.video_objects import PRESETS, VideoObjectsRun, VideoObjectsSpec, follow, frame_features, frame_hw, run
+from evaluators.video_objects import (
+    PRESETS,
+    VideoObjectsRun,
+    VideoObjectsSpec,
+    follow,
+    frame_features,
+    frame_hw,
+    main,
+    run,
+)
 from evaluators.video_propagation import PropagationSpec, final_labels, propagate
 from evaluators.video_scores import contour, contour_f, region_jaccard, series_figures
 from tests.evaluators.fakes import MeanColourRuntime, small_checkpoint
@@ -149,6 +158,14 @@ def test_colours_carry_coloured_squares_where_a_copy_falls_behind(tmp_path: Path
         assert saved["score"].mean() == pytest.approx(result["metrics"]["jf_mean"]["value"])
     picture = cv2.imread(str(out.with_suffix(".png")))
     assert picture is not None
+
+
+def test_the_command_prints_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, ckpt = clip_folder(tmp_path / "data"), small_checkpoint(tmp_path / "a.safetensors")
+    main(VideoObjectsRun(ckpt=str(ckpt), data=str(data), threads=1), QUICK)
+    printed = capsys.readouterr().out
+    assert "10 test images; all its videos" in printed
+    assert "jf_mean*" in printed
 
 
 def test_davis_is_read_as_distributed_and_its_last_frame_does_not_count(tmp_path: Path) -> None:
