@@ -1,24 +1,22 @@
-"""Multi-crop: one image in, a few altered views of it out, on uint8 with OpenCV.
+"""Multi-crop: how large an image is in, the plan of a few altered views of it out.
 
 The distribution is DINO's (Caron et al. 2021 and the authors' training script): two global views and several local
 ones, each a random part of the image, mirrored, its colours shaken, blurred, now and then solarised. Everything is
 drawn from the generator that is passed; each view takes a fixed number of draws, so that view k of an image does not
-depend on what the views before it came to. Views are uint8 [h,w,3]; `to_batch` turns them into tensors.
+depend on what the views before it came to. A plan is plain numbers: `data/views.py` carries it out image by image on
+uint8, `data/device_views.py` for a whole batch on the tensor's device.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-import cv2
 import numpy as np
-import torch
 
 from data.errors import InputError
-from data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 Range = tuple[float, float]
+BlurKernel = Literal["boxes", "nine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,9 @@ class CropSpec:
     """`released`: with one minus that probability, as the DINOv2 code does and its weights were trained; see `blur_of`."""
     blur_sigma_px: Range = (0.1, 2.0)
     """Deviation of the blur, drawn evenly."""
+    blur_kernel: BlurKernel = "boxes"
+    """`boxes`: three box blurs of this deviation, which is what Pillow's radius means to DINO. `nine`: a Gaussian cut to nine pixels, as in
+    DINOv2."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of inverting all values from 128 up: first global view, second, a local one."""
 
@@ -73,6 +74,10 @@ class CropSpec:
             value = getattr(self, name)
             if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))):
                 raise InputError(f"crops.{name} is {value}; wanted probabilities from 0 to 1")
+        if self.blur_kernel not in get_args(BlurKernel):
+            raise InputError(
+                f"crops.blur_kernel is {self.blur_kernel!r}; wanted one of {', '.join(get_args(BlurKernel))}"
+            )
         for name, most in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise InputError(f"crops.{name} is {getattr(self, name)}; wanted 0 to {most:g}")
@@ -104,8 +109,19 @@ _PLACE = slice(14, 54)
 _DRAWS = 54
 _CROP_TRIES = 10
 
-_SOLARIZE_TABLE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
-_SHADES = np.arange(256, dtype=np.float32)
+PLAN = np.dtype(
+    [
+        ("box", np.int32, 4),  # top, left, height and width of the part, in pixels of the image
+        ("flip", np.bool_),
+        ("jitter", np.bool_),
+        ("amount", np.float32, 4),  # factors of brightness, contrast and saturation; turn of the hue
+        ("order", np.int8, 4),  # which of the four changes comes first, second...
+        ("gray", np.bool_),
+        ("sigma_px", np.float32),  # of the blur; 0 where there is none
+        ("solarize", np.bool_),
+    ]
+)
+"""What becomes of an image in one view."""
 
 
 def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -113,30 +129,25 @@ def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch, index))))
 
 
-def make_views(image_HWC: np.ndarray, spec: CropSpec, rng: np.random.Generator) -> list[np.ndarray]:
-    """Views of a uint8 [H,W,3] image: two of `global_px`, then `n_local` of `local_px`, each uint8 [h,w,3]."""
+def plan_views(height: int, width: int, spec: CropSpec, rng: np.random.Generator) -> np.ndarray:
+    """The plan of each view of an image of this size, PLAN [V]: two global ones, then the local ones."""
     draws_VD = rng.random((spec.n_views, _DRAWS))
-    return [_make_view(image_HWC, spec, view, draws_VD[view]) for view in range(spec.n_views)]
-
-
-def _make_view(image_HWC: np.ndarray, spec: CropSpec, view: int, draws: np.ndarray) -> np.ndarray:
-    scale = spec.global_scale if view < 2 else spec.local_scale
-    height, width = image_HWC.shape[:2]
-    top, left, tall, wide = crop_box(height, width, scale, spec.ratio, draws[_PLACE].reshape(_CROP_TRIES, 4))
-    out = resize(image_HWC[top : top + tall, left : left + wide], spec.view_px(view))
-    if draws[_FLIP] < spec.flip:
-        out = cv2.flip(out, 1)
-    if draws[_JITTER] < spec.jitter:
-        out = _jitter(out, spec, draws[_AMOUNTS], draws[_ORDER])
-    if draws[_GRAY] < spec.gray:
-        out = cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    kind = min(view, 2)
-    if draws[_BLUR] < spec.blur_of(view):
-        low, high = spec.blur_sigma_px
-        out = gaussian_blur(out, low + (high - low) * draws[_SIGMA])
-    if draws[_SOLARIZE] < spec.solarize[kind]:
-        out = cv2.LUT(out, _SOLARIZE_TABLE)
-    return out
+    kinds = np.minimum(np.arange(spec.n_views), 2)
+    blurred = np.array([spec.blur_of(view) for view in range(3)])[kinds]
+    low, high = spec.blur_sigma_px
+    plan = np.empty(spec.n_views, PLAN)
+    for view, draws in enumerate(draws_VD):
+        scale = spec.global_scale if view < 2 else spec.local_scale
+        plan["box"][view] = crop_box(height, width, scale, spec.ratio, draws[_PLACE].reshape(_CROP_TRIES, 4))
+    plan["flip"] = draws_VD[:, _FLIP] < spec.flip
+    plan["jitter"] = draws_VD[:, _JITTER] < spec.jitter
+    widths = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
+    plan["amount"] = np.array([1, 1, 1, 0]) + widths * (2 * draws_VD[:, _AMOUNTS] - 1)
+    plan["order"] = np.argsort(draws_VD[:, _ORDER], axis=1)
+    plan["gray"] = draws_VD[:, _GRAY] < spec.gray
+    plan["sigma_px"] = np.where(draws_VD[:, _BLUR] < blurred, low + (high - low) * draws_VD[:, _SIGMA], 0)
+    plan["solarize"] = draws_VD[:, _SOLARIZE] < np.array(spec.solarize)[kinds]
+    return plan
 
 
 def crop_box(height: int, width: int, scale: Range, ratio: Range, draws_T4: np.ndarray) -> tuple[int, int, int, int]:
@@ -156,71 +167,32 @@ def crop_box(height: int, width: int, scale: Range, ratio: Range, draws_T4: np.n
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def resize(image_HWC: np.ndarray, side_px: int) -> np.ndarray:
-    """Squash to a square: by area where it shrinks to less than half (no aliasing), else bicubic."""
-    height, width = image_HWC.shape[:2]
-    shrinks = max(height, width) > 2 * side_px and min(height, width) >= side_px
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return cv2.resize(image_HWC, (side_px, side_px), interpolation=method)
+def shrink_factor(plan: np.ndarray, spec: CropSpec) -> int:
+    """By how much the image may be shrunk beforehand, 1, 2, 4 or 8: every part keeps at least the pixels of its view."""
+    sides = np.array([spec.view_px(view) for view in range(len(plan))])
+    spare = (plan["box"][:, 2:].min(axis=1) / sides).min()
+    return max(factor for factor in (1, 2, 4, 8) if factor <= max(spare, 1))
 
 
-def _jitter(image_HWC: np.ndarray, spec: CropSpec, amounts: np.ndarray, order: np.ndarray) -> np.ndarray:
-    brightness, contrast, saturation, hue = (2 * amounts - 1).tolist()
-    for change in np.argsort(order).tolist():
-        if change == 0:
-            image_HWC = adjust_brightness(image_HWC, 1 + spec.brightness * brightness)
-        elif change == 1:
-            image_HWC = adjust_contrast(image_HWC, 1 + spec.contrast * contrast)
-        elif change == 2:
-            image_HWC = adjust_saturation(image_HWC, 1 + spec.saturation * saturation)
-        else:
-            image_HWC = adjust_hue(image_HWC, spec.hue * hue)
-    return image_HWC
+def shrink_boxes(plan: np.ndarray, factor: int, height: int, width: int) -> None:
+    """Move the parts of `plan` to the image that has been shrunk by `factor` to `height` x `width`, to the nearest pixel."""
+    first, length = (np.round(plan["box"][:, part] / factor).astype(np.int32) for part in (slice(2), slice(2, 4)))
+    limit = np.array([height, width], np.int32)
+    first = np.minimum(first, limit - 1)
+    plan["box"] = np.concatenate([first, np.clip(length, 1, limit - first)], axis=1)
 
 
-def adjust_brightness(image_HWC: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with black: 0 is black, 1 changes nothing."""
-    return cv2.convertScaleAbs(image_HWC, alpha=factor)
+def blur_taps(sigma_px: float, kernel: BlurKernel) -> np.ndarray:
+    """Weights of a one-dimensional blur, an odd number of them that sum to 1.
 
-
-def adjust_contrast(image_HWC: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the image's mean shade of gray: 0 is flat gray, 1 changes nothing."""
-    mean = round(cv2.mean(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY))[0])
-    table = np.clip(_SHADES * factor + mean * (1 - factor), 0, 255).astype(np.uint8)
-    return cv2.LUT(image_HWC, table)
-
-
-def adjust_saturation(image_HWC: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with its own gray version: 0 is gray, 1 changes nothing."""
-    gray = cv2.cvtColor(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(image_HWC, factor, gray, 1 - factor, 0)
-
-
-def adjust_hue(image_HWC: np.ndarray, turn: float) -> np.ndarray:
-    """Turn the hue by a share of the colour circle, -0.5 to 0.5."""
-    hsv = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2HSV_FULL)
-    hsv[:, :, 0] += np.uint8(round(turn * 255) % 256)  # wraps around, as a circle does
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-
-
-def gaussian_blur(image_HWC: np.ndarray, sigma_px: float) -> np.ndarray:
-    """Gaussian blur, window of three deviations either side."""
-    window = 2 * math.ceil(3 * sigma_px) + 1
-    return cv2.GaussianBlur(image_HWC, (window, window), sigma_px)
-
-
-def to_batch(
-    views: Sequence[np.ndarray] | torch.Tensor,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """B views of one size, uint8 [h,w,3] each (or a uint8 tensor [B,h,w,3]), to normalised float32 [B,3,h,w].
-
-    The bytes move to `device` first: a quarter of the traffic.
+    `boxes` is Pillow's `GaussianBlur(radius)`: three box filters of fractional width that together have the variance radius^2 (Gwosdek et
+    al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering"). `nine` is torchvision's `GaussianBlur(9)`.
     """
-    stacked = views if isinstance(views, torch.Tensor) else torch.from_numpy(np.stack(list(views)))
-    pixels_BCHW = stacked.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean_C11, std_C11 = (torch.tensor(v, dtype=torch.float32, device=device).view(3, 1, 1) for v in (mean, std))
-    out = torch.empty(pixels_BCHW.shape, dtype=torch.float32, device=device)
-    return torch.addcmul(-mean_C11 / std_C11, pixels_BCHW, 1 / (255 * std_C11), out=out)
+    if kernel == "nine":
+        taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma_px) ** 2)
+        return taps / taps.sum()
+    variance = sigma_px**2 / 3
+    whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
+    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.concatenate([[edge], np.ones(2 * whole + 1), [edge]]) / (2 * whole + 1 + 2 * edge)
+    return np.convolve(np.convolve(box, box), box)

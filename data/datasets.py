@@ -21,7 +21,7 @@ import numpy as np
 from data.decode import DEFAULT_LIMITS, DecodeError, DecodeLimits, decode_image
 from data.errors import InputError
 from data.listings import IMAGE, Item, Record, scan_csv, scan_folder, split_name
-from data.members import content_mark, read_bytes
+from data.members import Member, content_mark, read_bytes
 from data.packs import scan_packed, scan_shards
 
 ACCEPTED_FORMS = (
@@ -79,12 +79,34 @@ class Dataset:
         member = self._records[i].members[IMAGE]
         return Path(member.path) if member.stored_bytes is None else None
 
+    def member(self, i: int) -> Member:
+        """Where the encoded image of item i lies."""
+        return self._records[i].members[IMAGE]
+
+    def examples(self, n: int) -> list[np.ndarray]:
+        """Up to n images spread over the set, uint8 [H,W,3] each; fewer where some cannot be read."""
+        images: list[np.ndarray] = []
+        for k in range(10 * n):
+            if len(images) == n or k >= max(n, len(self)):
+                break
+            try:
+                images.append(self.image((k * len(self) // n + k // n) % len(self)))
+            except InputError:
+                continue
+        return images
+
     def image(self, i: int, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
         """The image of item i, uint8 [H,W,3]. Raises DecodeError, its message beginning with the item's name."""
         try:
             return decode_image(self.read(i), limits)
         except DecodeError as error:
             raise DecodeError(error.reason, f"{self.items[i].name}: {error}") from error
+
+    def shares_images(self, other: "Dataset") -> bool:
+        """Whether another part of the same data set holds one of these images."""
+        return self.name == other.name and not {item.name for item in self.items}.isdisjoint(
+            item.name for item in other.items
+        )
 
     def subset(self, indices: Iterable[int]) -> "Dataset":
         """The items of these indices, in this order, with the classes of the whole set."""
@@ -156,13 +178,10 @@ def _scan(path: Path) -> list[Record]:
         pass  # NAME of NAME.csv and NAME.zip, or a pattern
     except (OSError, ValueError) as error:
         raise InputError(f"{text[:200]}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
-    if any(mark in text for mark in "*?[") and not _exists(path):
-        shards = [Path(found) for found in glob.glob(text) if found.endswith(".tar")]
-        if not shards:
-            raise InputError(f"{text}: no tar file matches; wanted shards such as shard-000.tar")
+    if shards := _shards_at(path):
         return scan_shards(shards)
     if path.is_dir():
-        return _scan_directory(path)
+        return scan_folder(path)
     suffix = path.suffix.lower()
     manifest, archive = path.with_suffix(".csv"), path.with_suffix(".zip")
     if not suffix or not _exists(path):
@@ -176,18 +195,31 @@ def _scan(path: Path) -> list[Record]:
         if not manifest.is_file():
             raise InputError(f"{path}: no manifest beside it; wanted {manifest.name} with a row an image, or unpack it")
         return scan_packed(manifest, path)
-    if suffix == ".tar":
-        return scan_shards([path])
     hint = "; tar shards must not be compressed: unpack it first" if ".tar" in path.name else ""
     raise InputError(f"{path}: a {suffix or 'file without suffix'} is no data set{hint}; wanted {ACCEPTED_FORMS}")
 
 
-def _scan_directory(path: Path) -> list[Record]:
-    """A folder of images, or of tar shards (directly, or one folder a split)."""
-    shards = sorted(path.glob("*.tar")) or sorted(path.glob("*/*.tar"))
-    if not shards:
-        return scan_folder(path)
-    return scan_shards(shards)
+def find_shards(data: str | Path) -> list[Path]:
+    """The tar shards that a data set consists of, in all its parts; none where it is anything else."""
+    text = str(data)
+    parts = [text] if "," not in text or _exists(Path(text)) else [part.strip() for part in text.split(",")]
+    found = [_shards_at(Path(part)) for part in parts if part]
+    return [shard for shards in found for shard in shards] if all(found) else []
+
+
+def _shards_at(path: Path) -> list[Path]:
+    """The shards of a pattern, a file, or a folder (directly, or a folder a split). Raises InputError for a pattern of none."""
+    text = str(path)
+    if any(mark in text for mark in "*?[") and not _exists(path):
+        shards = [Path(found) for found in sorted(glob.glob(text)) if found.endswith(".tar")]
+        if not shards:
+            raise InputError(f"{text}: no tar file matches; wanted shards such as shard-000.tar")
+        return shards
+    if not _exists(path):
+        return []
+    if path.is_dir():
+        return sorted(path.glob("*.tar")) or sorted(path.glob("*/*.tar"))
+    return [path] if path.suffix.lower() == ".tar" else []
 
 
 def _has_path_column(manifest: Path) -> bool:

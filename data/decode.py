@@ -12,6 +12,7 @@ become RGB; of 16-bit samples the high byte is kept; of an animation the first f
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -87,8 +88,21 @@ class DecodeLimits:
 DEFAULT_LIMITS = DecodeLimits()
 
 
-def decode_image(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
-    """Decode JPEG, PNG, WebP, BMP or TIFF to upright RGB, uint8 [H,W,3], contiguous. Raises DecodeError."""
+Shrink = Callable[[int, int], int]
+"""Height and width of the upright image in, by how much it may be shrunk out: 1, 2, 4 or 8."""
+_REDUCED = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,  # the flags combine to colour, halved, in the order RGB
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
+}
+
+
+def decode_image(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS, shrink: Shrink | None = None) -> np.ndarray:
+    """Decode JPEG, PNG, WebP, BMP or TIFF to upright RGB, uint8 [H,W,3], contiguous. Raises DecodeError.
+
+    `shrink` is asked once, before any pixel is decoded; all formats then come out smaller by its answer, rounded up.
+    """
     if not data:
         raise DecodeError("empty", f"the image is empty (0 bytes); send a {_one_of(ACCEPTED)} file")
     if len(data) > limits.max_bytes:
@@ -102,14 +116,16 @@ def decode_image(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarr
     if found not in ACCEPTED:
         raise DecodeError("unsupported", f"{found} is not accepted; convert it to {_one_of(ACCEPTED)}")
     try:
-        return _decode_jpeg(data, limits) if found == "JPEG" else _decode_with_pillow(found, data, limits)
+        if found == "JPEG":
+            return _decode_jpeg(data, limits, shrink)
+        return _shrunk(_decode_with_pillow(found, data, limits), shrink)
     except DecodeError:
         raise
     except Exception as error:  # Pillow's plugins raise a dozen types on hostile bytes, down to IndexError
         _refuse(found, data, error)
 
 
-def _decode_jpeg(data: bytes, limits: DecodeLimits) -> np.ndarray:
+def _decode_jpeg(data: bytes, limits: DecodeLimits, shrink: Shrink | None) -> np.ndarray:
     header = read_jpeg_header(data)
     _check_size(header.width, header.height, limits)
     if header.scans > MAX_JPEG_SCANS:
@@ -122,13 +138,24 @@ def _decode_jpeg(data: bytes, limits: DecodeLimits) -> np.ndarray:
         raise DecodeError("unsupported", f"JPEG of {header.precision_bits} bits is not accepted; save it with 8 bits")
     if not header.complete:
         raise DecodeError("truncated", "this JPEG has no end marker, so it ends early; send the whole file")
-    if header.components in (1, 3):
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if image is None or image.shape[:2] != (header.height, header.width):
-            raise DecodeError("corrupt", "this JPEG is damaged: its pixels cannot be decoded; save it again")
-        return turn_upright(image, _jpeg_orientation(header))
-    return _decode_with_pillow("JPEG", data, limits)
+    if header.components not in (1, 3):
+        return _shrunk(_decode_with_pillow("JPEG", data, limits), shrink)
+    orientation = _jpeg_orientation(header)
+    stored = (header.height, header.width)
+    factor = shrink(*(stored[::-1] if orientation in (5, 6, 7, 8) else stored)) if shrink else 1
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None or image.shape[:2] != tuple(-(-side // factor) for side in stored):
+        raise DecodeError("corrupt", "this JPEG is damaged: its pixels cannot be decoded; save it again")
+    return turn_upright(image, orientation)
+
+
+def _shrunk(image_HWC: np.ndarray, shrink: Shrink | None) -> np.ndarray:
+    """What a JPEG decoder does on its way, for the formats whose decoders do not."""
+    height, width = image_HWC.shape[:2]
+    factor = shrink(height, width) if shrink else 1
+    if factor == 1:
+        return image_HWC
+    return cv2.resize(image_HWC, (-(-width // factor), -(-height // factor)), interpolation=cv2.INTER_AREA)
 
 
 def _decode_with_pillow(name: str, data: bytes, limits: DecodeLimits) -> np.ndarray:

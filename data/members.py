@@ -121,7 +121,7 @@ def list_zip(path: Path) -> dict[str, Member]:
             continue
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(f"{path}: {entry.filename} is encrypted or oddly compressed; pack it stored or deflated")
-        _check_entry_name(path, entry.filename)
+        check_entry_name(path, entry.filename)
         if entry.filename in members:
             raise InputError(f"{path}: it holds {entry.filename} twice; pack it again")
         packing = "stored" if entry.compress_type == zipfile.ZIP_STORED else "deflated"
@@ -142,7 +142,7 @@ def list_tar(path: Path) -> Iterator[tuple[str, Member]]:
             for entry in archive:
                 end = entry.offset_data + -(-entry.size // _TAR_BLOCK) * _TAR_BLOCK
                 if entry.isreg() and not entry.issparse():
-                    _check_entry_name(path, entry.name)
+                    check_entry_name(path, entry.name)
                     yield entry.name, Member(str(path), entry.offset_data, entry.size, "plain", entry.size)
         with open(path, "rb") as file:
             total = file.seek(0, 2)
@@ -151,20 +151,21 @@ def list_tar(path: Path) -> Iterator[tuple[str, Member]]:
     except InputError:
         raise
     except (OSError, tarfile.TarError, ValueError, EOFError) as error:
-        hint = "unpack it first (gunzip)" if _is_compressed(path) else "copy or pack it again"
+        hint = "unpack it first (gunzip)" if is_compressed(path) else "copy or pack it again"
         raise InputError(f"{path}: cannot be read as a tar archive ({error}); {hint}") from error
     # tarfile takes a damaged header after the first entry for the end of the archive
     if total < end or rest.strip(b"\0") or 0 < len(rest) < _TAR_BLOCK:
         raise InputError(f"{path}: the archive is damaged or ends early, at byte {min(total, end):,}; copy it again")
 
 
-def _check_entry_name(archive: Path, name: str) -> None:
+def check_entry_name(archive: Path, name: str) -> None:
     """Nothing is extracted, but names travel on into lists and reports, where they must not point elsewhere."""
     if name.startswith(("/", "\\")) or ".." in PureWindowsPath(name).parts or PureWindowsPath(name).drive:
         raise InputError(f"{archive}: {name!r} climbs out of the archive; pack it again with plain relative names")
 
 
-def _is_compressed(path: Path) -> bool:
+def is_compressed(path: Path) -> bool:
+    """Whether a file begins as gzip, bzip2, xz or zstd do."""
     try:
         with open(path, "rb") as file:
             return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))

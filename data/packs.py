@@ -68,7 +68,7 @@ def _sample_record(shard: Path, prefix: str, key: str, parts: dict[str, Member])
         raise InputError(f"{shard}: sample {key} has {', '.join(sorted(parts))} but no image")
     row = _sample_row(shard, key, parts)
     label = row.get("cls") or row.get("label") or row.get("txt")
-    split = split_name(row.get("split")) or _split_of_shard(shard)
+    split = split_name(row.get("split")) or split_of_shard(shard)
     return Record(Item(f"{prefix}/{key}", label or None, split, row), members)
 
 
@@ -89,7 +89,7 @@ def _sample_row(shard: Path, key: str, parts: dict[str, Member]) -> dict[str, st
     return row
 
 
-def _split_of_shard(shard: Path) -> str | None:
+def split_of_shard(shard: Path) -> str | None:
     """`train-000.tar` and `train/000.tar` hold the split `train`."""
     for word in (shard.stem.replace("_", "-").split("-")[0], shard.parent.name):
         if split_name(word.lower()) in ("train", "val", "test"):

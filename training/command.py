@@ -9,8 +9,9 @@ from typing import Annotated
 import torch
 import tyro
 
-from data.datasets import open_dataset
 from data.errors import InputError
+from data.loader import Maker
+from data.streams import open_images
 from training import parallel
 from training.loop import train
 from training.memory import keep_freed_memory
@@ -36,6 +37,8 @@ class RunOptions:
     """Of initialisation, order and views."""
     workers: int = 1
     """Processes that decode and cut views; 0 does it in this one."""
+    views: Maker = "workers"
+    """Who makes the views: the workers, or the device, all of a batch together, from images that the workers only decode."""
     threads: int | None = None
     """Threads of torch; all cores if not given."""
     device: str = "auto"
@@ -56,7 +59,7 @@ def start(
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     with parallel.joined(pick_device(options.device)) as device:
-        dataset = open_dataset(options.data, options.split)
+        dataset = open_images(options.data, options.split)
         path = train(
             choose(len(dataset)),
             dataset,
@@ -66,6 +69,7 @@ def start(
             revision=source_revision(),
             seed=options.seed,
             workers=options.workers,
+            views=options.views,
             device=device,
             init=init,
             teacher=teacher,

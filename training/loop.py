@@ -22,7 +22,8 @@ from backbones.checkpoints import Manifest, save_backbone, weights_sha256
 from backbones.vit import ViTSpec
 from data.datasets import Dataset
 from data.errors import InputError
-from data.loader import ViewLoader, Views
+from data.loader import Maker, ViewLoader, Views
+from data.streams import Stream
 from training import parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
@@ -71,7 +72,7 @@ class Plan:
 
 def train(
     recipe: Recipe,
-    dataset: Dataset,
+    dataset: Dataset | Stream,
     out: Path,
     *,
     recipe_name: str,
@@ -79,6 +80,7 @@ def train(
     revision: str,
     seed: int = 0,
     workers: int = 1,
+    views: Maker = "workers",
     device: torch.device | None = None,
     init: str | None = None,
     teacher: str | None = None,
@@ -109,15 +111,17 @@ def train(
         parallel.part_of(recipe.batch_size),
         seed,
         workers,
+        views=views,
         device=device,
         rank=parallel.rank(),
         world_size=parallel.world_size(),
+        places=out / "places.jsonl",
     )
     steps_per_epoch = recipe.epoch_steps or len(loader)
     probe = KnnProbe(eval_data, (eval_every or EvalEvery()).steps(steps_per_epoch)) if eval_data else None
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
-    resolved |= {"init": init} if init else {}
+    resolved |= {"views": views} | ({"init": init} if init else {})
     guide = frozen_teacher(teacher, recipe, device) if teacher else None
     if guide is not None:
         resolved |= {"teacher": {"run": teacher, "weights_sha256": weights_sha256(guide.state_dict())}}

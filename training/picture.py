@@ -14,8 +14,8 @@ import torch
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.datasets import Dataset
-from data.errors import InputError
 from data.preprocess import Preprocess, whole_view
+from data.streams import Stream
 
 CELL_PX = 160
 N_IMAGES = 6
@@ -31,11 +31,12 @@ class Album:
     `held_out` tells whether the images drawn are kept from training.
     """
 
-    def __init__(self, folder: Path, drawn: Dataset, preprocess: Preprocess, trained_on: Dataset) -> None:
+    def __init__(
+        self, folder: Path, drawn: Dataset | Stream, preprocess: Preprocess, trained_on: Dataset | Stream
+    ) -> None:
         self.folder, self.preprocess = folder, preprocess
-        known = {item.name for item in trained_on.items} if drawn.name == trained_on.name else set()
-        self.held_out = drawn is not trained_on and known.isdisjoint(item.name for item in drawn.items)
-        self.images = readable_images(drawn, N_IMAGES)
+        self.held_out = isinstance(drawn, Dataset) and not trained_on.shares_images(drawn)
+        self.images = drawn.examples(N_IMAGES)
 
     def is_due(self, step: int) -> bool:
         """Whether enough of the run has gone by since the picture before."""
@@ -86,19 +87,6 @@ class Album:
         scratch.unlink(missing_ok=True)
         scratch.symlink_to(path.relative_to(self.folder))
         os.replace(scratch, link)
-
-
-def readable_images(dataset: Dataset, n: int) -> list[np.ndarray]:
-    """Up to `n` images [H, W, 3], evenly spread over a data set; those that cannot be read are passed over."""
-    images: list[np.ndarray] = []
-    for i in range(len(dataset)):
-        if len(images) == n:
-            break
-        try:
-            images.append(dataset.image(i * max(len(dataset) // n, 1) % len(dataset)))
-        except InputError:
-            continue
-    return images
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:

@@ -54,7 +54,7 @@ _DINO_BASE = Recipe(
     expected=scores(76.1, 78.2),
 )
 # DINOv2. Oquab et al. 2023, tables 16 and 17, and the authors' configuration files. They count 1250 steps as an epoch.
-_V2_CROPS = CropSpec(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), blur_as="released")
+_V2_CROPS = CropSpec(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32), blur_as="released", blur_kernel="nine")
 _V2_L16_SHORT = Recipe(
     backbone=vit("large", 16, layer_scale=1e-5, mask_token=True, drop_path=0.3, drop_path_uniform=True),
     crops=_V2_CROPS,

@@ -10,6 +10,7 @@ pictures/                what it sees in a few images: attention by head, patche
 attention.png, pca.png   links to the latest
 run.html                 all of this as one page
 skipped.json             images that could not be read, and why
+places.jsonl             of tar shards: where the blocks of the epoch begin, so that a resumed run need not walk there
 """
 
 import json

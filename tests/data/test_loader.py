@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import data.loader
-from data.crops import CropSpec, make_views, to_batch, view_rng
+import data.draws
+from data.crops import CropSpec, view_rng
 from data.datasets import open_dataset
+from data.draws import epoch_order
 from data.errors import InputError
-from data.loader import ViewLoader, Views, epoch_order
+from data.loader import ViewLoader, Views
+from data.views import make_views, to_batch
 from tests.data.pictures import encode, noise
 
 SPEC = CropSpec(global_px=16, local_px=8, n_local=2)
@@ -126,7 +128,7 @@ def test_too_few_readable_images_for_one_batch_are_an_error(folder: Path) -> Non
 
 
 def test_many_corrupt_images_in_a_row_end_the_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.loader, "MAX_BAD_IN_A_ROW", 3)
+    monkeypatch.setattr(data.draws, "MAX_BAD_IN_A_ROW", 3)
     for index in epoch_order(N_IMAGES, 0, 0)[:4]:
         (folder / f"{index:02d}.png").write_text("no picture")
     with pytest.raises(InputError, match="3 images in a row cannot be read"):
