@@ -2,8 +2,8 @@
 
 The same plan through `data/views.py` gives the same views but for rounding: there every alteration ends in whole shades, here only the
 resize does. On a GPU, all images of about one size are resized by two matrix products, W_y · image · W_x^T, whose rows hold
-the weights of Pillow's antialiased bicubic filter; mirroring reverses the rows of W_x, and a blur is two more products.
-Nothing is read back from the device.
+the weights of Pillow's antialiased bicubic filter; mirroring reverses the rows of W_x. Nothing is read back from the device.
+Everything but the products is done pixel by pixel, so that on a CPU a view has the same bits in whatever batch it is made.
 """
 
 from collections import defaultdict
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from data.crops import BlurKernel, CropSpec, blur_taps
 from data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -132,8 +133,7 @@ def altered(pixels_NCSS: Tensor, plans_N: np.ndarray, kernel: BlurKernel) -> Ten
     blurred_N = plans_N["sigma_px"] > 0
     if blurred_N.any():
         rows = at(blurred_N)
-        blur_N1SS = _blur_matrices(plans_N["sigma_px"][blurred_N], pixels_NCSS.shape[-1], kernel, device)[:, None]
-        pixels_NCSS[rows] = blur_N1SS @ pixels_NCSS[rows] @ blur_N1SS.mT
+        pixels_NCSS[rows] = _blurred(pixels_NCSS[rows], plans_N["sigma_px"][blurred_N], kernel)
     if plans_N["solarize"].any():
         rows = at(plans_N["solarize"])
         chosen = pixels_NCSS[rows]
@@ -150,12 +150,13 @@ def _brighten(pixels_NCSS: Tensor, factors: Tensor) -> Tensor:
 
 
 def _contrast(pixels_NCSS: Tensor, factors: Tensor) -> Tensor:
-    mean = _luma(pixels_NCSS).mean(dim=(2, 3), keepdim=True).round()
-    return torch.lerp(mean, pixels_NCSS, factors).clamp_(0, 255)
+    mean = _luma(pixels_NCSS).mean(dim=(2, 3), keepdim=True, dtype=torch.float64).round().float()
+    return ((pixels_NCSS - mean) * factors + mean).clamp_(0, 255)
 
 
 def _saturate(pixels_NCSS: Tensor, factors: Tensor) -> Tensor:
-    return torch.lerp(_luma(pixels_NCSS), pixels_NCSS, factors).clamp_(0, 255)
+    gray = _luma(pixels_NCSS)
+    return ((pixels_NCSS - gray) * factors + gray).clamp_(0, 255)
 
 
 def _turn_hue(pixels_NCSS: Tensor, turns: Tensor) -> Tensor:
@@ -180,14 +181,15 @@ def _turn_hue(pixels_NCSS: Tensor, turns: Tensor) -> Tensor:
 _CHANGES = (_brighten, _contrast, _saturate, _turn_hue)
 
 
-def _blur_matrices(sigmas_N: np.ndarray, side: int, kernel: BlurKernel, device: torch.device) -> Tensor:
-    """One matrix [S,S] a deviation that blurs the columns of a view, with the borders of `gaussian_blur`. float32 [N,S,S]."""
+def _blurred(pixels_NCSS: Tensor, sigmas_N: np.ndarray, kernel: BlurKernel) -> Tensor:
+    """Each view blurred both ways by its own deviation, with the borders of `gaussian_blur`."""
     taps = [blur_taps(float(sigma), kernel) for sigma in sigmas_N]
     reach = max(len(row) for row in taps) // 2
     weights_NT = np.stack([np.pad(row, reach - len(row) // 2) for row in taps]).astype(np.float32)
-    seen_ST = np.arange(side)[:, None] + np.arange(-reach, reach + 1)
-    mirrored_ST = (side - 1) - np.abs(seen_ST % (2 * side - 2) - (side - 1))
-    seen_ST = seen_ST.clip(0, side - 1) if kernel == "boxes" else mirrored_ST
-    where_NST = torch.from_numpy(seen_ST).to(device).expand(len(taps), -1, -1)
-    values_NST = torch.from_numpy(weights_NT).to(device)[:, None].expand(-1, side, -1)
-    return torch.zeros(len(taps), side, side, device=device).scatter_add_(2, where_NST, values_NST)
+    weights_TN111 = torch.from_numpy(weights_NT.T.copy()).to(pixels_NCSS.device)[..., None, None, None]
+    border = "replicate" if kernel == "boxes" else "reflect"
+    for axis in (2, 3):
+        padded = pad(pixels_NCSS, (reach, reach, 0, 0) if axis == 3 else (0, 0, reach, reach), mode=border)
+        shifted = (padded.narrow(axis, tap, pixels_NCSS.shape[axis]) for tap in range(2 * reach + 1))
+        pixels_NCSS = sum(weight * part for weight, part in zip(weights_TN111, shifted, strict=True))
+    return pixels_NCSS

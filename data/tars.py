@@ -34,8 +34,8 @@ class Entry:
 def walk_tar(path: Path, start: int = 0) -> Iterator[Entry]:
     """The regular files of an archive in order, from the header at byte `start` on.
 
-    Raises InputError at the first damage: a header whose checksum fails, an entry that runs past the end, a compressed archive. What was
-    yielded before is sound.
+    Raises InputError at the first damage: a header whose checksum fails, an entry that runs past the end, a compressed
+    archive, no mark of the end. What was yielded before is sound.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -50,6 +50,8 @@ def walk_tar(path: Path, start: int = 0) -> Iterator[Entry]:
 
 
 def _entries(path: Path, handle: int, total: int, at: int) -> Iterator[Entry]:
+    if total == 0:
+        raise InputError(f"{path}: it is empty")
     extended: dict[str, str] = {}
     while at < total:
         header = os.pread(handle, BLOCK, at)
@@ -79,6 +81,7 @@ def _entries(path: Path, handle: int, total: int, at: int) -> Iterator[Entry]:
             raise _damaged(path, begin - BLOCK, "a sparse entry, which is not read")
         if kind in _REGULAR and not name.endswith("/") and not sparse:
             yield Entry(name, Member(str(path), begin, size, "plain", size), at)
+    raise _damaged(path, total, "the mark of the end is missing, so it may have been cut")
 
 
 def _checked_size(path: Path, header: bytes, at: int) -> int:
