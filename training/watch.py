@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from data.datasets import Dataset
 from data.errors import CheckFailed
 from data.loader import Views
+from data.streams import Stream
 from training import parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import State
 from training.monitors import collapse_warnings
-from training.picture import readable_images
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 from training.run_log import NoLog, RunLog
@@ -48,10 +48,10 @@ class Watch:
         self.alarm = Alarm(grace, max(steps_per_epoch, MIN_SILENCE))
         self.bad_steps = 0
 
-    def begin(self, dataset: Dataset) -> None:
+    def begin(self, dataset: Dataset | Stream) -> None:
         """Say where many images are smaller than the crops cut from them."""
         px = self.recipe.crops.global_px
-        looked_at = readable_images(dataset, IMAGES_MEASURED) if isinstance(self.log, RunLog) else []
+        looked_at = dataset.examples(IMAGES_MEASURED) if isinstance(self.log, RunLog) else []
         small = [image for image in looked_at if min(image.shape[:2]) < px]
         if 2 * len(small) > len(looked_at):
             self.log.note(
