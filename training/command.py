@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +15,10 @@ from data.streams import open_images
 from training import parallel
 from training.loop import train
 from training.memory import keep_freed_memory
+from training.precision import Precision
 from training.probe import EvalEvery
 from training.recipe import Recipe
+from training.scale import Scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,10 @@ class RunOptions:
     """Threads of torch; all cores if not given."""
     device: str = "auto"
     """auto, cpu, or cuda."""
+    precision: Precision | None = None
+    """Of the products within the backbone, fp32, bf16 or fp16, instead of the recipe's."""
+    scale: Annotated[Scale, tyro.conf.arg(name="")] = field(default_factory=Scale)
+    """How it is computed."""
 
 
 def start(
@@ -60,8 +66,11 @@ def start(
     keep_freed_memory()
     with parallel.joined(pick_device(options.device)) as device:
         dataset = open_images(options.data, options.split)
+        recipe = choose(len(dataset))
+        if options.precision is not None:
+            recipe = replace(recipe, step=replace(recipe.step, precision=options.precision))
         path = train(
-            choose(len(dataset)),
+            recipe,
             dataset,
             options.out,
             recipe_name=name,
@@ -75,6 +84,7 @@ def start(
             teacher=teacher,
             eval_data=options.eval_data,
             eval_every=options.eval_every,
+            scale=options.scale,
         )
         if parallel.rank() == 0:
             print(path)

@@ -4,18 +4,18 @@ Axes: V views, G global crops of all images (G = 2B, crop-major), B images, N pa
 K prototypes.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from backbones.vit import ViT
+from backbones.vit import Block, ViT
 from data.errors import InputError
 from training import parallel
-from training.distillation import Schedule, State, ema_update_, teacher_copy, update_center_, way_back
+from training.distillation import Schedule, State, batch_mean, move_center_, teacher_copy
 from training.losses import (
     dino_cross_entropy,
     ibot_loss,
@@ -26,8 +26,10 @@ from training.losses import (
 )
 from training.masking import MaskSpec
 from training.monitors import collapse_monitors
-from training.optimizer import set_rates_
+from training.optimizer import clip_together_, set_rates_
+from training.precision import Precision, narrow_products
 from training.projection_head import HeadSpec, ProjectionHead
+from training.step import backward_, parts_of, update_, way_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Dinov2Spec:
     center_momentum: float = 0.9
     clip_norm: float = 3.0
     """Largest L2 norm of all gradients of the backbone, and of each head; 0 leaves gradients as they are."""
-    bf16_backbone: bool = False
+    precision: Precision = "fp32"
     """As in DINOv1's step."""
 
 
@@ -65,13 +67,13 @@ class Dinov2Learner(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
 
-    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, bf16: bool) -> tuple[Tensor, Tensor]:
+    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, precision: Precision) -> tuple[Tensor, Tensor]:
         """CLS tokens [C, D] of all crops, and patches [G, N, D] of the first batch of crops, to which the masks belong; float32.
 
         All crops [C_i, 3, h_i, w_i] go through the backbone as one packed sequence.
         """
         masks = [masks_GN, *[None] * (len(crops) - 1)]
-        with torch.autocast(crops[0].device.type, torch.bfloat16, enabled=bf16):
+        with narrow_products(crops[0].device, precision):
             found = self.backbone.packed_features(crops, masks)
         return torch.cat([one.cls for one in found]).float(), found[0].patches.float()
 
@@ -93,8 +95,21 @@ def make_learners(backbone: ViT, head: HeadSpec, spec: Dinov2Spec) -> tuple[Dino
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some images of a batch: their views [B, 3, h, w], the two global ones first, and the masks [G, N] of their global crops."""
+
+    views: Sequence[Tensor]
+    masks_GN: Tensor
+
+    @property
+    def crops(self) -> list[Tensor]:
+        """The global views, and the local ones, as one tensor each."""
+        return [torch.cat(list(same)) for same in (self.views[:2], self.views[2:]) if same]
+
+
+@dataclass(frozen=True)
 class Targets:
-    """What the teacher says of the global crops."""
+    """What the teacher says of the global crops of a part."""
 
     cls_TBK: Tensor
     patches_RK: Tensor
@@ -103,74 +118,145 @@ class Targets:
 
 
 def train_step_(
-    state: State, views: Sequence[Tensor], masks_GN: Tensor, at: Schedule, spec: Dinov2Spec, watch: bool = True
+    state: State,
+    views: Sequence[Tensor],
+    masks_GN: Tensor,
+    at: Schedule,
+    spec: Dinov2Spec,
+    watch: bool = True,
+    accumulate: int = 1,
 ) -> dict[str, float]:
     """One step on views [B, 3, h, w], the two global ones first, and masks of the global crops; returns each term as it was optimised.
 
     If `watch`, what tells of collapse too. With a guide the student sees every patch, and the masks only say which patches are compared.
-    A loss, term or gradient that is not finite changes nothing; the caller sees it in what is returned.
+    `accumulate` is the number of parts that the batch is taken in. A loss, term or gradient that is not finite changes nothing; the
+    caller sees it in what is returned.
     """
     set_rates_(state.optimizer, at.lr, at.weight_decay, 0.0 if at.freeze_last_layer else at.lr)
-    global_crops = torch.cat(list(views[:2]))
-    go_back = way_back(state)
+    masks_2BN = masks_GN.unflatten(0, (2, -1))
+    parts = [
+        Part([view[images] for view in views], masks_2BN[:, images].flatten(0, 1))
+        for images in parts_of(len(views[0]), accumulate)
+    ]
+    hide, go_back = state.guide is None, way_back(state)
     with torch.no_grad():
-        targets = teacher_says_(state, global_crops, masks_GN, at.teacher_temperature, spec)
-    terms = loss_terms(state.student, views, masks_GN, targets, spec, hide=state.guide is None)
-    loss = torch.stack(list(terms.values())).sum()
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parallel.average_gradients_(state.student.parameters())
-    norms = clip_each_network_(state.student, spec.clip_norm)
-    # One transfer from the device tells all processes whether to go on.
-    found = parallel.mean_scalars({"loss": loss, **terms, **norms})
-    if not all(map(math.isfinite, found.values())):
+        targets, means = teacher_says(state, parts, at.teacher_temperature, spec)
+    seeds = torch.randint(2**62, (accumulate,)).tolist()
+    koleo: list[Koleo] = [partial(koleo_of_views, spec=spec)] * accumulate
+    if accumulate > 1 and spec.koleo_weight:
+        koleo = koleo_across(state.student, parts, spec, hide, seeds)
+
+    def terms() -> Iterator[dict[str, Tensor]]:
+        for part, said, of_cls, seed in zip(parts, targets, koleo, seeds, strict=True):
+            torch.manual_seed(seed)
+            yield loss_terms(state.student, part, said, spec, hide, of_cls)
+
+    sums = backward_(state, terms(), accumulate)
+    found, done = update_(state, sums, at.momentum, lambda student: clip_each_network_(student, spec.clip_norm))
+    if not done:
         go_back()
         return found
-    state.optimizer.step()
-    ema_update_(state.teacher, state.student, at.momentum)
+    for name, (mean_K, count) in means.items():
+        move_center_(state.centers[name], mean_K, count, spec.center_momentum)
     if not watch:
         return found
-    watched = collapse_monitors(targets.cls_TBK.flatten(0, 1), targets.cls_TBD.flatten(0, 1), state.centers["dino"])
+    cls_RK, cls_RD = (
+        torch.cat([getattr(said, name) for said in targets], dim=1).flatten(0, 1) for name in ("cls_TBK", "cls_TBD")
+    )
+    watched = collapse_monitors(cls_RK, cls_RD, state.centers["dino"])
     cross_entropy = (
         (found["dino_local"] + found["dino_global"]) / spec.dino_weight if spec.dino_weight else float("nan")
     )
     return found | {"kl_nats": cross_entropy - watched["target_entropy_nats"], **watched}
 
 
-def teacher_says_(
-    state: State, global_crops: Tensor, masks_GN: Tensor, temperature: float, spec: Dinov2Spec
-) -> Targets:
-    """The teacher's (or guide's) probabilities for CLS tokens and masked patches; the centres move on, for the next step to use."""
+def teacher_says(
+    state: State, parts: Sequence[Part], temperature: float, spec: Dinov2Spec
+) -> tuple[list[Targets], dict[str, tuple[Tensor, Tensor]]]:
+    """The teacher's (or guide's) probabilities for CLS tokens and masked patches of each part, taken over the whole batch.
+
+    With centring also what the centres move by afterwards: the mean [K] of the logits by head, and how many there are.
+    """
     teacher = state.teacher if state.guide is None else state.guide
-    cls_GD, patches_GND = teacher.encode([global_crops], None, spec.bf16_backbone)
-    cls_GK, patches_RK = teacher.logits(cls_GD, patches_GND[masks_GN])
+    cls, logits, patch_logits = [], [], []
+    for part in parts:
+        cls_GD, patches_GND = teacher.encode(part.crops[:1], None, spec.precision)
+        cls_GK, patches_RK = teacher.logits(cls_GD, patches_GND[part.masks_GN])
+        cls.append(cls_GD)
+        logits.append(cls_GK)
+        patch_logits.append(patches_RK)
+    heads = {"dino": torch.cat(logits), "ibot": torch.cat(patch_logits)}
     if spec.targets == "sinkhorn":
-        everywhere = parallel.column_log_sum
-        cls_probs_GK = sinkhorn_knopp(cls_GK, temperature, spec.sinkhorn_iterations, everywhere)
-        patch_probs_RK = sinkhorn_knopp(patches_RK, temperature, spec.sinkhorn_iterations, everywhere)
+        everywhere, means = parallel.column_log_sum, {}
+        probs = {
+            name: sinkhorn_knopp(rows_RK, temperature, spec.sinkhorn_iterations, everywhere)
+            for name, rows_RK in heads.items()
+        }
     else:
-        cls_probs_GK = teacher_targets(cls_GK, state.centers["dino"], temperature)
-        patch_probs_RK = teacher_targets(patches_RK, state.centers["ibot"], temperature)
-        update_center_(state.centers["dino"], cls_GK, spec.center_momentum)
-        update_center_(state.centers["ibot"], patches_RK, spec.center_momentum)
-    return Targets(cls_probs_GK.unflatten(0, (2, -1)), patch_probs_RK, cls_GD.unflatten(0, (2, -1)))
+        means = {name: batch_mean(rows_RK) for name, rows_RK in heads.items()}
+        probs = {name: teacher_targets(rows_RK, state.centers[name], temperature) for name, rows_RK in heads.items()}
+    cls_probs = probs["dino"].split([len(rows) for rows in logits])
+    patch_probs = probs["ibot"].split([len(rows) for rows in patch_logits])
+    found = zip(cls_probs, patch_probs, cls, strict=True)
+    return [Targets(c.unflatten(0, (2, -1)), p, x.unflatten(0, (2, -1))) for c, p, x in found], means
+
+
+Koleo = Callable[[Tensor], Tensor]
+"""The term of the student's CLS tokens [G, D]."""
+
+
+def koleo_of_views(cls_GD: Tensor, spec: Dinov2Spec) -> Tensor:
+    """KoLeo of the CLS tokens of all processes, summed over the global views that the spec counts."""
+    counted = cls_GD.chunk(2)[: 1 if spec.koleo_as == "paper" else 2]
+    return torch.stack([koleo_loss(parallel.all_rows(cls_BD)) for cls_BD in counted]).sum()
+
+
+def koleo_across(
+    student: Dinov2Learner, parts: Sequence[Part], spec: Dinov2Spec, hide: bool, seeds: Sequence[int]
+) -> list[Koleo]:
+    """KoLeo over the images of all parts, as a function of the CLS tokens [G, D] of each part.
+
+    The tokens of all parts are computed once without gradients, which costs one more forward pass of the student. What KoLeo's gradient
+    is at each of them is then handed to the part that computes it again (as Gao et al. 2021 do for contrastive losses). `seeds` make
+    stochastic depth drop the same paths both times; without it the global crops are enough.
+    """
+    drops = any(isinstance(module, Block) and module.drop_path for module in student.modules())
+    found = []
+    for part, seed in zip(parts, seeds, strict=True):
+        torch.manual_seed(seed)
+        crops = part.crops if drops else part.crops[:1]
+        with torch.no_grad():
+            cls_VD, _ = student.encode(crops, part.masks_GN if hide else None, spec.precision)
+        found.append(cls_VD[: len(part.masks_GN)].unflatten(0, (2, -1)))
+    cls_2BD = torch.cat(found, dim=1).requires_grad_()
+    value = koleo_of_views(cls_2BD.flatten(0, 1), spec)
+    (gradient_2BD,) = torch.autograd.grad(value, cls_2BD)
+    value = value.detach()
+
+    def handed_back(gradient_2bD: Tensor) -> Koleo:
+        def term(cls_GD: Tensor) -> Tensor:
+            along = (gradient_2bD.flatten(0, 1) * cls_GD).sum() * len(parts)  # `backward_` takes the mean over parts
+            return value + along - along.detach()
+
+        return term
+
+    return [handed_back(g) for g in gradient_2BD.split([one.shape[1] for one in found], dim=1)]
 
 
 def loss_terms(
     student: Dinov2Learner,
-    views: Sequence[Tensor],
-    masks_GN: Tensor,
+    part: Part,
     targets: Targets,
     spec: Dinov2Spec,
-    hide: bool = True,
+    hide: bool,
+    koleo: Koleo,
 ) -> dict[str, Tensor]:
     """Every weighted term of the loss; their sum is what is optimised.
 
     DINO is the mean over all pairs of different views; `dino_global` holds the two pairs of global crops, `dino_local` the others.
     """
-    n_images, n_views = len(views[0]), len(views)
-    crops = [torch.cat(list(same)) for same in (views[:2], views[2:]) if same]
-    cls_VD, patches_GND = student.encode(crops, masks_GN if hide else None, spec.bf16_backbone)
+    n_images, n_views, masks_GN = len(part.views[0]), len(part.views), part.masks_GN
+    cls_VD, patches_GND = student.encode(part.crops, masks_GN if hide else None, spec.precision)
     logits_VK, patches_RK = student.logits(cls_VD, patches_GND[masks_GN])
     logits_VBK = logits_VK.unflatten(0, (n_views, n_images))
     dino = dino_cross_entropy(logits_VBK, targets.cls_TBK, spec.student_temperature)
@@ -178,9 +264,7 @@ def loss_terms(
     dino_global = 2 * across_2B.mean() / (2 * n_views - 2)
     terms = {"dino_local": spec.dino_weight * (dino - dino_global), "dino_global": spec.dino_weight * dino_global}
     if spec.koleo_weight:
-        n_koleo = 1 if spec.koleo_as == "paper" else 2
-        by_view = [koleo_loss(parallel.all_rows(cls_BD)) for cls_BD in cls_VD[: n_koleo * n_images].chunk(n_koleo)]
-        terms["koleo"] = spec.koleo_weight * torch.stack(by_view).sum()
+        terms["koleo"] = spec.koleo_weight * koleo(cls_VD[: len(masks_GN)])
     if spec.ibot_weight:
         weights_R = (1 / masks_GN.sum(dim=1).clamp_min(1))[:, None].expand_as(masks_GN)[masks_GN]
         ibot = ibot_loss(patches_RK, targets.patches_RK, weights_R, len(masks_GN), spec.student_temperature)
@@ -188,11 +272,9 @@ def loss_terms(
     return terms
 
 
-def clip_each_network_(student: Dinov2Learner, max_norm: float) -> dict[str, Tensor]:
+def clip_each_network_(student: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """Scale the gradients of the backbone, and of each head, to a global L2 norm of at most `max_norm`; returns the norms before."""
-    norms: dict[str, Tensor] = {}
-    for name, network in student.named_children():
-        parameters = [p for p in network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        norms[f"grad_norm_{name}"] = norm
-    return norms
+    return {
+        f"grad_norm_{name}": clip_together_(network.parameters(), max_norm)
+        for name, network in student.named_children()
+    }

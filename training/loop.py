@@ -4,6 +4,7 @@ A run is exact: views depend on (seed, epoch, image) only, what a step draws on 
 centres and position, so that a run interrupted anywhere and resumed ends, on a CPU, with the same bits as one that was never interrupted.
 """
 
+import errno
 import json
 import signal
 import sys
@@ -19,55 +20,29 @@ import numpy as np
 import torch
 
 from backbones.checkpoints import Manifest, save_backbone, weights_sha256
-from backbones.vit import ViTSpec
 from data.datasets import Dataset
 from data.errors import InputError
 from data.loader import Maker, ViewLoader, Views
 from data.streams import Stream
 from training import parallel
-from training.dinov2 import Dinov2Spec
-from training.distillation import Schedule, State
+from training.distillation import State
 from training.methods import make_state, take_step_
 from training.picture import Album
+from training.plan import Plan
 from training.probe import EvalEvery, KnnProbe
 from training.recipe import Recipe
+from training.resume import everything, restore_
 from training.run_folder import RunFolder
 from training.run_log import NoLog, RunLog
 from training.run_page import RunPage
-from training.schedules import Cosine, LinearWarmup
+from training.saved_state import Saver
+from training.scale import Scale, plain_backbone, spread_
 from training.speed import measure_speed
+from training.step import parts_of
 from training.warm_start import frozen_teacher, warm_start_
 from training.watch import Watch
 
 SAVE_EVERY_S = 120.0
-
-
-class Plan:
-    """Schedule values of every step of a run."""
-
-    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
-        optim, steps = recipe.optim, recipe.epochs * steps_per_epoch
-        peak = optim.peak_lr(recipe.batch_size)
-        warmup = min(round(optim.warmup_epochs * steps_per_epoch), steps)
-        self.steps_per_epoch, self.steps = steps_per_epoch, steps
-        self.lr = Cosine(peak, min(optim.min_lr, peak), steps, warmup)
-        self.weight_decay = Cosine(*optim.weight_decay, steps)
-        self.momentum = Cosine(*optim.momentum, steps)
-        # DINOv1 warms the teacher up by the epoch, DINOv2 by the step.
-        self.steps_per_temperature = 1 if isinstance(recipe.step, Dinov2Spec) else steps_per_epoch
-        temperatures = round(optim.teacher_warmup_epochs * steps_per_epoch / self.steps_per_temperature)
-        self.temperature = LinearWarmup(*optim.teacher_temperature, temperatures)
-        self.frozen_steps = round(optim.freeze_last_layer_epochs * steps_per_epoch)
-
-    def at(self, step: int) -> Schedule:
-        """Values of a step."""
-        return Schedule(
-            lr=self.lr.at(step),
-            weight_decay=self.weight_decay.at(step),
-            momentum=self.momentum.at(step),
-            teacher_temperature=self.temperature.at(step // self.steps_per_temperature),
-            freeze_last_layer=step < self.frozen_steps,
-        )
 
 
 def train(
@@ -86,13 +61,14 @@ def train(
     teacher: str | None = None,
     eval_data: str | None = None,
     eval_every: EvalEvery | None = None,
+    scale: Scale | None = None,
     stop_at_step: int | None = None,
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
     `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the run whose frozen teacher is learned
     from, see `frozen_teacher`; `eval_data` a labelled set on which the run's teacher is measured, by default
-    after each epoch, and whose test images are drawn.
+    after each epoch, and whose test images are drawn; `scale` how it is computed, which changes nothing of what is learned.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
@@ -103,12 +79,13 @@ def train(
         raise InputError(
             f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
         )
-    if parallel.world_size() > 1 and (recipe.head.batch_norm or not isinstance(recipe.backbone, ViTSpec)):
-        raise InputError("batch norm over several processes is not there; train this recipe in one")
+    scale = scale or Scale()
+    share = parallel.part_of(recipe.batch_size)
+    list(parts_of(share, scale.accumulate))  # raises at once where they do not divide
     loader = ViewLoader(
         dataset,
         recipe.crops,
-        parallel.part_of(recipe.batch_size),
+        share,
         seed,
         workers,
         views=views,
@@ -133,28 +110,18 @@ def train(
     state.guide = guide
     if init and not resuming:
         warm_start_(state, init)
+    spread_(state, recipe, scale)
     step = restore_(state, folder) if resuming else 0
-    if leads:
-        folder.keep_log_until(step)
-    run = Run(recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision}, probe)
     end = min(plan.steps, stop_at_step or plan.steps)
-    with stop_signals() as stopped, RunLog(folder, step, end, run.resolved) if leads else NoLog() as log:
-        run.go(step, end, stopped, log)
+    with a_full_disk_named(out):
+        if leads:
+            folder.keep_log_until(step)
+        run = Run(
+            recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision}, probe, scale
+        )
+        with stop_signals() as stopped, RunLog(folder, step, end, run.resolved) if leads else NoLog() as log:
+            run.go(step, end, stopped, log)
     return folder.checkpoint
-
-
-def restore_(state: State[Any], folder: RunFolder) -> int:
-    """Load the saved state into `state`; returns the step to take next."""
-    saved = folder.load_state()
-    try:
-        state.student.load_state_dict(saved["student"])
-        state.teacher.load_state_dict(saved["teacher"])
-        for name, center_K in state.centers.items():
-            center_K.copy_(saved["centers"][name])
-        state.optimizer.load_state_dict(saved["optimizer"])
-        return int(saved["step"])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"{folder.state}: does not fit this recipe ({error}); choose another --out") from error
 
 
 class Run:
@@ -169,7 +136,9 @@ class Run:
         loader: ViewLoader,
         resolved: dict[str, Any],
         probe: KnnProbe | None,
+        scale: Scale,
     ) -> None:
+        self.scale, self.saver = scale, Saver(folder.states)
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved, self.probe = resolved, probe
         self.n_listed = 0
@@ -196,21 +165,31 @@ class Run:
             record = self._step(step, views)
             record |= speed.of_step(time.monotonic() - waited_from, began - waited_from)
             step += 1
-            if self.probe and isinstance(log, RunLog) and self.probe.is_due(step, end):
-                backbone = self.state.teacher.backbone
-                record["knn_top1"] = self.probe.top1(backbone, self._manifest(step), self.device.type)
-                log.say(f"step {step}: k-NN top-1 of the teacher {record['knn_top1']:.4f}")
+            if self.probe and self.probe.is_due(step, end):
+                record |= self._measure(self.probe, step)
             log.write(step, record)
             due = time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0
             # All processes save and leave at the same step: whoever has a reason, all have it.
-            reasons = parallel.largest(2 * (stopped() or 0) + due, self.device)
+            reasons = parallel.largest(4 * (stopped() or 0) + 2 * due + self.saver.failed, self.device)
             if reasons:
+                self.saver.wait()
+            if reasons > 1:
                 self.save(step)
                 saved_at = time.monotonic()
-            if reasons > 1:
-                leave(reasons // 2, step, self.folder)
+            if reasons > 3:
+                self.saver.wait()
+                leave(reasons // 4, step, self.folder)
             waited_from = time.monotonic()
         self.save(step, last=True)
+        self.saver.wait()
+
+    def _measure(self, probe: KnnProbe, step: int) -> dict[str, float]:
+        backbone = plain_backbone(self.state.teacher)
+        if backbone is None:
+            return {}
+        top1 = probe.top1(backbone, self._manifest(step), self.device.type)
+        self.log.say(f"step {step}: k-NN top-1 of the teacher {top1:.4f}")
+        return {"knn_top1": top1}
 
     def _batches(self, step: int, end: int) -> Iterator[Views]:
         while step < end:
@@ -226,33 +205,26 @@ class Run:
         # What a step draws depends on its number only: loaders and pictures draw from the same generator, and not as often in every run.
         rng = np.random.default_rng([self.resolved["seed"], step])
         torch.manual_seed((int(rng.integers(2**63)) + parallel.rank()) % 2**63)
-        found = take_step_(self.state, views, at, self.recipe, rng, self.watch.looks_at(step))
+        watch = self.watch.looks_at(step)
+        found = take_step_(self.state, views, at, self.recipe, rng, watch, self.scale.accumulate)
         self.watch.see(step, found, self.state, views)
         return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
 
     def save(self, step: int, last: bool = False) -> None:
-        """Write state, checkpoint, picture and list of skipped images; all processes call it, the leading one writes.
+        """Begin to write the state; write checkpoint, picture and list of skipped images. All processes call it.
 
         Raises CheckFailed, and leaves what was saved before as it is, where a weight is not finite.
         """
         self.watch.check_weights(step, self.state)
         skipped = {name: reason for part in parallel.gathered(self.loader.skipped) for name, reason in part.items()}
-        if parallel.rank():
+        self.saver.start(step, everything(self.state, step))
+        backbone = plain_backbone(self.state.teacher)
+        if backbone is None:
             return
-        state = self.state
-        self.folder.save_state(
-            {
-                "student": state.student.state_dict(),
-                "teacher": state.teacher.state_dict(),
-                "centers": state.centers,
-                "optimizer": state.optimizer.state_dict(),
-                "step": step,
-            }
-        )
-        save_backbone(self.folder.checkpoint, state.teacher.backbone, self._manifest(step))
+        save_backbone(self.folder.checkpoint, backbone, self._manifest(step))
         self._list_skipped(skipped)
         if last or self.album.is_due(step):
-            self.album.add(step, state.teacher.backbone)
+            self.album.add(step, backbone)
         self.page.write(step)
 
     def _manifest(self, step: int) -> Manifest:
@@ -276,6 +248,19 @@ class Run:
         )
         self.folder.write_text("skipped.json", json.dumps(skipped, indent=1))
         self.n_listed = len(skipped)
+
+
+@contextmanager
+def a_full_disk_named(out: Path) -> Iterator[None]:
+    """Within it a write for which there is no room ends in one line. What was saved before stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); make room, and the same command goes on from what was saved"
+        ) from error
 
 
 @contextmanager

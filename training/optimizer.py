@@ -6,6 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from training import parallel
 
 
 class Multipliers(NamedTuple):
@@ -54,17 +57,25 @@ class LARS(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                update = p.grad
+                weight, update = parallel.shard_of(p), parallel.shard_of(p.grad)
                 if p.ndim != 1:
-                    update = update.add(p, alpha=group["weight_decay"])
-                    weight_norm, update_norm = p.norm(), update.norm()
+                    update = update.add(weight, alpha=group["weight_decay"])
+                    weight_norm, update_norm = self._norms(p, update)
                     scale = torch.where(
                         (weight_norm > 0) & (update_norm > 0), group["eta"] * weight_norm / update_norm, 1.0
                     )
                     update = update * scale
-                mu = self.state[p].setdefault("mu", torch.zeros_like(p))
+                mu = parallel.shard_of(self.state[p].setdefault("mu", torch.zeros_like(p)))
                 mu.mul_(group["momentum"]).add_(update)
-                p.add_(mu, alpha=-group["lr"])
+                weight.add_(mu, alpha=-group["lr"])
+
+    def _norms(self, p: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a weight and of (this process's shard of) its update."""
+        if not isinstance(p, DTensor):
+            return p.norm(), update.norm()
+        squares = torch.stack([parallel.shard_of(p).norm(), update.norm()]).square()
+        weight_norm, update_norm = parallel.total(squares).sqrt().unbind()
+        return weight_norm, update_norm
 
 
 def make_optimizer(
@@ -97,8 +108,17 @@ def set_rates_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float,
 def clip_each_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale each gradient tensor on its own to an L2 norm of at most `max_norm`; returns the norm over all before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms_n = parallel.norms(gradients)
     if max_norm > 0:
-        factors = torch.clamp(max_norm / (norms + 1e-6), max=1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()))
-    return norms.norm()
+        factors = torch.clamp(max_norm / (norms_n + 1e-6), max=1.0)
+        torch._foreach_mul_([parallel.shard_of(g) for g in gradients], list(factors.unbind()))
+    return norms_n.norm()
+
+
+def clip_together_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients to a common L2 norm of at most `max_norm`, 0 for any; returns the norm before clipping."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = parallel.norms(gradients).norm()
+    if max_norm > 0:
+        torch._foreach_mul_([parallel.shard_of(g) for g in gradients], torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm

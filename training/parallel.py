@@ -5,14 +5,16 @@ all parts together, so that the number of processes does not change what is lear
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
 
 from data.errors import InputError
 
@@ -81,17 +83,91 @@ def all_rows(rows_BD: Tensor) -> Tensor:
     return rows_BD if world_size() == 1 else torch.cat(all_gather(rows_BD.contiguous()))
 
 
-@torch.no_grad()
-def average_gradients_(parameters: Iterable[Tensor]) -> None:
-    """Replace each gradient by its mean over all processes, in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if world_size() == 1 or not gradients:
+class GradientAverage:
+    """Means of gradients over all processes, computed in buckets while the backward pass still runs.
+
+    Buckets are filled from the last parameter on, which is about the order in which gradients come, and sent in that order, so that all
+    processes speak of the same one.
+    """
+
+    BUCKET_BYTES = 25 * 2**20
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.buckets: list[list[nn.Parameter]] = [[]]
+        room = self.BUCKET_BYTES
+        for parameter in reversed([p for p in parameters if p.requires_grad]):
+            size = parameter.numel() * parameter.element_size()
+            if self.buckets[-1] and size > room:
+                self.buckets.append([])
+                room = self.BUCKET_BYTES
+            self.buckets[-1].append(parameter)
+            room -= size
+            parameter.register_post_accumulate_grad_hook(self._came)
+        self.number = {parameter: i for i, bucket in enumerate(self.buckets) for parameter in bucket}
+        self.listening = False
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Around the backward pass after which gradients are complete; on leaving they are the means."""
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.sent: list[tuple[list[Tensor], Tensor, Any]] = []
+        self.listening = True
+        yield
+        self.listening = False
+        while len(self.sent) < len(self.buckets):  # what was not used in this step has no gradient anywhere
+            self._send()
+        for gradients, flat, work in self.sent:
+            if work is not None:
+                work.wait()
+            means = (flat / world_size()).split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients, strict=True)])
+        self.sent = []
+
+    def _came(self, parameter: nn.Parameter) -> None:
+        if not self.listening:
+            return
+        self.missing[self.number[parameter]] -= 1
+        while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+            self._send()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        gradients = [p.grad for p in self.buckets[len(self.sent)] if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients]) if gradients else torch.empty(0)
+        self.sent.append((gradients, flat, dist.all_reduce(flat, async_op=True) if gradients else None))
+
+
+@contextmanager
+def averaged_gradients(network: nn.Module, averager: GradientAverage | None, last: bool) -> Iterator[None]:
+    """Around a backward pass: after the `last` one of a step gradients are the means over all processes."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    if averager is None or not last:
+        yield
         return
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    with averager.listen():
+        yield
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, from the shards of all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norm of each tensor, [n], of all its shards together."""
+    if not tensors:
+        return torch.zeros(0)
+    found_n = torch.stack(torch._foreach_norm([shard_of(tensor) for tensor in tensors]))
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return found_n
+    return total(found_n.square()).sqrt()
 
 
 def largest(number: int, device: torch.device) -> int:

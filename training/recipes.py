@@ -32,7 +32,7 @@ RECIPES: dict[str, Recipe] = PUBLISHED | {
             teacher_warmup_epochs=6,
             freeze_last_layer_epochs=0.1,
         ),
-        step=StepSpec(bf16_backbone=True),
+        step=StepSpec(precision="bf16"),
         preprocess=Preprocess(size_px=128, resize_px=128, whole_px=224),
         epochs=48,
         batch_size=32,

@@ -4,7 +4,7 @@ recipe.json              the resolved recipe, the data and the seed
 log.jsonl                the resolved recipe and source revision, then one line a step: what was optimised, schedule values, speed
 nan.jsonl                steps that were not finite: which terms, which images
 tensorboard/             the same as curves
-state.pt                 everything needed to go on, replaced atomically
+state/                   everything needed to go on, see saved_state.py
 checkpoints/latest.safetensors   the teacher's backbone
 pictures/                what it sees in a few images: attention by head, patches by their principal components, at growing distances
 attention.png, pca.png   links to the latest
@@ -19,9 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.errors import InputError
+from training.saved_state import SavedStates, read_all
 
 
 class RunFolder:
@@ -31,8 +30,13 @@ class RunFolder:
         self.path = path
 
     @property
-    def state(self) -> Path:
-        return self.path / "state.pt"
+    def states(self) -> SavedStates:
+        return SavedStates(self.path / "state")
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a run has saved something here to go on from."""
+        return bool(self.states.complete())
 
     @property
     def recipe(self) -> Path:
@@ -58,7 +62,9 @@ class RunFolder:
         """Make the folder, or check that it belongs to this run. True if there is a state to resume from."""
         recipe = self.recipe
         wanted = json.dumps(resolved, indent=1, sort_keys=True)
-        if self.state.is_file():
+        if (self.path / "state.pt").exists():
+            raise InputError(f"{self.path}: holds a run of an older version; choose another --out")
+        if self.has_state:
             found = read_object(recipe)
             changed = [key for key in resolved if found.get(key) != json.loads(wanted)[key]]
             if changed:
@@ -82,23 +88,16 @@ class RunFolder:
         scratch.write_text(text)
         os.replace(scratch, self.path / name)
 
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the resumable state, atomically and durably: a crash leaves the old one or the new one."""
-        scratch = self.path / ".state.pt.part"
-        with scratch.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, self.state)
-
     def load_state(self) -> dict[str, Any]:
-        """The resumable state; plain tensors and numbers, never a pickle of code."""
-        try:
-            return torch.load(self.state, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for damaged files
-            raise InputError(
-                f"{self.state}: is damaged or no training state; remove it to start the run anew"
-            ) from error
+        """The newest state as one nested dict of whole tensors: student, teacher and optimizer by parameter name, centers by head."""
+        nested: dict[str, Any] = {}
+        for name, tensor in read_all(self.states.newest_sound()).items():
+            kind, _, rest = name.partition(".")
+            if rest:
+                nested.setdefault(kind, {})[rest] = tensor
+            else:
+                nested[kind] = tensor
+        return nested
 
     def keep_log_until(self, step: int) -> None:
         """Drop log lines of steps that will be taken again."""

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.resnet import ResNet, ResNetSpec
 from backbones.vit import SUBSET_ABOVE, Block, ViT, ViTSpec
 from training.dinov2 import Dinov2Spec
+from training.precision import NARROW
 from training.projection_head import HeadSpec, ProjectionHead
 from training.recipe import Recipe
 
@@ -147,6 +148,6 @@ class Speed:
 
 def measure_speed(recipe: Recipe, device: torch.device, processes: int, guide: nn.Module | None = None) -> Speed:
     """Get ready to tell the speed of a run; measures a product for a moment where the device's peak is not known."""
-    dtype = torch.bfloat16 if recipe.step.bf16_backbone else torch.float32
+    dtype = NARROW.get(recipe.step.precision, torch.float32)
     peak, peak_from = peak_flops(device, dtype)
     return Speed(device, recipe.batch_size, step_flops(recipe, guide), peak * processes, peak_from)

@@ -30,13 +30,15 @@ def warm_start_(state: State[Any], source: str) -> None:
     A run folder gives student, teacher, heads and centres. A backbone (whatever `--ckpt` takes) gives both backbones; heads start fresh.
     """
     folder = RunFolder(Path(source))
-    if folder.state.is_file():
+    if folder.has_state:
         saved = folder.load_state()
         try:
             parts = [(state.student, saved["student"]), (state.teacher, saved["teacher"])]
             centers = {name: saved["centers"][name] for name in state.centers}
         except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"{folder.state}: is no state of a run of this method; name a backbone instead") from error
+            raise InputError(
+                f"{folder.states.folder}: is no state of a run of this method; name a backbone instead"
+            ) from error
         for network, weights in parts:
             fit_(network, weights, source)
         for name, center_K in state.centers.items():
@@ -52,7 +54,7 @@ def warm_start_(state: State[Any], source: str) -> None:
 def frozen_teacher(source: str, recipe: Recipe, device: torch.device) -> nn.Module:
     """The teacher of a finished DINOv2 run, with its heads, as a guide for `recipe`. Raises InputError where the two do not fit."""
     folder = RunFolder(Path(source))
-    if not folder.state.is_file():
+    if not folder.has_state:
         raise InputError(f"--teacher {source}: is no run folder; a backbone alone has no heads to learn from")
     found = Recipe.from_json(read_object(folder.recipe).get("recipe"))
     for name, one in (("the teacher", found), ("the recipe", recipe)):

@@ -102,7 +102,7 @@ class Watch:
 
     def check_weights(self, step: int, state: State[Any]) -> None:
         """Raise CheckFailed where a weight is not finite, before it is written over good ones."""
-        sums = torch.stack([p.detach().float().sum() for p in state.student.parameters()])
+        sums = torch.stack([parallel.shard_of(p).detach().float().sum() for p in state.student.parameters()])
         if parallel.largest(int(not torch.isfinite(sums).all()), sums.device):
             raise CheckFailed(
                 f"after step {step} weights are not finite and are not saved; lower lr and resume from the last state"
@@ -158,7 +158,7 @@ def suspect_images(state: State[Any], views: Sequence[Tensor]) -> list[int]:
     """
     bad_B = torch.stack([~finite_rows(view) for view in views]).any(dim=0)
     for learner in (state.student, state.teacher if state.guide is None else state.guide):
-        if bad_B.any():
+        if parallel.largest(int(bad_B.any()), bad_B.device):  # all or none go on, since networks may be sharded
             break
         head = learner.head if hasattr(learner, "head") else learner.dino_head
         was_training = learner.training

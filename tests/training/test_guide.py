@@ -16,6 +16,7 @@ from training.loop import train
 from training.methods import make_state, take_step_
 from training.recipe import Recipe
 from training.recipes import RECIPES
+from training.run_folder import RunFolder
 from training.warm_start import frozen_teacher
 
 WORDS = {"recipe_name": "small", "source": "test", "revision": "none"}
@@ -34,7 +35,7 @@ def large(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_guide_is_the_runs_teacher(large: Path) -> None:
     guide = frozen_teacher(str(large), SMALL, CPU)
-    saved = torch.load(large / "state.pt", weights_only=True)["teacher"]
+    saved = RunFolder(large).load_state()["teacher"]
     assert all(torch.equal(tensor, saved[name]) for name, tensor in guide.state_dict().items())
     assert not any(p.requires_grad for p in guide.parameters())
 

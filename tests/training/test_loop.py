@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from evaluators import knn
 from evaluators.classification import ClassificationRun
 from tests.training.conftest import write_images
 from training import loop
+from training.dinov1 import train_step_
 from training.dinov2 import Dinov2Spec
-from training.distillation import Schedule, StepSpec, train_step_
+from training.distillation import Schedule, StepSpec
 from training.loop import Plan, train
 from training.methods import make_state
 from training.recipe import OptimSpec, Recipe
 from training.recipes import RECIPES, find_recipe
+from training.run_folder import RunFolder
 from training.run_log import read_steps
 
 WORDS = {"recipe_name": "smoke", "source": "test", "revision": "none"}
@@ -97,7 +100,7 @@ def test_bfloat16_in_the_backbone_rounds_features_and_leaves_the_head_exact() ->
     state = loop.make_state(smoke(), torch.device("cpu"))
     views = [torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)]
     exact, _ = state.student(views)
-    logits, features = state.student(views, bf16=True)
+    logits, features = state.student(views, precision="bf16")
     assert logits.dtype == features.dtype == torch.float32
     assert not torch.equal(logits, exact)
     assert (logits - exact).abs().max() < 0.05, "logits are cosines"
@@ -154,21 +157,64 @@ def test_another_recipe_in_the_same_folder_is_refused(folder: Path, tmp_path: Pa
         train(smoke(batch_size=4), data, tmp_path / "run", workers=0, **WORDS)
 
 
-def test_a_damaged_state_is_named(folder: Path, tmp_path: Path) -> None:
-    data = open_dataset(str(folder))
-    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
-    state = tmp_path / "run" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"state\.pt"):
-        train(smoke(), data, tmp_path / "run", workers=0, **WORDS)
+def cut_short(state: Path) -> Path:
+    """One of the files of a saved state, now without its end."""
+    victim = max(state.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1000])
+    return victim
 
 
-def test_a_file_that_is_no_state_is_named(folder: Path, tmp_path: Path) -> None:
-    data = open_dataset(str(folder))
-    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
-    torch.save([1, 2], tmp_path / "run" / "state.pt")
-    with pytest.raises(InputError, match=r"state\.pt: does not fit this recipe"):
-        train(smoke(), data, tmp_path / "run", workers=0, **WORDS)
+def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = open_dataset(str(folder)), tmp_path / "run"
+    whole = train(smoke(), data, tmp_path / "whole", workers=0, **WORDS)
+    train(smoke(), data, out, workers=0, stop_at_step=3, **WORDS)
+    older, newer = RunFolder(out).states.complete()
+    victim = cut_short(newer)
+    parts = train(smoke(), data, out, workers=0, **WORDS)
+    said = capsys.readouterr().err
+    assert f"{victim}: has " in said
+    assert f"going on from {older}" in said
+    assert load_backbone(parts).manifest.weights_sha256 == load_backbone(whole).manifest.weights_sha256
+    assert len(read_steps(out / "log.jsonl")) == 4
+
+
+def test_where_no_state_is_sound_the_way_out_is_named(folder: Path, tmp_path: Path) -> None:
+    data, out = open_dataset(str(folder)), tmp_path / "run"
+    train(smoke(), data, out, workers=0, stop_at_step=1, **WORDS)
+    (state,) = RunFolder(out).states.complete()
+    cut_short(state)
+    with pytest.raises(InputError, match=r"safetensors: has \d+ bytes of \d+; remove .* to start the run anew"):
+        train(smoke(), data, out, workers=0, **WORDS)
+
+
+@pytest.mark.parametrize("contents", ["", "[1, 2]", '{"step": 1, "bytes_by_file": {"absent": 3}}'])
+def test_a_state_without_its_list_of_files_is_named(folder: Path, tmp_path: Path, contents: str) -> None:
+    data, out = open_dataset(str(folder)), tmp_path / "run"
+    train(smoke(), data, out, workers=0, stop_at_step=1, **WORDS)
+    (state,) = RunFolder(out).states.complete()
+    (state / "state.json").write_text(contents)
+    with pytest.raises(InputError, match=r"state\.json: is damaged|absent: is missing"):
+        train(smoke(), data, out, workers=0, **WORDS)
+
+
+def test_a_state_of_other_networks_is_named(folder: Path, tmp_path: Path) -> None:
+    data, out = open_dataset(str(folder)), tmp_path / "run"
+    train(smoke(), data, out, workers=0, stop_at_step=1, **WORDS)
+    other = train(RECIPES["smoke_dinov2"], data, tmp_path / "other", workers=0, stop_at_step=1, **WORDS)
+    shutil.rmtree(out / "state")
+    shutil.copytree(other.parent.parent / "state", out / "state")
+    with pytest.raises(InputError, match="does not fit this recipe"):
+        train(smoke(), data, out, workers=0, **WORDS)
+
+
+def test_a_run_of_an_older_version_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    data, out = open_dataset(str(folder)), tmp_path / "run"
+    train(smoke(), data, out, workers=0, stop_at_step=1, **WORDS)
+    (out / "state.pt").touch()
+    with pytest.raises(InputError, match="of an older version"):
+        train(smoke(), data, out, workers=0, **WORDS)
 
 
 def test_a_damaged_recipe_is_named(folder: Path, tmp_path: Path) -> None:
@@ -280,7 +326,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path,
     assert process.returncode == 130
     assert "the same command goes on" in said
     done = len(read_steps(log))
-    saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    saved = RunFolder(tmp_path / "run").load_state()
     assert saved["step"] == done
 
 
@@ -288,15 +334,15 @@ def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_roo
     words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "0")
     env = {**os.environ, "PYTHONPATH": str(repo_root)}
     process = subprocess.Popen(command(*words, "--epochs", "400"), cwd=repo_root, env=env, stderr=subprocess.DEVNULL)
-    state, checkpoint = tmp_path / "run" / "state.pt", tmp_path / "run" / "checkpoints" / "latest.safetensors"
+    run, checkpoint = RunFolder(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "latest.safetensors"
     deadline = time.monotonic() + 90
-    while not (state.is_file() and checkpoint.is_file()):
+    while not (run.has_state and checkpoint.is_file()):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
     process.wait()
-    saved = torch.load(state, weights_only=True)
+    saved = run.load_state()
     assert saved["step"] % 2 == 0
     load_backbone(checkpoint)
 

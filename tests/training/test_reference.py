@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from backbones.vit import ViT, ViTSpec
-from training.distillation import Learner, Schedule, State, StepSpec, ema_update_, train_step_, update_center_
+from training.dinov1 import train_step_
+from training.distillation import Learner, Schedule, State, StepSpec, ema_update_, update_center_
 from training.losses import dino_cross_entropy, teacher_targets
 from training.optimizer import LARS, clip_each_, dino_multipliers, dinov2_multipliers, make_optimizer
 from training.projection_head import HeadSpec, ProjectionHead

@@ -18,6 +18,7 @@ from training.loop import Plan, train
 from training.methods import make_state
 from training.recipe import Recipe
 from training.recipes import RECIPES
+from training.run_folder import RunFolder
 from training.run_log import read_steps
 from training.warm_start import resize_table, warm_start_
 
@@ -58,7 +59,7 @@ def test_the_phase_begins_where_the_run_ended(run: Path) -> None:
     first = Recipe.from_json(json.loads((run / "recipe.json").read_text())["recipe"])
     state = make_state(first.at_high_resolution(64, 1), CPU)
     warm_start_(state, str(run))
-    saved = torch.load(run / "state.pt", weights_only=True)
+    saved = RunFolder(run).load_state()
     for network, weights in ((state.student, saved["student"]), (state.teacher, saved["teacher"])):
         found = network.state_dict()
         assert found.keys() == weights.keys()

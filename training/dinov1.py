@@ -1,0 +1,61 @@
+"""One step of DINOv1: views and schedule values in, losses out; student, teacher, centre and optimiser change (Caron et al. 2021).
+
+Axes: T teacher views (the two global ones), B images, D features, K prototypes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from training.distillation import Learner, Schedule, State, StepSpec, update_center_
+from training.losses import dino_cross_entropy, teacher_targets
+from training.monitors import collapse_monitors
+from training.optimizer import clip_each_, set_rates_
+from training.step import backward_, parts_of, update_, way_back
+
+
+def train_step_(
+    state: State[Learner],
+    views: Sequence[Tensor],
+    at: Schedule,
+    spec: StepSpec,
+    watch: bool = True,
+    accumulate: int = 1,
+) -> dict[str, float]:
+    """One step on views [B, 3, h, w], the two global ones first; returns what was optimised and, if `watch`, what tells of collapse.
+
+    `accumulate` is the number of parts that the batch is taken in. A loss or gradient that is not finite changes nothing; the caller
+    sees it in what is returned.
+    """
+    set_rates_(state.optimizer, at.lr, at.weight_decay, at.lr)
+    go_back = way_back(state)
+    parts = list(parts_of(len(views[0]), accumulate))
+    with torch.no_grad():
+        said = [state.teacher([view[part] for view in views[:2]], spec.precision) for part in parts]
+        teacher_logits_TBK = torch.cat([logits for logits, _ in said], dim=1)
+        teacher_features_TBD = torch.cat([features for _, features in said], dim=1)
+        targets_TBK = teacher_targets(teacher_logits_TBK, state.centers["dino"], at.teacher_temperature)
+
+    def terms() -> Iterator[dict[str, Tensor]]:
+        for part in parts:
+            logits_VBK, _ = state.student([view[part] for view in views], spec.precision)
+            yield {"loss": dino_cross_entropy(logits_VBK, targets_TBK[:, part], spec.student_temperature)}
+
+    sums = backward_(state, terms(), accumulate)
+    frozen: list[nn.Module] = [state.student.head.last_layer] if at.freeze_last_layer else []
+    found, done = update_(
+        state,
+        sums,
+        at.momentum,
+        lambda student: {"grad_norm": clip_each_(student.parameters(), spec.clip_norm)},
+        spare=frozen,
+    )
+    if not done:
+        go_back()
+        return found
+    update_center_(state.centers["dino"], teacher_logits_TBK, spec.center_momentum)
+    if not watch:
+        return found
+    watched = collapse_monitors(targets_TBK.flatten(0, 1), teacher_features_TBD.flatten(0, 1), state.centers["dino"])
+    return found | {"kl_nats": found["loss"] - watched["target_entropy_nats"], **watched}
