@@ -64,7 +64,8 @@ def test_a_single_altered_weight_fails_the_check_and_leaves_nothing(
 
 
 def test_a_graph_with_other_outputs_fails_the_check(v1: Artifact, tmp_path: Path, during_writing: Callable) -> None:
-    during_writing(lambda _, path: shutil.copy(artifact("v2").onnx, path))
+    other = artifact("v2").onnx
+    during_writing(lambda _, path: shutil.copy(other, path))
     with pytest.raises(CheckFailed, match=r"the exported graph has outputs .*, wanted .*depth"):
         export_onnx(v1.ckpt, tmp_path / "x.onnx", v1.depth_head)
     assert list(tmp_path.iterdir()) == []
