@@ -62,6 +62,7 @@ class RemoteRuntime(Runtime):
                 config = client.get_model_config(MODEL, **limits)
                 metadata = client.get_model_metadata(MODEL, **limits)
             self.manifest = _manifest(config, address)
+            self.precision = config_parameters(config).get("precision", "fp32")
             self._max_rows = _max_batch_size(config) or 1 << 30
             self._channels = _channels(metadata)
             self.outputs = tuple(self._channels)

@@ -5,8 +5,8 @@ Read in this order: Loaded, load_artifacts, `_choose` (folders), `_open`.
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from google.protobuf.message import DecodeError as ProtobufError
 from safetensors import SafetensorError, safe_open
 
 from backbones.checkpoints import MANIFEST_KEY, load_backbone
-from backbones.heads import HEADS, load_depth_head
+from backbones.heads import HEADS, load_depth_head, load_segmentation_head
 from data.errors import InputError
-from runtimes.onnx_runtime import HEADS_KEY, OnnxRuntime, check_one_build
+from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY, OnnxRuntime, check_one_build
 from runtimes.runtime import Runtime
 from runtimes.torch_runtime import TorchRuntime
 from server.config import ServerConfig
 
 SUFFIXES = (".safetensors", ".onnx")
+SERVED_HEADS = ("depth", "segmentation")
+"""Kinds of head that a served model reads."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Loaded:
     """The version that clients see: that of a Triton repository, else 1."""
     depth_unit: str | None = None
     """Unit of the depth head, where there is one."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes that the segmentation head tells apart, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Artifact:
     """Content hash of the backbone: its own, or the one that a head was trained on."""
     outputs: tuple[str, ...] = ()
     """What an .onnx computes."""
-    depth_sha256: str | None = None
-    """Content hash of the depth head: its own, or the one inside an .onnx."""
+    heads: Mapping[str, str | None] = field(default_factory=dict)
+    """Kind to content hash of the served heads: its own, or those inside an .onnx."""
+    precision: str = "fp32"
+    """Of an .onnx."""
 
     @property
     def exported(self) -> bool:
@@ -64,18 +70,20 @@ def load_artifacts(config: ServerConfig) -> Loaded:
             f"--models {path}: there is no such file or folder; name a .safetensors, an .onnx or a folder of them"
         )
     if path.is_file():
-        return _open(path, None, "1", config)
+        return _open(path, {}, "1", config)
     files = [one for one in sorted(path.iterdir()) if one.suffix in SUFFIXES and not one.name.startswith(".")]
     if files:
         return _open(*_choose([read_artifact(one) for one in files], path), "1", config)
     exported, version = _newest(path)
-    return _open(exported, None, version, config)
+    return _open(exported, {}, version, config)
 
 
 def read_artifact(path: Path) -> Artifact:
     """What a .safetensors or .onnx file is. Raises InputError for a file that is not ours."""
     metadata, outputs = _onnx_metadata(path) if path.suffix == ".onnx" else (_safetensors_metadata(path), ())
-    manifest, heads = (_json_object(metadata.get(key, "{}"), path) for key in (MANIFEST_KEY, HEADS_KEY))
+    manifest, heads, form = (
+        _json_object(metadata.get(key, "{}"), path) for key in (MANIFEST_KEY, HEADS_KEY, EXPORT_KEY)
+    )
     kind = manifest.get("kind")
     if not isinstance(kind, str) or (kind != "backbone" and kind not in HEADS):
         found = f"is a {kind!s:.40}" if kind else "has no manifest of ours"
@@ -83,9 +91,10 @@ def read_artifact(path: Path) -> Artifact:
             f"{path}: {found}; wanted a backbone or a head ({', '.join(HEADS)}); move it out of the folder"
         )
     fits = manifest.get("weights_sha256" if kind == "backbone" else "backbone_sha256", "")
-    depth = heads.get("depth", {}) if kind == "backbone" else manifest if kind == "depth" else {}
-    depth_sha256 = depth.get("weights_sha256") if isinstance(depth, dict) else None
-    return Artifact(path, kind, str(fits), outputs, depth_sha256)
+    own = heads if kind == "backbone" else {kind: manifest}
+    hashes = {name: one.get("weights_sha256") for name, one in own.items() if isinstance(one, dict)}
+    served = {name: sha256 for name, sha256 in hashes.items() if name in SERVED_HEADS}
+    return Artifact(path, kind, str(fits), outputs, served, str(form.get("precision", "fp32")))
 
 
 def _json_object(text: str, path: Path) -> dict[str, Any]:
@@ -115,8 +124,8 @@ def _onnx_metadata(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     return metadata, tuple(output.name for output in model.graph.output)
 
 
-def _choose(artifacts: Sequence[Artifact], folder: Path) -> tuple[Path, Path | None]:
-    """The file of the backbone to run and the depth head to put on it. Raises InputError where that is not clear."""
+def _choose(artifacts: Sequence[Artifact], folder: Path) -> tuple[Path, dict[str, Path]]:
+    """The file of the backbone to run and the heads to put on it, by kind. Raises InputError where that is not clear."""
     backbones = [one for one in artifacts if one.kind == "backbone"]
     heads = [one for one in artifacts if one.kind != "backbone"]
     if not backbones:
@@ -134,31 +143,41 @@ def _choose(artifacts: Sequence[Artifact], folder: Path) -> tuple[Path, Path | N
                 f"--models {folder}: the {head.kind} head {head.path.name} fits the backbone {head.fits[:12]}, and "
                 f"{one.path.name} is {one.fits[:12]}; move it away, or train it anew on this backbone"
             )
-    depth = [head for head in heads if head.kind == "depth"]
-    if len(depth) > 1:
-        raise InputError(
-            f"--models {folder}: {depth[0].path.name} and {depth[1].path.name} are both depth heads; keep one"
-        )
-    return _pick_form(backbones, depth[0] if depth else None, folder)
+    chosen: dict[str, Artifact] = {}
+    for head in heads:
+        if head.kind in chosen:
+            raise InputError(
+                f"--models {folder}: {chosen[head.kind].path.name} and {head.path.name} are both {head.kind} heads; keep one"
+            )
+        if head.kind in SERVED_HEADS:
+            chosen[head.kind] = head
+    return _pick_form(backbones, chosen, folder)
 
 
-def _pick_form(backbones: Sequence[Artifact], depth: Artifact | None, folder: Path) -> tuple[Path, Path | None]:
-    """The .onnx where it has every output, depth by the same head included; the checkpoint otherwise."""
+def _pick_form(
+    backbones: Sequence[Artifact], heads: Mapping[str, Artifact], folder: Path
+) -> tuple[Path, dict[str, Path]]:
+    """The .onnx where it has every output, by the same heads; the checkpoint otherwise.
+
+    A file of lower precision is taken only where there is no other: nobody asked for its drift.
+    """
     exported = [one for one in backbones if one.exported]
     checkpoints = [one for one in backbones if not one.exported]
-    whole = [one for one in exported if depth is None or one.depth_sha256 == depth.depth_sha256]
+    wanted = {kind: head.heads[kind] for kind, head in heads.items()}
+    whole = [one for one in exported if all(one.heads.get(kind) == sha256 for kind, sha256 in wanted.items())]
+    if checkpoints:
+        whole = [one for one in whole if one.precision == "fp32"]
     # With no head beside it, an .onnx that has depth offers more than one that has not.
-    whole.sort(key=lambda one: -len(one.outputs))
+    whole.sort(key=lambda one: (one.precision != "fp32", -len(one.outputs)))
     if whole:
-        return whole[0].path, None
-    if depth is None:  # nothing here is exported
-        return checkpoints[0].path, None
+        return whole[0].path, {}
     if not checkpoints:
+        kind, head = next((kind, head) for kind, head in heads.items() if exported[0].heads.get(kind) != wanted[kind])
         raise InputError(
-            f"--models {folder}: {exported[0].path.name} was exported without the depth head {depth.path.name}; "
-            "export it again with --depth-head, or add the checkpoint it came from"
+            f"--models {folder}: {exported[0].path.name} was exported without the {kind} head {head.path.name}; "
+            f"export it again with --{kind}-head, or add the checkpoint it came from"
         )
-    return checkpoints[0].path, depth.path
+    return checkpoints[0].path, {kind: head.path for kind, head in heads.items()}
 
 
 def _newest(folder: Path) -> tuple[Path, str]:
@@ -177,7 +196,7 @@ def _newest(folder: Path) -> tuple[Path, str]:
     return path, str(int(path.parent.name))
 
 
-def _open(path: Path, depth_head: Path | None, version: str, config: ServerConfig) -> Loaded:
+def _open(path: Path, heads: Mapping[str, Path], version: str, config: ServerConfig) -> Loaded:
     """`--instances` runtimes on one file, which share the machine's cores."""
     n = config.instances
     threads = config.threads or max(1, _cores() // n)
@@ -185,14 +204,19 @@ def _open(path: Path, depth_head: Path | None, version: str, config: ServerConfi
         sessions = [OnnxRuntime(path, device=config.device, threads=threads) for _ in range(n)]
         try:
             unit = sessions[0].heads.get("depth", {}).get("spec", {}).get("unit")
-        except AttributeError as error:
+            classes = tuple(map(str, sessions[0].heads.get("segmentation", {}).get("classes", ())))
+        except (AttributeError, TypeError) as error:
             raise InputError(f"{path}: the manifest of its heads is damaged; export it again") from error
-        return Loaded(tuple(sessions), version, unit)
+        return Loaded(tuple(sessions), version, unit, classes)
     backbone = load_backbone(path)
-    head = None if depth_head is None else load_depth_head(depth_head, backbone.manifest.weights_sha256)[0]
+    fits = backbone.manifest.weights_sha256
+    depth = load_depth_head(heads["depth"], fits) if "depth" in heads else None
+    segmentation = load_segmentation_head(heads["segmentation"], fits) if "segmentation" in heads else None
+    pair = (depth[0] if depth else None, segmentation[0] if segmentation else None)
     # The copies share their weights, which nobody changes; each has its own lock and so its own turn.
-    runtimes = [TorchRuntime(backbone, head, device=config.device, threads=threads) for _ in range(n)]
-    return Loaded(tuple(runtimes), version, head.spec.unit if head else None)
+    runtimes = [TorchRuntime(backbone, *pair, device=config.device, threads=threads) for _ in range(n)]
+    unit = depth[0].spec.unit if depth else None
+    return Loaded(tuple(runtimes), version, unit, segmentation[1].classes if segmentation else ())
 
 
 def _cores() -> int:

@@ -88,9 +88,12 @@ def _config_tensor(spec: TensorSpec, batched: bool) -> dict[str, Any]:
 
 
 def _config_parameters(service: Service, model: ServedModel) -> dict[str, str]:
-    parameters = {"manifest": json.dumps(service.engine.manifest.to_json())}
+    engine = service.engine
+    parameters = {"manifest": json.dumps(engine.manifest.to_json()), "precision": engine.runtimes[0].precision}
     if model.name == "depth" and service.depth_unit is not None:
         parameters["unit"] = service.depth_unit
+    if model.name == "segmentation":
+        parameters["classes"] = json.dumps(service.classes)
     return parameters
 
 

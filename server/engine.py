@@ -37,6 +37,10 @@ class EngineSpec:
     """Memory that the networks may need while they run, all instances together."""
 
 
+MAX_CLASSES = 150
+"""Logits of a pixel that a segmentation head is reckoned to hold (ADE20K's)."""
+
+
 class Engine:
     """One backbone behind a batcher. Close it on the loop it was used on."""
 
@@ -98,14 +102,15 @@ class Engine:
         """What one image takes inside the network at its widest, where that is much more than its pixels.
 
         ONNX Runtime holds a block's attention whole, before and after softmax; torch computes it in tiles. The depth head
-        holds the enlarged logits of its bins three times.
+        holds the enlarged logits of its bins three times, a segmentation head those of its classes twice.
         """
         architecture = self.manifest.architecture
         patches = (height_px // self.step_px) * (width_px // self.step_px)
         tokens = 1 + int(architecture.get("registers", 0)) + patches
         heads = int(architecture.get("heads", 0)) if self.name == "onnxruntime" else 0
         bins = DepthHeadSpec.bins if "depth" in outputs else 0
-        return 4 * (2 * heads * tokens**2 + 3 * bins * DepthHead.ENLARGEMENT**2 * patches)
+        logits = MAX_CLASSES * height_px * width_px if "classes" in outputs else 0
+        return 4 * (2 * heads * tokens**2 + 3 * bins * DepthHead.ENLARGEMENT**2 * patches + 2 * logits)
 
     def _most_rows(self, key: Hashable) -> int:
         """Rows of one batch that fit into the memory of an instance, at least one."""

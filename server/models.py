@@ -209,10 +209,29 @@ class DepthModel(ServedModel):
         return await self.engine.run(pixels, ["depth"], times, deadline_s)
 
 
+class SegmentationModel(ServedModel):
+    """Images in, the class of each pixel out, at the size the network saw; the classes' names are in its configuration."""
+
+    name = "segmentation"
+    options_kind = MapOptions
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.inputs = (IMAGE,)
+        self.outputs = (TensorSpec("classes", "INT32", (-1, -1, -1)),)
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        return self._side(options) ** 2
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = await self.engine.whole_views(inputs["image"], self._side(options), times)
+        return await self.engine.run(pixels, ["classes"], times, deadline_s)
+
+
 def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, ServedModel], dict[str, str]]:
     """Every model that this backbone and its heads allow, and for each of the others why it is absent."""
     models: list[ServedModel] = [BackboneModel(engine), EmbeddingModel(engine), KnnModel(engine, collections)]
-    absent = {"segmentation": "no segmentation head is loaded"}
+    absent = {}
     if engine.has("attention"):
         models.append(AttentionModel(engine))
     else:
@@ -221,6 +240,10 @@ def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, Ser
         models.append(DepthModel(engine))
     else:
         absent["depth"] = "no depth head is loaded"
+    if engine.has("classes"):
+        models.append(SegmentationModel(engine))
+    else:
+        absent["segmentation"] = "no segmentation head is loaded"
     return {model.name: model for model in models}, absent
 
 

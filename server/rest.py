@@ -163,12 +163,14 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         return JSONResponse({"unit": rest.service.depth_unit, "size": list(reply["depth"].shape[1:]), "items": items})
 
     @router.post("/segmentation", openapi_extra=UPLOAD_BODY, summary="Class of every pixel")
-    async def segmentation(request: Request) -> JSONResponse:
+    async def segmentation(
+        request: Request, size: Annotated[int | None, Query(description="Side the image is squashed to")] = None
+    ) -> JSONResponse:
         rest.service.model("segmentation")
         upload = await rest.upload(request)
-        reply = await rest.run(request, "segmentation", upload.images, {})
+        reply = await rest.run(request, "segmentation", upload.images, {"size": size})
         items = [{"name": n, "classes": c.tolist()} for n, c in zip(upload.names, reply["classes"], strict=True)]
-        return JSONResponse({"items": items})
+        return JSONResponse({"classes": list(rest.service.classes), "items": items})
 
     return router
 

@@ -70,7 +70,7 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         store = Collections(config.state_folder, binding)
         stack.callback(store.close)
         limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
-        service = Service(engine, store, limits, loaded.version, loaded.depth_unit)
+        service = Service(engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes)
         evaluations = Evaluations(engine, allowed, config.state_folder / "evaluations")
         stack.push_async_callback(evaluations.close)
         if config.sample_data is not None:

@@ -74,6 +74,7 @@ class Service:
         admission: AdmissionSpec,
         version: str = "1",
         depth_unit: str | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.engine = engine
         self.collections = collections
@@ -81,6 +82,7 @@ class Service:
         self.models, self.absent = make_models(engine, collections)
         self.model_version = version
         self.depth_unit = depth_unit
+        self.classes = tuple(classes)
         self.counts = {name: ModelCounts() for name in self.models}
         self.metrics = Metrics()
         self.state: Literal["starting", "ready", "leaving", "closed"] = "starting"
