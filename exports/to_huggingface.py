@@ -128,9 +128,9 @@ def to_their_names(state: dict[str, Tensor], spec: ViTSpec) -> dict[str, Tensor]
         return theirs
     theirs.setdefault("embeddings.mask_token", torch.zeros(1, spec.width))
     if spec.layer_scale is None:
-        for i in range(spec.depth):
+        for block in range(spec.depth):
             for k in (1, 2):
-                theirs[f"encoder.layer.{i}.layer_scale{k}.lambda1"] = torch.ones(spec.width)
+                theirs[f"encoder.layer.{block}.layer_scale{k}.lambda1"] = torch.ones(spec.width)
     return theirs
 
 
