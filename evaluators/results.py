@@ -6,9 +6,12 @@ so that intervals and paired comparisons can be computed later without the netwo
 """
 
 import json
+import math
 import os
 import platform
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,8 +23,26 @@ import numpy as np
 import onnxruntime
 
 from data.errors import InputError
+from evaluators.published_figures import published_reference
 
 SCHEMA = "dinoscope.result/1"
+REQUIRED: dict[str, type] = {
+    "evaluator": str,
+    "version": int,
+    "metrics": dict,
+    "headline": str,
+    "chosen": dict,
+    "grid": list,
+    "settings": dict,
+    "baselines": dict,
+    "notes": list,
+    "model": dict,
+    "data": dict,
+    "preprocess": dict,
+    "timing": dict,
+    "environment": dict,
+}
+"""What every result file holds, and of which type."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +114,15 @@ def result_json(
     measurement: Measurement, context: Context, baselines: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The result file as a plain object."""
+    metrics = metrics_json(measurement.metrics)
+    ckpt, source = str(context.model["ckpt"]), str(context.data["source"])
     return {
         "schema": SCHEMA,
         "evaluator": measurement.evaluator,
         "protocol": measurement.protocol,
         "version": measurement.version,
-        "metrics": metrics_json(measurement.metrics),
+        "metrics": metrics,
+        "published": published_reference(measurement.evaluator, ckpt, source, metrics),
         "headline": measurement.headline,
         "selected_on": measurement.selected_on,
         "chosen": measurement.chosen,
@@ -147,15 +171,57 @@ def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.
 
 
 def load_result(path: Path) -> dict[str, Any]:
-    """Read a result file back. Raises InputError when it is none, or of another schema."""
+    """Read a result file back. Raises InputError when it is none, of another schema, or damaged."""
     try:
         body = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: no readable result file ({type(error).__name__})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: no readable result file ({type(error).__name__}); name one, or run the evaluator again"
+        ) from error
     if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         came = body.get("schema") if isinstance(body, dict) else type(body).__name__
         raise InputError(f"{path}: schema {came!r}, wanted {SCHEMA!r}; run the evaluator again to remake it")
+    try:
+        complaint = _complaint(body)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        complaint = f"{type(error).__name__} {error}"
+    if complaint:
+        raise InputError(f"{path}: damaged result file ({complaint}); run the evaluator again to remake it")
     return body
+
+
+def _complaint(body: Mapping[str, Any]) -> str | None:
+    """What keeps a result file from being read by others, or None."""
+    missing = [name for name in REQUIRED if not isinstance(body.get(name), REQUIRED[name])]
+    if missing:
+        return f"no {missing[0]} of type {REQUIRED[missing[0]].__name__}"
+    for name, metric in body["metrics"].items():
+        pair = metric["ci95"]
+        numbers = [metric["value"], *(pair if pair is not None else ())]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            return f"{name} is no number"
+        if not isinstance(metric["n"], int) or len(numbers) not in (1, 3):
+            return f"{name} lacks its interval or n"
+    if body["headline"] not in body["metrics"]:
+        return f"the headline {body['headline']!r} is no metric"
+    if not all(isinstance(body["data"][key], kind) for key, kind in (("source", str), ("fingerprint", dict))):
+        return "the data has no source or fingerprint"
+    return None
+
+
+def load_predictions(path: Path, result: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays beside a result file, one row a test item. Raises InputError where they are missing or damaged."""
+    name = result.get("predictions_file")
+    if not isinstance(name, str):
+        raise InputError(f"{path}: holds no predictions; run the evaluator again with --out")
+    beside = path.parent / Path(name).name
+    try:
+        with np.load(beside, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{beside}: predictions cannot be read ({type(error).__name__}); run the evaluator again"
+        ) from error
 
 
 @contextmanager
@@ -189,6 +255,10 @@ def result_table(result: Mapping[str, Any]) -> str:
         others = [_figure(baseline["metrics"].get(name)) for baseline in baselines.values()]
         rows.append([f"{name}{mark}", _figure(metric), _interval(metric), str(metric["n"]), *others])
     lines = _columns(rows)
+    lines += [
+        f"published: {name} {reference['value']:.4f} ({reference['source']}); measured minus published {reference['difference']:+.4f}"
+        for name, reference in result.get("published", {}).items()
+    ]
     lines.append(f"* headline; chosen {_chosen(result['chosen'])} on {result['selected_on']}")
     lines.extend(_difference_line(result["headline"], name, baseline) for name, baseline in baselines.items())
     lines.extend(f"note: {note}" for note in result["notes"])

@@ -32,7 +32,11 @@ MEASUREMENT = Measurement(
     predictions={"names": np.array(["a", "ü"]), "predicted": np.array([1, 0])},
 )
 CONTEXT = Context(
-    model={"ckpt": "x", "runtime": "torch"}, data={"source": "d"}, preprocess={}, timing={}, environment={}
+    model={"ckpt": "x", "runtime": "torch"},
+    data={"source": "d", "fingerprint": {}},
+    preprocess={},
+    timing={},
+    environment={},
 )
 BASELINE = {
     "metrics": metrics_json({"top1": Metric(0.2, (0.1, 0.3), 20)}),

@@ -1,0 +1,189 @@
+"""Paired comparison: against counting by hand, and refused where the results are not of the same thing."""
+
+import json
+import runpy
+import sys
+from fractions import Fraction
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired
+from evaluators.results import Context, Measurement, Metric, load_predictions, load_result, result_json, save_result
+
+N = 200
+
+
+def make_result(path: Path, scores: np.ndarray, names: list[str] | None = None, **changes: Any) -> Path:
+    """A result file whose score is right or wrong by image."""
+    names = names or [f"{i:03d}.jpg" for i in range(len(scores))]
+    measurement = Measurement(
+        evaluator="knn", protocol="words", version=changes.pop("version", 1),
+        metrics={"top1": Metric(float(scores.mean()), (0.1, 0.9), len(scores)), "top5": Metric(1.0, None, len(scores))},
+        headline="top1", selected_on="train", chosen={"k": 5}, grid=[],
+        predictions={"names": np.array(names), "score": scores, "groups": np.arange(len(scores)) // changes.pop("group", 1)},
+    )  # fmt: skip
+    context = Context(
+        model={"ckpt": path.stem, "runtime": "torch"},
+        data={"source": "photos", "fingerprint": changes.pop("fingerprint", {"train": "a", "val": "b"})},
+        preprocess={}, timing={}, environment={},
+    )  # fmt: skip
+    result = result_json(measurement, context) | changes
+    save_result(path, result, measurement.predictions)
+    return path
+
+
+@pytest.fixture
+def scores() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    a = (rng.random(N) < 0.6).astype(np.float32)
+    b = np.where(rng.random(N) < 0.2, 1.0, a).astype(np.float32)
+    return a, b
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 9), (9, 3), (7, 7), (40, 15)])
+def test_mcnemar_is_twice_the_binomial_tail(only_a: int, only_b: int) -> None:
+    """Oracle: exact fractions, summed by hand."""
+    n = only_a + only_b
+    tail = sum(Fraction(comb(n, k), 2**n) for k in range(min(only_a, only_b) + 1))
+    assert mcnemar_exact(only_a, only_b) == pytest.approx(float(min(Fraction(1), 2 * tail)), rel=1e-9)
+
+
+def test_mcnemar_of_many_items_does_not_vanish_or_overflow() -> None:
+    assert 0 < mcnemar_exact(4800, 5200) < 1e-3
+    assert mcnemar_exact(50_000, 50_000) == 1.0
+
+
+def test_a_better_network_is_found_better_and_both_ways_round(
+    tmp_path: Path, scores: tuple[np.ndarray, np.ndarray]
+) -> None:
+    a, b = (load_scored(make_result(tmp_path / f"{name}.json", one)) for name, one in zip("ab", scores, strict=True))
+    there, back = compare(a, b), compare(b, a)
+    gain = there["paired"]["score"]
+    assert there["schema"] == SCHEMA
+    assert gain["difference"] == pytest.approx((scores[1] - scores[0]).mean())
+    assert gain["ci95"][0] > 0
+    assert there["verdict"] == "b"
+    assert back["verdict"] == "a"
+    assert gain["mcnemar"]["only_b_right"] == back["paired"]["score"]["mcnemar"]["only_a_right"]
+    assert gain["mcnemar"]["only_b_right"] == (scores[1] > scores[0]).sum() > 8
+    assert gain["mcnemar"]["only_a_right"] == 0
+    assert compare(a, a)["verdict"] == "neither"
+
+
+def test_the_order_of_the_images_does_not_matter(tmp_path: Path, scores: tuple[np.ndarray, np.ndarray]) -> None:
+    names = [f"{i:03d}.jpg" for i in range(N)]
+    straight = load_scored(make_result(tmp_path / "a.json", scores[0]))
+    turned = load_scored(make_result(tmp_path / "b.json", scores[0][::-1], names[::-1]))
+    assert compare(straight, turned)["paired"]["score"]["mcnemar"] == {"only_a_right": 0, "only_b_right": 0, "p": 1.0}
+
+
+def test_images_that_belong_together_are_drawn_together(scores: tuple[np.ndarray, np.ndarray]) -> None:
+    """Ten copies of each image are no ten images: the interval is that of the images."""
+    one = paired(*scores, np.arange(N))["ci95"]
+    ten = paired(*(np.repeat(x, 10) for x in scores), np.repeat(np.arange(N), 10))["ci95"]  # type: ignore[misc]
+    loose = paired(*(np.repeat(x, 10) for x in scores))["ci95"]  # type: ignore[misc]
+    assert ten == pytest.approx(one)
+    assert loose[1] - loose[0] < 0.5 * (one[1] - one[0])
+
+
+def test_a_smaller_error_is_better(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    error = rng.random(N)
+    metrics = {"abs_rel": {"value": 0.5, "ci95": None, "n": N, "lower_is_better": True}}
+    words: dict[str, Any] = {"metrics": metrics, "headline": "abs_rel"}
+    a = load_scored(make_result(tmp_path / "a.json", error, **words))
+    b = load_scored(make_result(tmp_path / "b.json", error * 0.9, **words))
+    found = compare(a, b)
+    assert found["verdict"] == "b"
+    assert "mcnemar" not in found["paired"]["score"], "errors are not right or wrong"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fingerprint": {"train": "a", "val": "other"}}, "different data"),
+        ({"version": 2}, "version of the protocol 1 and 2"),
+        ({"evaluator": "linear"}, "evaluator 'knn' and 'linear'"),
+        ({"names": [f"{i}.jpg" for i in range(1, N + 1)]}, "different test items"),
+        ({"names": ["same.jpg"] * N}, "occurs twice"),
+    ],
+)
+def test_results_of_different_things_are_refused(
+    changes: dict[str, Any], said: str, tmp_path: Path, scores: tuple[np.ndarray, np.ndarray]
+) -> None:
+    a = load_scored(make_result(tmp_path / "a.json", scores[0]))
+    b = load_scored(make_result(tmp_path / "b.json", scores[1], **changes))
+    with pytest.raises(InputError, match=said):
+        compare(a, b)
+
+
+@pytest.mark.parametrize("kind", ["other schema", "no json", "damaged metric", "no predictions", "cut predictions"])
+def test_files_that_are_no_results_are_refused_in_one_line(
+    kind: str, tmp_path: Path, scores: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = make_result(tmp_path / "a.json", scores[0]), make_result(tmp_path / "b.json", scores[1])
+    body = json.loads(bad.read_text())
+    beside = tmp_path / "b.predictions.npz"
+    if kind == "other schema":
+        bad.write_text(json.dumps(body | {"schema": "other/9"}))
+    elif kind == "no json":
+        bad.write_text(bad.read_text()[:100])
+    elif kind == "damaged metric":
+        body["metrics"]["top1"]["value"] = "high"
+        bad.write_text(json.dumps(body))
+    elif kind == "no predictions":
+        beside.unlink()
+    else:
+        beside.write_bytes(beside.read_bytes()[:200])
+    assert command(str(good), str(bad)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "b." in lines[0]
+    assert "run the evaluator again" in lines[0]
+
+
+def command(*words: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare", *words])
+        patch.delitem(sys.modules, "evaluators.compare", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("evaluators.compare", run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_the_command_prints_and_writes_what_it_found(
+    tmp_path: Path, scores: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (str(make_result(tmp_path / f"{name}.json", one)) for name, one in zip("ab", scores, strict=True))
+    assert command(a, b, "--out", str(tmp_path / "c.json")) == 0
+    said = capsys.readouterr().out
+    for words in ("B is better", "only A right 0, only B right", "exact p", "95 %"):
+        assert words in said
+    assert json.loads((tmp_path / "c.json").read_text())["verdict"] == "b"
+
+
+def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tmp_path: Path) -> None:
+    scores = np.ones(4, np.float32)
+    path = make_result(tmp_path / "a.json", scores)
+    assert load_result(path)["published"] == {}
+    assert load_predictions(path, load_result(path))["score"].tolist() == [1, 1, 1, 1]
+    measurement = Measurement(
+        evaluator="knn", protocol="", version=1, metrics={"top1": Metric(0.78, None, 9)}, headline="top1",
+        selected_on="", chosen={}, grid=[],
+    )  # fmt: skip
+
+    def of(ckpt: str, source: str) -> dict[str, Any]:
+        data = {"source": source, "fingerprint": {}}
+        context = Context(model={"ckpt": ckpt}, data=data, preprocess={}, timing={}, environment={})
+        return dict(result_json(measurement, context)["published"])
+
+    wanted = {"top1": {"value": 0.790, "source": "Oquab et al. 2023", "difference": -0.01}}
+    assert of("dinov2_vits14", "imagenet:/data") == wanted
+    assert of("/x/dinov2_vits14_pretrain.pth", "imagenet:/data") == wanted
+    assert of("mine.safetensors", "imagenet:/data") == {}
+    assert of("dinov2_vits14", "/data/photos") == {}
