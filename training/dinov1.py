@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from training.distillation import Learner, Schedule, State, StepSpec, update_center_
 from training.losses import dino_cross_entropy, teacher_targets
-from training.monitors import collapse_monitors
+from training.monitors import collapse_monitors, predictions
 from training.optimizer import clip_each_, set_rates_
 from training.step import backward_, parts_of, update_, way_back
 
@@ -37,9 +37,13 @@ def train_step_(
         teacher_features_TBD = torch.cat([features for _, features in said], dim=1)
         targets_TBK = teacher_targets(teacher_logits_TBK, state.centers["dino"], at.teacher_temperature)
 
+    guesses: list[Tensor] = []  # the student's probabilities for the global views, for the monitors
+
     def terms() -> Iterator[dict[str, Tensor]]:
         for part in parts:
             logits_VBK, _ = state.student([view[part] for view in views], spec.precision)
+            if watch:
+                guesses.append(predictions(logits_VBK[:2], spec.student_temperature))
             yield {"loss": dino_cross_entropy(logits_VBK, targets_TBK[:, part], spec.student_temperature)}
 
     sums = backward_(state, terms(), accumulate)
@@ -57,5 +61,10 @@ def train_step_(
     update_center_(state.centers["dino"], teacher_logits_TBK, spec.center_momentum)
     if not watch:
         return found
-    watched = collapse_monitors(targets_TBK.flatten(0, 1), teacher_features_TBD.flatten(0, 1), state.centers["dino"])
+    watched = collapse_monitors(
+        targets_TBK.flatten(0, 1),
+        teacher_features_TBD.flatten(0, 1),
+        state.centers["dino"],
+        student_RK=torch.cat(guesses),
+    )
     return found | {"kl_nats": found["loss"] - watched["target_entropy_nats"], **watched}

@@ -25,7 +25,7 @@ from training.losses import (
     teacher_targets,
 )
 from training.masking import MaskSpec
-from training.monitors import collapse_monitors
+from training.monitors import collapse_monitors, predictions
 from training.optimizer import clip_together_, set_rates_
 from training.precision import Precision, narrow_products
 from training.projection_head import HeadSpec, ProjectionHead
@@ -114,7 +114,8 @@ class Targets:
     cls_TBK: Tensor
     patches_RK: Tensor
     cls_TBD: Tensor
-    """Its features, for the monitors."""
+    """Its features, for the monitors; also of the masked patches."""
+    patches_RD: Tensor
 
 
 def train_step_(
@@ -146,10 +147,12 @@ def train_step_(
     if accumulate > 1 and spec.koleo_weight:
         koleo = koleo_across(state.student, parts, spec, hide, seeds)
 
+    guesses: list[Tensor] = []
+
     def terms() -> Iterator[dict[str, Tensor]]:
         for part, said, of_cls, seed in zip(parts, targets, koleo, seeds, strict=True):
             torch.manual_seed(seed)
-            yield loss_terms(state.student, part, said, spec, hide, of_cls)
+            yield loss_terms(state.student, part, said, spec, hide, of_cls, guesses if watch else None)
 
     sums = backward_(state, terms(), accumulate)
     found, done = update_(state, sums, at.momentum, lambda student: clip_each_network_(student, spec.clip_norm))
@@ -160,14 +163,31 @@ def train_step_(
         move_center_(state.centers[name], mean_K, count, spec.center_momentum)
     if not watch:
         return found
-    cls_RK, cls_RD = (
-        torch.cat([getattr(said, name) for said in targets], dim=1).flatten(0, 1) for name in ("cls_TBK", "cls_TBD")
-    )
-    watched = collapse_monitors(cls_RK, cls_RD, state.centers["dino"])
+    watched = watched_of(targets, guesses, state, spec)
     cross_entropy = (
         (found["dino_local"] + found["dino_global"]) / spec.dino_weight if spec.dino_weight else float("nan")
     )
     return found | {"kl_nats": cross_entropy - watched["target_entropy_nats"], **watched}
+
+
+def watched_of(
+    targets: Sequence[Targets], guesses: Sequence[Tensor], state: State, spec: Dinov2Spec
+) -> dict[str, float]:
+    """What tells of collapse, of CLS tokens and, where they are compared, of masked patches."""
+    patches = {}
+    if spec.ibot_weight:
+        patches = {
+            "patch_targets_RK": torch.cat([said.patches_RK for said in targets]),
+            "patch_features_RD": torch.cat([said.patches_RD for said in targets]),
+            "patch_center_K": state.centers["ibot"],
+        }
+    return collapse_monitors(
+        torch.cat([said.cls_TBK for said in targets], dim=1).flatten(0, 1),
+        torch.cat([said.cls_TBD for said in targets], dim=1).flatten(0, 1),
+        state.centers["dino"],
+        student_RK=torch.cat(list(guesses)),
+        **patches,
+    )
 
 
 def teacher_says(
@@ -178,10 +198,11 @@ def teacher_says(
     With centring also what the centres move by afterwards: the mean [K] of the logits by head, and how many there are.
     """
     teacher = state.teacher if state.guide is None else state.guide
-    cls, logits, patch_logits = [], [], []
+    cls, patches, logits, patch_logits = [], [], [], []
     for part in parts:
         cls_GD, patches_GND = teacher.encode(part.crops[:1], None, spec.precision)
-        cls_GK, patches_RK = teacher.logits(cls_GD, patches_GND[part.masks_GN])
+        patches.append(patches_GND[part.masks_GN])
+        cls_GK, patches_RK = teacher.logits(cls_GD, patches[-1])
         cls.append(cls_GD)
         logits.append(cls_GK)
         patch_logits.append(patches_RK)
@@ -197,8 +218,8 @@ def teacher_says(
         probs = {name: teacher_targets(rows_RK, state.centers[name], temperature) for name, rows_RK in heads.items()}
     cls_probs = probs["dino"].split([len(rows) for rows in logits])
     patch_probs = probs["ibot"].split([len(rows) for rows in patch_logits])
-    found = zip(cls_probs, patch_probs, cls, strict=True)
-    return [Targets(c.unflatten(0, (2, -1)), p, x.unflatten(0, (2, -1))) for c, p, x in found], means
+    found = zip(cls_probs, patch_probs, cls, patches, strict=True)
+    return [Targets(c.unflatten(0, (2, -1)), p, x.unflatten(0, (2, -1)), y) for c, p, x, y in found], means
 
 
 Koleo = Callable[[Tensor], Tensor]
@@ -250,8 +271,9 @@ def loss_terms(
     spec: Dinov2Spec,
     hide: bool,
     koleo: Koleo,
+    guesses: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Every weighted term of the loss; their sum is what is optimised.
+    """Every weighted term of the loss; their sum is what is optimised. `guesses` takes the student's probabilities of the global crops.
 
     DINO is the mean over all pairs of different views; `dino_global` holds the two pairs of global crops, `dino_local` the others.
     """
@@ -259,6 +281,8 @@ def loss_terms(
     cls_VD, patches_GND = student.encode(part.crops, masks_GN if hide else None, spec.precision)
     logits_VK, patches_RK = student.logits(cls_VD, patches_GND[masks_GN])
     logits_VBK = logits_VK.unflatten(0, (n_views, n_images))
+    if guesses is not None:
+        guesses.append(predictions(logits_VBK[:2], spec.student_temperature))
     dino = dino_cross_entropy(logits_VBK, targets.cls_TBK, spec.student_temperature)
     across_2B = row_cross_entropy(logits_VBK[:2], targets.cls_TBK.flip(0), spec.student_temperature)
     dino_global = 2 * across_2B.mean() / (2 * n_views - 2)

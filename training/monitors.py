@@ -61,6 +61,12 @@ def collapse_monitors(
     return dict(zip(found, torch.stack([value.float() for value in found.values()]).tolist(), strict=True))
 
 
+@torch.no_grad()
+def predictions(logits_VBK: Tensor, temperature: float) -> Tensor:
+    """The student's probabilities [V * B, K] of some views' logits."""
+    return torch.softmax(logits_VBK.detach().float().flatten(0, 1) / temperature, dim=-1)
+
+
 def target_monitors(targets_RK: Tensor, center_K: Tensor) -> dict[str, Tensor]:
     """Of the teacher's probabilities and the centre of one head; see `collapse_monitors`."""
     return {

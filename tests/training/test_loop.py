@@ -94,6 +94,8 @@ def test_a_dinov2_run_logs_each_term_as_it_is_optimised(folder: Path, tmp_path: 
         terms = [record[name] for name in ("dino_local", "dino_global", "koleo", "ibot")]
         assert sum(terms) == pytest.approx(record["loss"], rel=1e-5)
         assert {"grad_norm_backbone", "grad_norm_dino_head"} <= set(record)
+    watched = read_steps(tmp_path / "run" / "log.jsonl")[0]
+    assert {"ibot_target_entropy_nats", "ibot_prototypes_used", "patch_spread", "student_entropy_nats"} <= set(watched)
 
 
 def test_bfloat16_in_the_backbone_rounds_features_and_leaves_the_head_exact() -> None:
