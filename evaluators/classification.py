@@ -20,6 +20,7 @@ from tqdm import tqdm
 from backbones.checkpoints import Manifest
 from data.datasets import Dataset
 from data.errors import CheckFailed, InputError
+from data.preprocess import Preprocess
 from evaluators.baselines import BaselineName, open_baseline
 from evaluators.bootstrap import mean_interval95
 from evaluators.extract import ExtractSpec, FeatureTable, extract
@@ -93,23 +94,32 @@ class ClassificationRun(NetworkOptions):
     untrained (same network, random weights)."""
 
 
-def run_classification(options: ClassificationRun, evaluate: Evaluate) -> tuple[dict[str, Any], Measurement]:
-    """Measure the network and its baselines; returns the result, written to `options.out`, and the measurement."""
+def run_classification(
+    options: ClassificationRun,
+    evaluate: Evaluate,
+    shown: Callable[[Preprocess], ExtractSpec] = lambda _: CENTER_FEATURES,
+) -> tuple[dict[str, Any], Measurement]:
+    """Measure the network and its baselines; returns the result, written to `options.out`, and the measurement.
+
+    `shown` says, for the network's preprocessing, what is extracted of which views.
+    """
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
     splits = labelled(open_splits(options.data, options.train_split, options.val_split, options.group_by), options.data)
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
-        measurement, timing, counts = measure(runtime.name, runtime, splits, options, evaluate)
+        spec = shown(manifest.preprocess)
+        measurement, timing, counts = measure(runtime.name, runtime, splits, options, evaluate, spec)
         context = Context(
             model=describe_model(options.ckpt, runtime),
             data=describe_data(options.data, splits, counts),
-            preprocess=manifest.preprocess.to_json() | {"view": "center"},
+            preprocess=manifest.preprocess.to_json() | spec.view.to_json(),
             timing=timing,
             environment=describe_environment(runtime.device, options.threads),
         )
     baselines: dict[str, Any] = {
-        name: measure_baseline(name, manifest, splits, options, evaluate, measurement) for name in options.baselines
+        name: measure_baseline(name, manifest, splits, options, evaluate, measurement, spec)
+        for name in options.baselines
     }
     measurement.notes[:0] = splits.notes
     result = result_json(measurement, context, baselines)
