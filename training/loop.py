@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from backbones.checkpoints import Manifest, save_backbone, weights_sha256
+from backbones.checkpoints import Manifest, save_backbone
 from data.datasets import Dataset
 from data.errors import InputError
 from data.loader import Maker, ViewLoader, Views
 from data.streams import Stream
 from training import parallel
 from training.distillation import State
+from training.guides import fingerprint, learn_from
 from training.methods import make_state, take_step_
 from training.picture import Album
 from training.plan import Plan
@@ -39,7 +40,7 @@ from training.saved_state import Saver
 from training.scale import Scale, plain_backbone, spread_
 from training.speed import measure_speed
 from training.step import parts_of
-from training.warm_start import frozen_teacher, warm_start_
+from training.warm_start import warm_start_
 from training.watch import Watch
 
 SAVE_EVERY_S = 120.0
@@ -66,8 +67,8 @@ def train(
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
-    `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the run whose frozen teacher is learned
-    from, see `frozen_teacher`; `eval_data` a labelled set on which the run's teacher is measured, by default
+    `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the frozen teacher that is learned
+    from, a run or any backbone, see `learn_from`; `eval_data` a labelled set on which the run's teacher is measured, by default
     after each epoch, and whose test images are drawn; `scale` how it is computed, which changes nothing of what is learned.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
@@ -79,6 +80,7 @@ def train(
         raise InputError(
             f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
         )
+    recipe, guide = learn_from(teacher, recipe, device) if teacher else (recipe, None)
     scale = scale or Scale()
     share = parallel.part_of(recipe.batch_size)
     list(parts_of(share, scale.accumulate))  # raises at once where they do not divide
@@ -99,9 +101,8 @@ def train(
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
     resolved |= {"views": views} | ({"init": init} if init else {})
-    guide = frozen_teacher(teacher, recipe, device) if teacher else None
     if guide is not None:
-        resolved |= {"teacher": {"run": teacher, "weights_sha256": weights_sha256(guide.state_dict())}}
+        resolved |= {"teacher": {"run": teacher, "weights_sha256": fingerprint(guide)}}
     leads = parallel.rank() == 0
     resuming = parallel.gathered(folder.open(resolved) if leads else None)[0]
     plan = Plan(recipe, steps_per_epoch)

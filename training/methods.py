@@ -1,4 +1,7 @@
-"""The methods a recipe may name by its step: DINOv1 and DINOv2. The training loop knows no other difference between them."""
+"""The methods a recipe may name by its step: DINOv1, DINOv2, and distillation of features.
+
+The training loop knows no other difference between them.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +12,10 @@ from torch import Tensor, nn
 
 from backbones.resnet import ResNet
 from backbones.vit import ViT, ViTSpec
-from training import dinov1, dinov2, distillation, parallel
+from training import dinov1, dinov2, distillation, feature_distillation, parallel
 from training.dinov2 import Dinov2Spec
 from training.distillation import Schedule, State
+from training.feature_distillation import FeatureSpec
 from training.masking import batch_masks
 from training.optimizer import dino_multipliers, dinov2_multipliers, make_optimizer
 from training.precision import make_scaler
@@ -27,6 +31,9 @@ def make_state(recipe: Recipe, device: torch.device) -> State[Any]:
         assert isinstance(backbone, ViT)
         student, teacher = (one.to(device) for one in dinov2.make_learners(backbone, recipe.head, spec))
         sizes["ibot"] = (spec.ibot_head or recipe.head).prototypes
+    elif isinstance(spec, FeatureSpec):
+        student, teacher = (one.to(device) for one in feature_distillation.make_learners(backbone, spec))  # type: ignore[assignment]
+        sizes = {"dino": 0}
     else:
         student, teacher = (one.to(device) for one in distillation.make_learners(backbone, recipe.head))  # type: ignore[assignment]
     centers = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
@@ -60,6 +67,8 @@ def take_step_(
     where one of them is not finite the step has changed nothing.
     """
     spec = recipe.step
+    if isinstance(spec, FeatureSpec):
+        return feature_distillation.train_step_(state, views, at, spec, watch, accumulate)
     if not isinstance(spec, Dinov2Spec):
         return dinov1.train_step_(state, views, at, spec, watch, accumulate)
     n_images = len(views[0])

@@ -11,6 +11,7 @@ from data.errors import InputError
 from data.preprocess import Preprocess
 from training.dinov2 import Dinov2Spec
 from training.distillation import StepSpec
+from training.feature_distillation import FeatureSpec
 from training.projection_head import HeadSpec
 
 HIGH_RESOLUTION_LR = 0.35
@@ -58,8 +59,8 @@ class Recipe:
     crops: CropSpec = field(default_factory=CropSpec)
     head: HeadSpec = field(default_factory=HeadSpec)
     optim: OptimSpec = field(default_factory=OptimSpec)
-    step: StepSpec | Dinov2Spec = field(default_factory=StepSpec)
-    """Decides the method: DINOv1 or DINOv2."""
+    step: StepSpec | Dinov2Spec | FeatureSpec = field(default_factory=StepSpec)
+    """Decides the method: DINOv1, DINOv2, or the features of a teacher."""
     preprocess: Preprocess = field(default_factory=Preprocess)
     """Stored with the checkpoint: how evaluators and servers shall feed it."""
     epochs: int = 100

@@ -44,7 +44,7 @@ class Scale:
 
 def spread_(state: State[Any], recipe: Recipe, scale: Scale) -> None:
     """Make the networks of a fresh state ready for `scale`; weights are those they had. Raises InputError for what does not fit."""
-    networks = [state.student, state.teacher] + ([] if state.guide is None else [state.guide])
+    networks = [state.student, state.teacher] + ([state.guide] if isinstance(state.guide, nn.Module) else [])
     blocks = [module for network in networks for module in network.modules() if isinstance(module, Block)]
     if scale.checkpoint_blocks and not blocks:
         raise InputError("--checkpoint-blocks: a ResNet has no blocks to compute again; leave it out")

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.resnet import ResNet, ResNetSpec
 from backbones.vit import SUBSET_ABOVE, Block, ViT, ViTSpec
 from training.dinov2 import Dinov2Spec
+from training.feature_distillation import FeatureSpec
 from training.precision import NARROW
 from training.projection_head import HeadSpec, ProjectionHead
 from training.recipe import Recipe
@@ -41,7 +43,7 @@ PRODUCT = 1024
 """Side of the matrices whose product measures a device that is not in the table."""
 
 
-def step_flops(recipe: Recipe, guide: nn.Module | None = None) -> float:
+def step_flops(recipe: Recipe, guide: Any = None) -> float:
     """Model FLOPs of one step on the whole batch: teacher forward, student forward and backward, heads.
 
     The backward pass counts twice the forward. Stochastic depth that leaves samples out counts for less, masks as many patches as
@@ -52,11 +54,13 @@ def step_flops(recipe: Recipe, guide: nn.Module | None = None) -> float:
     student = sum(
         view_flops(recipe.backbone, crops.view_px(i), packed=packed, drops=True) for i in range(crops.n_views)
     )
-    teaching = recipe.backbone
+    teaching: ViTSpec | ResNetSpec | None = recipe.backbone
     if guide is not None:
-        assert isinstance(guide.backbone, ViT | ResNet)
-        teaching = guide.backbone.spec
-    image = 3 * student + 2 * view_flops(teaching, crops.global_px)
+        # A teacher on an engine of its own is not counted.
+        teaching = guide.backbone.spec if isinstance(guide.backbone, ViT | ResNet) else None
+    image = 3 * student + (2 * view_flops(teaching, crops.global_px) if teaching else 0.0)
+    if isinstance(spec, FeatureSpec):
+        return image * recipe.batch_size
     # A guide's head is counted as the student's: they have as many prototypes, and the prototypes are most of a head.
     image += (3 * crops.n_views + 2) * head_flops(recipe.backbone, recipe.head)
     if isinstance(spec, Dinov2Spec) and isinstance(recipe.backbone, ViTSpec):
@@ -146,7 +150,7 @@ class Speed:
         }
 
 
-def measure_speed(recipe: Recipe, device: torch.device, processes: int, guide: nn.Module | None = None) -> Speed:
+def measure_speed(recipe: Recipe, device: torch.device, processes: int, guide: Any = None) -> Speed:
     """Get ready to tell the speed of a run; measures a product for a moment where the device's peak is not known."""
     dtype = NARROW.get(recipe.step.precision, torch.float32)
     peak, peak_from = peak_flops(device, dtype)

@@ -81,13 +81,16 @@ def describe_targets(recipe: Recipe) -> dict[str, int]:
 
 
 def fit_(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load all weights, the position table resampled where its grid differs; only a mask token may be missing, and starts as it is."""
+    """Load all weights, the position table resampled where its grid differs; only a mask token may be missing, or too many."""
     own, given = network.state_dict(), dict(weights)
     for name in own:
         if name.split(".")[-1] == TABLE and name in given and given[name].shape != own[name].shape:
             given[name] = resize_table(given[name], own[name].shape[1])
         if name.split(".")[-1] == "mask_token":
             given.setdefault(name, own[name])
+    for name in given.keys() - own.keys():
+        if name.split(".")[-1] == "mask_token":  # of no use without masks
+            del given[name]
     for name in own.keys() | given.keys():
         if name not in given:
             raise InputError(

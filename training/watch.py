@@ -157,7 +157,8 @@ def suspect_images(state: State[Any], views: Sequence[Tensor]) -> list[int]:
     Each image goes through alone, with running statistics where there is batch norm, so that one does not spoil the others.
     """
     bad_B = torch.stack([~finite_rows(view) for view in views]).any(dim=0)
-    for learner in (state.student, state.teacher if state.guide is None else state.guide):
+    teaching: Any = state.guide if isinstance(state.guide, nn.Module) else state.teacher
+    for learner in (state.student, teaching):
         if parallel.largest(int(bad_B.any()), bad_B.device):  # all or none go on, since networks may be sharded
             break
         head = learner.head if hasattr(learner, "head") else learner.dino_head
