@@ -57,14 +57,14 @@ class Network(nn.Module):
             parts = [made["embedding"], made["patches"].mean(dim=1)][: LINEAR_FEATURES[self.linear_features]]
             outputs["logits"] = self.linear_head(torch.cat(parts, dim=1))
         if self.depth_head is not None:
-            patches_BND, cls_BD = self._read(made, self.depth_head.spec.layers, norm=False)
+            patches_BND, cls_BD = self.read_layers(made, self.depth_head.spec.layers, norm=False)
             outputs["depth"] = self.depth_head(patches_BND, cls_BD, grid, (H, W))
         if self.segmentation_head is not None:
-            patches_BND, _ = self._read(made, self.segmentation_head.spec.layers, norm=True)
+            patches_BND, _ = self.read_layers(made, self.segmentation_head.spec.layers, norm=True)
             outputs["classes"] = self.segmentation_head(patches_BND, grid, (H, W))
         return outputs
 
-    def _read(self, made: dict[str, Tensor], layers: tuple[int, ...], norm: bool) -> tuple[Tensor, Tensor]:
+    def read_layers(self, made: dict[str, Tensor], layers: tuple[int, ...], norm: bool) -> tuple[Tensor, Tensor]:
         """Patches [B, N, L D] and CLS [B, L D] of the layers that a head reads, one after another."""
         if not layers:
             return made["patches"], made["embedding"]

@@ -1,6 +1,7 @@
 """Images with masks in: any set named on a command line, as objects (attention) or as classes (segmentation).
 
-    images/train/a.jpg + masks/train/a.png    two folders with files of the same names; train/ and val/ if there are splits
+    images/train/a.jpg + masks/train/a.png    two folders with files of the same names; train/ and val/ if there are splits;
+                                              names of classes 0, 1, ... in classes.txt, one a line, if they are wanted
     NAME.csv beside NAME.zip, a CSV, tars     with a further file an image: `masks`, `sem` or `instances`
     voc2012:ROOT                              VOCdevkit/VOC2012 (or ROOT itself): JPEGImages, SegmentationClass, -Object
     ade20k:ROOT                               ADEChallengeData2016 (or ROOT itself): images, annotations
@@ -13,7 +14,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ NUMBERED = ("sem", "instances")
 VOID = -1
 """In a mask that was read: belongs to nothing that is scored."""
 VOID_VALUE = 255
+EXIF_ORIENTATION = 274
 FOREGROUND_FROM = 128
 """Of an alpha mask of 0 to 255."""
 ROOM_CLASSES = (
@@ -87,10 +89,51 @@ class MaskedImages:
         mask[values == VOID_VALUE] = VOID
         return mask
 
+    def image_hw(self, row: int) -> tuple[int, int]:
+        """Height and width of an image as it is decoded, told by its header. Raises InputError."""
+        try:
+            with Image.open(io.BytesIO(self.dataset.read(row))) as image:
+                width, height = image.size
+                turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{self.dataset.items[row].name}: its header cannot be read ({error})") from error
+        return (width, height) if turned else (height, width)
+
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes; where the set has none, as many numbers as its masks hold (which are all read)."""
+        if self.classes:
+            return self.classes
+        highest = max((int(self.mask(row).max(initial=VOID)) for row in range(len(self.dataset))), default=VOID)
+        if highest >= VOID_VALUE:
+            raise InputError(
+                f"{self.dataset.name}: a mask holds class {highest}; wanted classes 0 to 254, 255 for void"
+            )
+        return tuple(f"class {number}" for number in range(highest + 1))
+
     def truth_fingerprint(self) -> str:
         """As `Dataset.fingerprint`, of the masks."""
         records = [Record(one.item, {IMAGE: one.members[self.kind]}) for one in self.dataset._records]
         return Dataset(records).fingerprint()
+
+
+class Masks(Sequence[np.ndarray]):
+    """The masks of some rows of a set, read and checked against their images when they are asked for."""
+
+    def __init__(self, images: MaskedImages, rows: Sequence[int]) -> None:
+        self._images, self._rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Masks": ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | Masks":
+        if isinstance(index, slice):
+            return Masks(self._images, self._rows[index])
+        row = self._rows[index]
+        return self._images.mask(row, self._images.image_hw(row))
 
 
 def decode_mask(data: bytes, name: str) -> tuple[np.ndarray, Coding]:
@@ -142,10 +185,24 @@ def open_masks(data: str | Path, purpose: Purpose, values: MaskValues = "auto") 
     numbered = {"foreground": False, "ids": True}.get(
         values, True if kind in NUMBERED or purpose == "classes" else None
     )
-    rooms = kind == "sem" and bool(dataset.items) and "floor" in dataset.items[0].row
+    names = ROOM_CLASSES if is_rooms(dataset, kind) else listed_names(root / "classes.txt")
     return MaskedImages(
-        dataset, kind, numbered, zero_is_void=rooms, classes=ROOM_CLASSES if rooms else (), source=f"{kind} of {data}"
+        dataset, kind, numbered, zero_is_void=is_rooms(dataset, kind), classes=names, source=f"{kind} of {data}"
     )
+
+
+def is_rooms(dataset: Dataset, kind: str) -> bool:
+    """Whether a set is the packed `rooms`, in whose masks 0 is nothing."""
+    return kind == "sem" and bool(dataset.items) and "floor" in dataset.items[0].row
+
+
+def listed_names(path: Path) -> tuple[str, ...]:
+    """Names of the classes from a file with one a line, beside images/; none where there is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); wanted the name of a class a line") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def folder_pair(root: Path, kind: str) -> Dataset:

@@ -65,6 +65,21 @@ class TorchRuntime(Runtime):
             cls_BnD = torch.stack([cls_BD for _, cls_BD in layers], dim=1)
             return as_array(cls_BnD), as_array(layers[-1][0])
 
+    def run_layers(self, pixels_NCHW: np.ndarray, layers: tuple[int, ...], norm: bool) -> tuple[np.ndarray, np.ndarray]:
+        """What a head on these blocks reads: patches [N, h*w, L D] and CLS [N, L D], the final norm applied where asked.
+
+        Raises InputError for blocks that the network does not have.
+        """
+        self.check_call(pixels_NCHW, ("embedding",))
+        backbone = self._network.backbone
+        depth = backbone.spec.depth if isinstance(backbone, ViT) else 0
+        if not isinstance(backbone, ViT) or max(layers) >= depth:
+            raise InputError(f"blocks {list(layers)} were asked for; this network has {depth} with CLS tokens")
+        with self._turn():
+            made = backbone.outputs(self._on_device(pixels_NCHW), layers)
+            patches_BND, cls_BD = self._network.read_layers(made, layers, norm)
+            return as_array(patches_BND), as_array(cls_BD)
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One call at a time, with this runtime's number of threads."""
