@@ -1,12 +1,19 @@
 """Bad input to `python -m training`: one clear line, status 2 or 3, and nothing that was saved is harmed."""
 
+import os
+import resource
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from data.datasets import open_dataset
 from tests.training.conftest import write_images
+from training.loop import train
+from training.recipes import RECIPES
+from training.run_log import read_steps
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[str]]:
@@ -122,3 +129,42 @@ def test_a_file_where_the_run_folder_should_be_and_a_folder_of_other_things(
         assert (status, len(lines)) == (2, 1)
         assert name in lines[0]
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of file sizes are set as Linux does")
+def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_goes_on(
+    images: Path, tmp_path: Path, repo_root: Path
+) -> None:
+    """No file may grow beyond 20 kB: the log has room, the next state has not."""
+    out, data = tmp_path / "run", open_dataset(str(images))
+    words = {"recipe_name": "smoke", "source": str(images), "revision": "", "workers": 0}
+    train(RECIPES["smoke"], data, out, stop_at_step=1, **words)  # type: ignore[arg-type]
+    saved = {name: content for name, content in contents(out).items() if name.startswith(("state/", "checkpoints/"))}
+    command = (
+        "-m",
+        "training",
+        "--recipe",
+        "smoke",
+        "--data",
+        str(images),
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+        "--threads",
+        "1",
+    )
+    done = subprocess.run(
+        [sys.executable, *command], cwd=repo_root, env={**os.environ, "PYTHONPATH": str(repo_root)},
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("step ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert "cannot be written (File too large); make room, and the same command goes on" in lines[0].replace(
+        "Make", "make"
+    )
+    assert saved.items() <= contents(out).items(), "what was saved before is as it was"
+    train(RECIPES["smoke"], data, out, **words)  # type: ignore[arg-type]
+    assert [record["step"] for record in read_steps(out / "log.jsonl")] == [0, 1]

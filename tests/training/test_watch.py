@@ -15,6 +15,7 @@ from backbones.resnet import ResNetSpec
 from data.datasets import open_dataset
 from data.errors import CheckFailed
 from data.loader import ViewLoader, Views
+from tests.training.test_parallel import start_two
 from training import dinov2, watch
 from training.loop import Plan, train
 from training.methods import make_state, take_step_
@@ -53,7 +54,7 @@ def spoil_term(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
 
 
 def spoil_image(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """One image of the data has NaN in the second view."""
+    """One image of the data has NaN in the second view, in whichever process shows it."""
     whole: Callable[..., object] = ViewLoader.epoch
 
     def epoch(self: ViewLoader, *args: int) -> object:
@@ -100,6 +101,39 @@ def test_the_image_that_makes_a_step_not_finite_is_named(
         assert line["suspects"] == ["04.jpg"]
         assert "04.jpg" in line["batch"]  # type: ignore[operator]
     assert "not finite (images 04.jpg)" in capsys.readouterr().err
+
+
+TWO = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from data.datasets import open_dataset
+from tests.training.test_watch import WORDS, spoil_image
+from training import parallel
+from training.loop import train
+from training.recipes import RECIPES
+
+torch.set_num_threads(1)
+with pytest.MonkeyPatch.context() as patch, parallel.joined(torch.device("cpu")) as device:
+    spoil_image(patch, "04.jpg")
+    recipe = replace(RECIPES["smoke_dinov2"], epochs=3)
+    train(recipe, open_dataset(sys.argv[1]), Path(sys.argv[2]), device=device, **WORDS)
+"""
+
+
+def test_several_processes_agree_that_a_step_is_bad_and_name_the_image_of_one(
+    images: Path, tmp_path: Path, repo_root: Path
+) -> None:
+    run = tmp_path / "run"
+    for process in start_two(repo_root, "-c", TWO, str(images), str(run)):
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    lines = bad_lines(run)
+    assert lines
+    assert all(line["suspects"] == ["04.jpg"] and len(line["batch"]) == 8 for line in lines)  # type: ignore[arg-type]
+    losses = [record["loss"] for record in read_steps(run / "log.jsonl")]
+    assert [step for step, loss in enumerate(losses) if loss is None] == [line["step"] for line in lines]
 
 
 @pytest.mark.parametrize(
