@@ -1,13 +1,13 @@
-"""Named sets of vectors: kept in SQLite, searched in memory.
+"""Named sets of vectors: kept in a database, searched in memory.
 
-The database is the truth: what `add` has returned survives a power cut (write-ahead log, synchronous FULL). For search
-every collection has a Snapshot, an immutable copy that is replaced as a whole after each write, so searches and writes
-run side by side. A collection belongs to the weights and the preprocessing that made its vectors, and no other network may
-use it. Read in this order: Binding, NewItem, Collections. All methods block; call them off the event loop.
+The database is the truth: what `add` has returned survives a power cut. For search every collection has a Snapshot, an immutable copy
+that follows the database by version, so that a search sees every write that was acknowledged before it, whichever server took it. A
+collection belongs to the weights and the preprocessing that made its vectors, and no other network may use it. Read in this order:
+Binding, NewItem, Collections. All methods block; call them off the event loop.
 """
 
-import fcntl
-import os
+import json
+import logging
 import re
 import threading
 import uuid
@@ -16,17 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, Engine, create_engine, delete, event, func, insert, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from data.errors import InputError
-from server.errors import Conflict, NotFound, StorageFailed
-from server.neighbours import Snapshot
-from server.schema import collections, items, metadata
+from evaluators.collection_file import CollectionFile
+from server.databases import Database, storage_errors
+from server.errors import Conflict, NotFound
+from server.neighbours import Snapshot, build_graph
+from server.schema import collections, items, removals
+
+log = logging.getLogger("server")
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
@@ -86,23 +89,18 @@ class CollectionInfo:
 
 
 class Collections:
-    """All collections of one folder. One server at a time may have it open."""
+    """All collections of one database, for one network."""
 
-    def __init__(self, folder: Path, binding: Binding) -> None:
+    def __init__(self, database: Database, binding: Binding) -> None:
         self.binding = binding
-        self._lock_file = _lock_folder(folder)
-        try:
-            self._db = _open_sqlite(folder / "collections.sqlite")
-        except StorageFailed as error:
-            os.close(self._lock_file)
-            raise InputError(f"--collections {folder}: {error}; move the file away, or name another folder") from error
+        self._database = database
         self._snapshots: dict[str, Snapshot] = {}
-        self._writing = threading.Lock()
+        self._writing, self._following = threading.Lock(), threading.Lock()
+        self._building: set[str] = set()
 
     def close(self) -> None:
-        """Let go of the folder."""
-        self._db.dispose()
-        os.close(self._lock_file)
+        """Let go of the database."""
+        self._database.close()
 
     def infos(self) -> list[CollectionInfo]:
         """Every collection, by name."""
@@ -136,25 +134,32 @@ class Collections:
 
     def _add(self, name: str, new: Sequence[NewItem], source: str = "", replace: bool = False) -> list[str]:
         rows = [self._row(name, item) for item in new]
-        with self._writing:
-            with self._begin() as db:
-                if replace:
-                    _delete_rows(db, name)
-                row = db.execute(select(collections).where(collections.c.name == name)).one_or_none()
-                if row is None:
-                    db.execute(
-                        insert(collections).values(name=name, source=source, created=_now(), **vars(self.binding))
-                    )
-                else:
-                    self._check_usable(row)
-                if rows:
-                    self._check_new(db, name, [row["id"] for row in rows])
-                    db.execute(insert(items), rows)
+        with self._writing, self._begin() as db:
             if replace:
-                self._snapshots.pop(name, None)
-            elif name in self._snapshots:
-                self._snapshots[name] = self._snapshots[name].extended(rows)
+                self._locked(db, name)
+                _delete_rows(db, name)
+            row = self._locked(db, name)
+            if row is None:
+                self._make(db, name, source)
+                version = 1
+            else:
+                self._check_usable(row)
+                version = _raise_version(db, row)
+            if rows:
+                self._check_new(db, name, [row["id"] for row in rows])
+                db.execute(insert(items), [row | {"added": version} for row in rows])
         return [row["id"] for row in rows]
+
+    def _locked(self, db: Connection, name: str) -> Any:
+        """The collection's row, kept from other writers until the transaction ends; None where it is not there."""
+        return db.execute(select(collections).where(collections.c.name == name).with_for_update()).one_or_none()
+
+    def _make(self, db: Connection, name: str, source: str) -> None:
+        made = {"source": source, "created": _now(), "incarnation": uuid.uuid4().hex, "version": 1}
+        try:
+            db.execute(insert(collections).values(name=name, **made, **vars(self.binding)))
+        except IntegrityError as error:
+            raise Conflict(f"collection {name!r} is being made by another server just now; try again") from error
 
     def _check_new(self, db: Connection, name: str, ids: Sequence[str]) -> None:
         """Raise Conflict for an id that comes twice or is taken. Asked before anything is written: afterwards all are there."""
@@ -191,23 +196,22 @@ class Collections:
     def delete_item(self, name: str, item_id: str) -> None:
         """Take one item out. Raises NotFound."""
         _check_writable(name)
-        with self._writing:
-            with self._begin() as db:
+        with self._writing, self._begin() as db:
+            row = self._locked(db, name)
+            if row is None:
                 self._collection(db, name)
-                here = (items.c.collection == name) & (items.c.id == item_id)
-                if db.execute(delete(items).where(here)).rowcount == 0:
-                    raise NotFound(f"collection {name!r} has no item {item_id!r:.80}")
-            if name in self._snapshots:
-                self._snapshots[name] = self._snapshots[name].without(item_id)
+            here = (items.c.collection == name) & (items.c.id == item_id)
+            if db.execute(delete(items).where(here)).rowcount == 0:
+                raise NotFound(f"collection {name!r} has no item {item_id!r:.80}")
+            db.execute(insert(removals).values(collection=name, id=item_id, version=_raise_version(db, row)))
 
     def delete(self, name: str) -> None:
         """Take a whole collection away, whichever network made it. Raises NotFound."""
         _check_writable(name)
-        with self._writing:
-            with self._begin() as db:
+        with self._writing, self._begin() as db:
+            if self._locked(db, name) is None:
                 self._collection(db, name)
-                _delete_rows(db, name)
-            self._snapshots.pop(name, None)
+            _delete_rows(db, name)
 
     def page(self, name: str, after: int, limit: int, label: str | None) -> list[Item]:
         """Items in the order of adding, those with a sequence number above `after` first."""
@@ -242,23 +246,93 @@ class Collections:
             raise NotFound(f"collection {name!r} has no {'item' if row is None else 'picture of item'} {item_id!r:.80}")
         return bytes(row[0])
 
+    def exported(self, name: str) -> CollectionFile:
+        """The whole collection as a table. Raises NotFound."""
+        columns = (items.c.id, items.c.label, items.c.metadata, items.c.vector, items.c.thumbnail)
+        query = select(*columns).where(items.c.collection == name).order_by(items.c.sequence)
+        with self._connect() as db:
+            row = self._collection(db, name)
+            rows = db.execute(query).all()
+        vectors = np.frombuffer(b"".join(one.vector for one in rows), "<f4").reshape(len(rows), row.dimension)
+        return CollectionFile(
+            row.weights_sha256,
+            row.preprocess,
+            [one.id for one in rows],
+            [one.label for one in rows],
+            [json.dumps(one.metadata, ensure_ascii=False) for one in rows],
+            vectors.astype(np.float32, copy=False),
+            [None if one.thumbnail is None else bytes(one.thumbnail) for one in rows],
+        )
+
+    def imported(self, name: str, table: CollectionFile) -> list[str]:
+        """Add all items of a table; see `add`. Raises Conflict for vectors of another network."""
+        if (table.weights_sha256, table.preprocess) != (self.binding.weights_sha256, self.binding.preprocess):
+            raise Conflict(
+                f"the file's vectors were made with weights {table.weights_sha256[:12]}, and the served weights are "
+                f"{self.binding.weights_sha256[:12]}, or the images were preprocessed otherwise: they cannot be compared"
+            )
+        rows = zip(table.ids, table.labels, table.metadata, table.vectors_nD, table.thumbnails, strict=True)
+        new = [
+            NewItem(id=item_id, label=label, metadata=_object(text), vector=vector, thumbnail=picture)
+            for item_id, label, text, vector, picture in rows
+        ]
+        return self.add(name, new)
+
     def snapshot(self, name: str) -> Snapshot:
         """The collection as it is now, for searching. Raises NotFound, or Conflict when another network made it."""
-        found = self._snapshots.get(name)
-        if found is not None:
-            return found
-        with self._writing:
-            if name not in self._snapshots:
-                self._snapshots[name] = self._load(name)
-            return self._snapshots[name]
-
-    def _load(self, name: str) -> Snapshot:
-        query = select(items.c.id, items.c.label, items.c.vector).where(items.c.collection == name)
         with self._connect() as db:
-            self._check_usable(self._collection(db, name))
-            rows = db.execute(query.order_by(items.c.sequence)).all()
-        empty = Snapshot(name, (), (), np.zeros((0, self.binding.dimension), np.float32))
-        return empty.extended([{"id": row.id, "label": row.label, "vector": row.vector} for row in rows])
+            row = self._collection(db, name)
+            self._check_usable(row)
+        found = self._snapshots.get(name)
+        if found is None or (found.incarnation, found.version) != (row.incarnation, row.version):
+            with self._following:
+                found = self._follow(name)
+        if found.wants_graph:
+            self._build_graph(found)
+        return found
+
+    def _follow(self, name: str) -> Snapshot:
+        """Bring this process's copy up to the database."""
+        with self._connect() as db:
+            row = self._collection(db, name)
+            self._check_usable(row)
+            old = self._snapshots.get(name)
+            if old is None or old.incarnation != row.incarnation:
+                old = Snapshot.empty(name, self.binding.dimension)
+            if (old.incarnation, old.version) == (row.incarnation, row.version):
+                return old
+            mine = items.c.collection == name
+            # What a later write added is left for later, or it would be added twice.
+            query = select(items.c.id, items.c.label, items.c.vector).where(
+                mine, items.c.added > old.version, items.c.added <= row.version
+            )
+            new = [dict(one) for one in db.execute(query.order_by(items.c.sequence)).mappings()]
+            gone = select(removals.c.id).where(removals.c.collection == name, removals.c.version > old.version)
+            removed = [] if old.version == 0 else list(db.execute(gone).scalars())
+        self._snapshots[name] = old.changed(removed, new, row.incarnation, row.version)
+        return self._snapshots[name]
+
+    def _build_graph(self, snapshot: Snapshot) -> None:
+        """Build a graph for a large collection beside everything else; searches are exact, and slower, until it is there."""
+        with self._following:
+            if snapshot.name in self._building:
+                return
+            self._building.add(snapshot.name)
+
+        def build() -> None:
+            try:
+                graph = build_graph(snapshot)
+                with self._following:
+                    present = self._snapshots.get(snapshot.name)
+                    if present is not None:
+                        self._snapshots[snapshot.name] = present.with_graph(graph)
+                log.info("graph built", extra={"fields": {"collection": snapshot.name, "items": graph.n}})
+            except Exception:
+                log.exception("graph failed", extra={"fields": {"collection": snapshot.name}})
+            finally:
+                self._building.discard(snapshot.name)
+
+        threading.Thread(target=build, name=f"graph of {snapshot.name}", daemon=True).start()
 
     def _collection(self, db: Connection, name: str) -> Any:
         row = db.execute(select(collections).where(collections.c.name == name)).one_or_none()
@@ -284,18 +358,36 @@ class Collections:
 
     @contextmanager
     def _connect(self) -> Iterator[Connection]:
-        with _storage_errors(), self._db.connect() as db:
+        with storage_errors(), self._database.engine.connect() as db:
             yield db
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
-        with _storage_errors(), self._db.begin() as db:
+        with storage_errors(), self._database.engine.begin() as db:
             yield db
 
 
 def _delete_rows(db: Connection, name: str) -> None:
-    db.execute(delete(items).where(items.c.collection == name))
+    for table in (items, removals):
+        db.execute(delete(table).where(table.c.collection == name))
     db.execute(delete(collections).where(collections.c.name == name))
+
+
+def _raise_version(db: Connection, row: Any) -> int:
+    """Number this write; the caller holds the collection's row."""
+    version = int(row.version) + 1
+    db.execute(update(collections).where(collections.c.name == row.name).values(version=version))
+    return version
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise InputError(f"metadata {text!r:.80} is no JSON") from error
+    if not isinstance(value, dict):
+        raise InputError(f"metadata {text!r:.80} is no JSON object")
+    return value
 
 
 def check_name(name: str) -> str:
@@ -314,41 +406,3 @@ def _check_writable(name: str) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _lock_folder(folder: Path) -> int:
-    """Keep the folder for this process: a second server would not see this one's writes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise InputError(
-            f"--collections {folder}: cannot write there ({error.strerror}); name another folder"
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise InputError(f"--collections {folder}: another server has it open; name another folder") from error
-    return handle
-
-
-def _open_sqlite(path: Path) -> Engine:
-    db = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-
-    @event.listens_for(db, "connect")
-    def configure(connection: Any, _: Any) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    with _storage_errors():
-        metadata.create_all(db)
-    return db
-
-
-@contextmanager
-def _storage_errors() -> Iterator[None]:
-    try:
-        yield
-    except SQLAlchemyError as error:
-        raise StorageFailed(f"the collections cannot be read or written: {getattr(error, 'orig', error)}") from error

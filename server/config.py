@@ -34,6 +34,8 @@ class ServerConfig:
     collections: Path | None = None
     """Folder of the collections and evaluation results, for one server at a time. Left out: dinoscope/server in
     $XDG_DATA_HOME or ~/.local/share."""
+    database: str | None = None
+    """postgresql://user:password@host:port/name: keep the collections there, shared with other servers of the same database."""
     samples: str | None = None
     """Images of the collection `samples` that `knn` searches by default: anything that --data takes elsewhere, or `none`.
     Left out: samples/samples.csv of this repository, where it exists."""

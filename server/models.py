@@ -173,18 +173,19 @@ class KnnModel(ServedModel):
 
     async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
         snapshot = await self.engine.off_loop(self.collections.snapshot, options.collection)
-        k = snapshot.check_k(options.k)
+        label = options.label or None
+        k = snapshot.check_k(options.k, label)
         queries_ND = inputs.get("embedding")
         if queries_ND is None:
             pixels = await self.engine.center_views(inputs["image"], times)
             queries_ND = (await self.engine.run(pixels, ["embedding"], times, deadline_s))["embedding"]
         began = time.perf_counter_ns()
-        found = await self.engine.off_loop(snapshot.search, queries_ND, k)
+        found = await self.engine.off_loop(snapshot.search, queries_ND, k, label)
         times.output_ns += time.perf_counter_ns() - began
         shape = (len(queries_ND), k)
         answers = {
-            "ids": object_array([snapshot.ids[i].encode() for i in found.rows.flat], shape),
-            "labels": object_array([(snapshot.labels[i] or "").encode() for i in found.rows.flat], shape),
+            "ids": object_array([one.encode() for row in found.ids for one in row], shape),
+            "labels": object_array([(one or "").encode() for row in found.labels for one in row], shape),
             "scores": found.scores,
         }
         return {name: answers[name] for name in outputs}

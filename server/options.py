@@ -54,6 +54,8 @@ class KnnOptions:
     collection: str = "samples"
     k: int | None = None
     """Neighbours of each row; None: 5, or all where there are fewer."""
+    label: str = ""
+    """Search among items with this label only; empty: among all."""
 
     def __post_init__(self) -> None:
         if self.k is not None and self.k < 1:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from data.decode import decode_image
 from data.errors import InputError
+from evaluators.collection_file import check_form, read_collection, write_collection
 from server.collections import Item, NewItem, check_name
 from server.http_body import Upload, check_json, parse_json, read_body
 from server.pictures import thumbnail
@@ -25,6 +26,8 @@ from server.service import off_loop_if_large
 VOTE_TEMPERATURE = 0.07
 """T of the vote exp(cosine / T) (Wu et al. 2018; DINO's k-NN protocol)."""
 MAX_PAGE = 1000
+K = Annotated[int | None, Query(description="Neighbours of each image; left out: 5")]
+Label = Annotated[str, Query(max_length=1024, description="Only among items with this label")]
 
 _ADD_BODY: dict[str, Any] = {
     "requestBody": {
@@ -102,9 +105,31 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def picture(name: str, item_id: str) -> Response:
         return Response(await engine.off_loop(store.thumbnail, name, item_id), media_type="image/jpeg")
 
+    @router.get("/{name}/export", summary="The collection as one file", response_class=Response)
+    async def export(
+        name: str, form: Annotated[str, Query(alias="format", description="npz or parquet")] = "npz"
+    ) -> Response:
+        check_name(name)
+        check_form(form)
+        content = await engine.off_loop(lambda: write_collection(store.exported(name), form))
+        headers = {"content-disposition": f'attachment; filename="{name}.{form}"'}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    @router.post(
+        "/{name}/import",
+        openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}}},
+        summary="Add all items of an exported file",
+        status_code=201,
+        response_model=Added,
+    )
+    async def take_in(name: str, request: Request) -> Any:
+        check_name(name)
+        content = await read_body(request, rest.max_body_bytes)
+        return {"ids": await engine.off_loop(lambda: store.imported(name, read_collection(content)))}
+
     @router.post("/{name}/search", openapi_extra=UPLOAD_BODY, summary="The nearest items of each image")
-    async def search(name: str, request: Request, k: Annotated[int | None, Query()] = None) -> JSONResponse:
-        upload, neighbours = await _neighbours(rest, request, name, k)
+    async def search(name: str, request: Request, k: K = None, label: Label = "") -> JSONResponse:
+        upload, neighbours = await _neighbours(rest, request, name, k, label)
         wanted = sorted({one["id"] for row in neighbours for one in row})
         details = await engine.off_loop(store.details, name, wanted)
         results = [
@@ -114,8 +139,8 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         return JSONResponse({"results": results})
 
     @router.post("/{name}/classify", openapi_extra=UPLOAD_BODY, summary="A weighted vote of the nearest labelled items")
-    async def classify(name: str, request: Request, k: Annotated[int | None, Query()] = None) -> JSONResponse:
-        upload, neighbours = await _neighbours(rest, request, name, k)
+    async def classify(name: str, request: Request, k: K = None, label: Label = "") -> JSONResponse:
+        upload, neighbours = await _neighbours(rest, request, name, k, label)
         results = [
             {"name": image, "classes": vote([(one["label"], one["score"]) for one in row])}
             for image, row in zip(upload.names, neighbours, strict=True)
@@ -126,12 +151,12 @@ def make_collection_routes(rest: Rest) -> APIRouter:
 
 
 async def _neighbours(
-    rest: Rest, request: Request, name: str, k: int | None
+    rest: Rest, request: Request, name: str, k: int | None, label: str
 ) -> tuple[Upload, list[list[dict[str, Any]]]]:
     """id, label and score of the nearest items of each uploaded image, from the served model `knn`."""
     check_name(name)
     upload = await rest.upload(request)
-    reply = await rest.run(request, "knn", upload.images, {"collection": name, "k": k})
+    reply = await rest.run(request, "knn", upload.images, {"collection": name, "k": k, "label": label})
     rows = zip(reply["ids"], reply["labels"], reply["scores"], strict=True)
     found = [
         [

@@ -24,6 +24,7 @@ from server.artifacts import Loaded, load_artifacts
 from server.batcher import BatchSpec
 from server.collections import Binding, Collections
 from server.config import ServerConfig, is_loopback
+from server.databases import open_database
 from server.engine import Engine, EngineSpec
 from server.evaluations import Evaluations
 from server.grpc_api import GrpcServer
@@ -67,7 +68,7 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         stack.push_async_callback(engine.close)
         preprocess = json.dumps(engine.manifest.preprocess.to_json(), sort_keys=True)
         binding = Binding(engine.manifest.weights_sha256, preprocess, engine.width)
-        store = Collections(config.state_folder, binding)
+        store = Collections(open_database(config.state_folder, config.database), binding)
         stack.callback(store.close)
         limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
         service = Service(engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes)

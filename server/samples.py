@@ -26,7 +26,7 @@ async def build_samples(engine: Engine, store: Collections, data: str) -> int:
     dataset = await engine.off_loop(open_dataset, data)
     fingerprint = await engine.off_loop(dataset.fingerprint)
     if await engine.off_loop(store.source, SAMPLES) == fingerprint:
-        return len((await engine.off_loop(store.snapshot, SAMPLES)).ids)
+        return len(await engine.off_loop(store.snapshot, SAMPLES))
     log.info("building samples", extra={"fields": {"data": data, "images": len(dataset.items)}})
     new: list[NewItem] = []
     for start in range(0, len(dataset.items), CHUNK):

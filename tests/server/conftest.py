@@ -1,5 +1,6 @@
 """One small network, and one server of it that most tests share."""
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from runtimes.runtime import Runtime
 from server.config import ServerConfig
 from server.run import Running
 from tests.evaluators.fakes import colour_folder
+from tests.server.postgres import MISSING, find_programs, running_postgres
 from tests.server.wires import JsonWire, TritonWire, open_wire
 
 PREPROCESS = Preprocess(size_px=32, resize_px=40, whole_px=48)
@@ -112,3 +114,26 @@ def wire(server: Running, request: pytest.FixtureRequest) -> Iterator[TritonWire
     opened = open_wire(request.param, server.addresses)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own."""
+    programs = find_programs()
+    if programs is None:
+        pytest.skip(MISSING)
+    with running_postgres(programs) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def database_url(postgres: str) -> Iterator[str]:
+    """The URL of an empty database."""
+    import psycopg
+
+    name = f"tests_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield postgres.removesuffix("postgres") + name
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")

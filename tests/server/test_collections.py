@@ -8,20 +8,28 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import server.neighbours
 from data.errors import InputError
+from evaluators.collection_file import read_collection, write_collection
 from server.collections import Binding, Collections, NewItem
+from server.databases import open_database, open_postgres, open_sqlite
 from server.errors import Conflict, NotFound
 
 BINDING = Binding("a" * 64, "{}", 4)
 
 
-@pytest.fixture
-def store(tmp_path):
-    store = Collections(tmp_path, BINDING)
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request, tmp_path):
+    database = (
+        open_sqlite(tmp_path) if request.param == "sqlite" else open_postgres(request.getfixturevalue("database_url"))
+    )
+    store = Collections(database, BINDING)
     yield store
     store.close()
 
@@ -56,7 +64,7 @@ def test_search_is_exact_and_breaks_ties_by_the_order_of_adding(store):
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = queries / np.linalg.norm(queries, axis=1, keepdims=True) @ unit.T
     np.testing.assert_allclose(found.scores, -np.sort(-cosines, axis=1)[:, :10], atol=1e-6)
-    assert [snapshot.ids[row] for row in found.rows[0][:2]] == ["3", "150"]
+    assert found.ids[0][:2] == ["3", "150"]
 
 
 def test_a_search_sees_what_was_added_and_not_what_was_deleted(store):
@@ -65,7 +73,9 @@ def test_a_search_sees_what_was_added_and_not_what_was_deleted(store):
     store.add("birds", [item(0, 0, 1, 0, id="c")])
     store.delete_item("birds", "a")
     assert store.snapshot("birds").ids == ("b", "c")
-    np.testing.assert_array_equal(store.snapshot("birds").unit_nD, [[0, 1, 0, 0], [0, 0, 1, 0]])
+    found = store.snapshot("birds").search(np.array([[0, 1, 0.1, 0], [1, 0, 0, 0]], np.float32), 2)
+    assert found.ids[0] == ["b", "c"]
+    assert found.scores[1].tolist() == [0, 0]
 
 
 def test_a_snapshot_in_use_does_not_change_under_writes(store):
@@ -129,11 +139,11 @@ def test_k_is_held_against_the_size(store):
 
 
 def test_another_network_is_refused_but_may_delete(tmp_path):
-    first = Collections(tmp_path, BINDING)
+    first = Collections(open_sqlite(tmp_path), BINDING)
     first.add("birds", [item(1, 0, 0, 0)])
     first.replace("samples", [item(1, 0, 0, 0)], "v1")
     first.close()
-    other = Collections(tmp_path, Binding("b" * 64, "{}", 4))
+    other = Collections(open_sqlite(tmp_path), Binding("b" * 64, "{}", 4))
     for use in (lambda: other.snapshot("birds"), lambda: other.add("birds", [item(1, 0, 0, 0)])):
         with pytest.raises(Conflict, match="made with weights aaaaaaaaaaaa, and the served weights are bbbbbbbbbbbb"):
             use()
@@ -144,17 +154,19 @@ def test_another_network_is_refused_but_may_delete(tmp_path):
     other.close()
 
 
-def test_one_server_at_a_time_has_the_folder(store, tmp_path):
+def test_one_server_at_a_time_has_the_folder(tmp_path):
+    store = Collections(open_sqlite(tmp_path), BINDING)
     with pytest.raises(InputError, match="another server has it open"):
-        Collections(tmp_path, BINDING)
+        Collections(open_sqlite(tmp_path), BINDING)
+    store.close()
 
 
 def test_a_store_that_cannot_be_read_is_bad_input_that_names_the_folder(tmp_path):
     (tmp_path / "collections.sqlite").write_bytes(b"this is no database" * 100)
     with pytest.raises(InputError, match=f"--collections {tmp_path}: .*not a database"):
-        Collections(tmp_path, BINDING)
+        Collections(open_sqlite(tmp_path), BINDING)
     (tmp_path / "collections.sqlite").unlink()
-    Collections(tmp_path, BINDING).close()  # the folder was let go of
+    Collections(open_sqlite(tmp_path), BINDING).close()  # the folder was let go of
 
 
 def test_searches_run_beside_writes(store):
@@ -165,7 +177,7 @@ def test_searches_run_beside_writes(store):
         while not stop.is_set():
             snapshot = store.snapshot("busy")
             found = snapshot.search(np.ones((1, 4), np.float32), snapshot.check_k(None))
-            if len(snapshot.ids) != len(snapshot.unit_nD) or found.rows.max() >= len(snapshot.ids):
+            if not set(found.ids[0]) <= set(snapshot.ids) or len(snapshot) != len(snapshot.ids):
                 errors.append(snapshot)
 
     threads = [threading.Thread(target=search) for _ in range(3)]
@@ -182,12 +194,135 @@ def test_searches_run_beside_writes(store):
     assert len(store.snapshot("busy").ids) == 41
 
 
+def test_only_items_of_a_label_are_searched_where_one_is_named(store):
+    store.add("birds", [item(1, n / 10, 0, 0, id=f"i{n}", label="even" if n % 2 == 0 else "odd") for n in range(6)])
+    snapshot = store.snapshot("birds")
+    query = np.array([[1, 0, 0, 0]], np.float32)
+    assert snapshot.search(query, 3, "odd").ids == [["i1", "i3", "i5"]]
+    assert snapshot.check_k(None, "even") == 3
+    with pytest.raises(InputError, match="holds 3 items labelled 'odd'"):
+        snapshot.check_k(4, "odd")
+    with pytest.raises(InputError, match="holds no items labelled 'none'"):
+        snapshot.check_k(None, "none")
+
+
+def test_a_write_copies_nothing_that_is_there(store):
+    store.add("many", [item(1, n, 0, 0, id=str(n)) for n in range(500)])
+    before = store.snapshot("many")
+    store.add("many", [item(0, 1, 0, 0, id="new")])
+    store.delete_item("many", "3")
+    after = store.snapshot("many")
+    assert np.shares_memory(before.unit_nD, after.unit_nD)
+    assert "3" in before.ids
+    assert "3" not in after.ids
+
+
+def test_what_was_removed_is_cleared_away_in_the_end(store):
+    store.add("many", [item(1, n, 0, 0, id=str(n), label=str(n % 3)) for n in range(40)])
+    store.snapshot("many")
+    for n in range(20):
+        store.delete_item("many", str(n))
+        assert store.snapshot("many").ids == tuple(str(one) for one in range(n + 1, 40))
+    store.add("many", [item(1, 0, 0, 1, id="5")])
+    snapshot = store.snapshot("many")
+    assert snapshot.n < 40
+    assert snapshot.ids[-1] == "5"
+    assert snapshot.search(np.array([[1, 0, 0, 1]], np.float32), 1).ids == [["5"]]
+
+
+def test_a_large_collection_is_searched_through_a_graph_that_follows_writes(store, monkeypatch):
+    monkeypatch.setattr(server.neighbours, "EXACT_ROWS", 1000)
+    monkeypatch.setattr(server.neighbours, "FEW", 50)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3000, 4)).astype(np.float32)
+    store.add("large", [item(*vector, id=str(n), label=str(n % 10)) for n, vector in enumerate(vectors)])
+    exact = store.snapshot("large")
+    deadline = time.monotonic() + 60
+    while store.snapshot("large").graph is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    store.add("large", [item(*vectors[7], id="twin", label="3")])
+    store.delete_item("large", "8")
+    snapshot = store.snapshot("large")
+    assert snapshot.graph is not None
+    queries = vectors[:200]
+    found = snapshot.search(queries, 10)
+    wanted = exact.search(queries, 10)
+    hits = sum(len(set(a) & set(b)) for a, b in zip(found.ids, wanted.ids, strict=True))
+    assert hits > 0.95 * 2000
+    assert found.ids[7][:2] == ["7", "twin"]
+    assert all("8" not in row for row in found.ids)
+    assert {label for row in snapshot.search(queries, 5, "3").labels for label in row} == {"3"}
+
+
+def test_a_collection_goes_to_a_file_and_comes_back(store):
+    store.add(
+        "birds", [item(1, n, 0, 0, id=f"i{n}", label="a", metadata={"n": n}, thumbnail=b"jpeg") for n in range(4)]
+    )
+    for form in ("npz", "parquet"):
+        table = read_collection(write_collection(store.exported("birds"), form))
+        assert store.imported(f"copy-{form}", table) == ["i0", "i1", "i2", "i3"]
+        (first, *_) = store.page(f"copy-{form}", 0, 10, None)
+        assert (first.id, first.label, first.metadata) == ("i0", "a", {"n": 0})
+        assert store.thumbnail(f"copy-{form}", "i0") == b"jpeg"
+    with pytest.raises(Conflict, match="cannot be compared"):
+        store.imported("copy", replace(table, weights_sha256="f" * 64))
+    with pytest.raises(InputError, match="no JSON"):
+        store.imported("copy", replace(table, metadata=["["] * 4))
+    assert "copy" not in [info.name for info in store.infos()]
+
+
+def test_servers_of_one_database_see_each_others_writes_at_once(database_url):
+    first, second = (Collections(open_postgres(database_url), BINDING) for _ in range(2))
+    first.add("shared", [item(1, 0, 0, 0, id="a")])
+    assert second.snapshot("shared").ids == ("a",)
+    second.add("shared", [item(0, 1, 0, 0, id="b")])
+    first.delete_item("shared", "a")
+    assert first.snapshot("shared").ids == second.snapshot("shared").ids == ("b",)
+    first.add("shared", [item(0, 0, 1, 0, id="a")])
+    assert second.snapshot("shared").ids == ("b", "a")
+    first.delete("shared")
+    first.add("shared", [item(0, 0, 0, 1, id="z")])
+    assert second.snapshot("shared").ids == ("z",)
+    with pytest.raises(Conflict, match="'z' is taken"):
+        second.add("shared", [item(1, 0, 0, 0, id="z")])
+    first.close()
+    second.close()
+
+
+def test_writers_of_several_servers_lose_nothing(database_url):
+    stores = [Collections(open_postgres(database_url), BINDING) for _ in range(3)]
+    stores[0].add("busy", [item(1, 0, 0, 0, id="first")])
+
+    def write(number):
+        for n in range(15):
+            stores[number].add("busy", [item(1, number, n, 0, id=f"{number}-{n}")])
+            if n % 5 == 4:
+                stores[number].delete_item("busy", f"{number}-{n}")
+            stores[(number + 1) % 3].snapshot("busy")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    wanted = {"first"} | {f"{number}-{n}" for number in range(3) for n in range(15) if n % 5 != 4}
+    for store in stores:
+        assert set(store.snapshot("busy").ids) == wanted
+        assert len(store.snapshot("busy")) == len(wanted)
+        store.close()
+
+
+def test_a_database_that_cannot_be_used_is_told_without_its_password(tmp_path):
+    for url in ("mysql://u:secret@h/d", "postgresql://u:secret@127.0.0.1:1/d", "nonsense", "postgresql://u:secret@h"):
+        with pytest.raises(InputError, match="--database") as told:
+            open_postgres(url)
+        assert "secret" not in str(told.value)
+
+
 WRITER = """
 import json, sys
 from pathlib import Path
 import numpy as np
 from server.collections import Binding, Collections, NewItem
-store = Collections(Path(sys.argv[1]), Binding("a" * 64, "{}", 4))
+from server.databases import open_database
+store = Collections(open_database(Path(sys.argv[1]), *sys.argv[2:] or [None]), Binding("a" * 64, "{}", 4))
 print("open", flush=True)
 for number in range(100_000):
     batch = [NewItem(vector=np.array([1, number, part, 0], np.float32), thumbnail=bytes(3000)) for part in range(3)]
@@ -195,9 +330,11 @@ for number in range(100_000):
 """
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_acknowledged_item_survives_kill_9_and_no_request_is_half_there(tmp_path, repo_root, seed):
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 100))])
+def test_every_acknowledged_item_survives_kill_9_and_no_request_is_half_there(kind, seed, tmp_path, repo_root, request):
+    url = [] if kind == "sqlite" else [request.getfixturevalue("database_url")]
+    command = [sys.executable, "-c", WRITER, str(tmp_path), *url]
     writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repo_root)
     assert writer.stdout is not None
     writer.stdout.readline()
@@ -206,10 +343,41 @@ def test_every_acknowledged_item_survives_kill_9_and_no_request_is_half_there(tm
     lines = writer.stdout.read().splitlines(keepends=True)
     writer.wait()
     acknowledged = [one for line in lines if line.endswith("\n") for one in json.loads(line)]
-    assert acknowledged
-    store = Collections(tmp_path, BINDING)
-    there = store.snapshot("kept").ids
+    store = Collections(open_database(tmp_path, *url or [None]), BINDING)
+    there = store.snapshot("kept").ids if store.infos() else ()
     store.close()
     assert set(acknowledged) <= set(there)
     assert len(there) % 3 == 0
     assert len(there) - len(acknowledged) <= 3
+
+
+FULL_DISK = """
+import json, resource, signal, sys
+from pathlib import Path
+import numpy as np
+from server.collections import Binding, Collections, NewItem
+from server.databases import open_sqlite
+from server.errors import StorageFailed
+store = Collections(open_sqlite(Path(sys.argv[1])), Binding("a" * 64, "{}", 4))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+kept = []
+try:
+    for number in range(1000):
+        item = NewItem(vector=np.array([1, number, 0, 0], np.float32), thumbnail=bytes(3000))
+        kept += store.add("kept", [item])
+except StorageFailed as error:
+    there = store.snapshot("kept")
+    print(json.dumps([str(error), kept, there.ids, there.search(np.ones((1, 4), np.float32), 1).ids]))
+"""
+
+
+def test_a_full_disk_is_told_and_reads_go_on(tmp_path, repo_root):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, cwd=repo_root, check=True
+    )
+    told, kept, there, found = json.loads(done.stdout)
+    assert "cannot be read or written" in told
+    assert len(kept) > 5
+    assert there == kept
+    assert len(found[0]) == 1

@@ -237,3 +237,33 @@ def test_the_page_for_people_needs_nothing_from_elsewhere(http):
     assert "://" not in page.text
     assert " src=" not in page.text
     assert http.get("/", follow_redirects=False).headers["location"] == "/docs"
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet"])
+def test_a_collection_is_exported_and_imported_as_one_file(http, form):
+    name = f"moved-{form}"
+    http.post(
+        f"/v1/collections/{name}/items", files=upload(png(0), png(1)), data={"label": ["a", "b"]}
+    ).raise_for_status()
+    exported = http.get(f"/v1/collections/{name}/export?format={form}")
+    assert exported.headers["content-disposition"] == f'attachment; filename="{name}.{form}"'
+    taken = http.post(f"/v1/collections/{name}-copy/import", content=exported.content)
+    assert taken.status_code == 201
+    items = http.get(f"/v1/collections/{name}/items").json()["items"]
+    copies = http.get(f"/v1/collections/{name}-copy/items").json()["items"]
+    assert [(one["id"], one["label"], one["metadata"]) for one in copies] == [
+        (one["id"], one["label"], one["metadata"]) for one in items
+    ]
+    assert http.get(copies[0]["thumbnail"]).content == http.get(items[0]["thumbnail"]).content
+    assert http.get(f"/v1/collections/{name}/export?format=csv").status_code == 400
+    assert http.post(f"/v1/collections/{name}-copy/import", content=b"nonsense").status_code == 400
+
+
+def test_search_and_classify_among_one_label_only(http):
+    http.post(
+        "/v1/collections/two/items", files=upload(png(0), png(1), png(2)), data={"label": ["a", "b", "b"]}
+    ).raise_for_status()
+    found = http.post("/v1/collections/two/search?label=b", files=upload(png(0))).json()["results"][0]["neighbours"]
+    assert {one["label"] for one in found} == {"b"}
+    assert len(found) == 2
+    assert http.post("/v1/collections/two/search?label=c", files=upload(png(0))).status_code == 400
