@@ -42,18 +42,14 @@ class CollectionFile:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        columns: dict[str, Sequence[Any]] = {
-            "label": self.labels,
-            "metadata": self.metadata,
-            "thumbnail": self.thumbnails,
-        }
         if self.vectors_nD.ndim != 2 or self.vectors_nD.dtype != np.float32:
             raise InputError(
                 f"vectors are {self.vectors_nD.dtype} {list(self.vectors_nD.shape)}; wanted float32 [n, D]"
             )
-        for name, column in {**columns, "vector": self.vectors_nD}.items():
-            if len(column) != n:
-                raise InputError(f"{n} ids and {len(column)} entries of {name!r}; wanted as many")
+        sizes = {"label": len(self.labels), "metadata": len(self.metadata), "thumbnail": len(self.thumbnails)}
+        for name, size in {**sizes, "vector": len(self.vectors_nD)}.items():
+            if size != n:
+                raise InputError(f"{n} ids and {size} entries of {name!r}; wanted as many")
 
     @property
     def about(self) -> dict[str, str]:

@@ -15,6 +15,8 @@ import numpy as np
 
 from data.errors import InputError
 
+_faiss: Any = faiss
+"""Its type stubs do not know what its Python layer adds."""
 DEFAULT_K = 5
 EXACT_ROWS = 200_000
 """Up to here every cosine is computed: it is exact, and next to the network it costs little."""
@@ -177,8 +179,8 @@ class Snapshot:
     def _by_graph(self, unit_ND: np.ndarray, k: int, wanted_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The graph's answer for its own rows, the exact one for those added since."""
         assert self.graph is not None
-        selector = faiss.IDSelectorBitmap(np.packbits(wanted_n[: self.graph.n], bitorder="little"))
-        how = faiss.SearchParametersHNSW(sel=selector, efSearch=max(GRAPH_SEARCH, 2 * k))
+        selector = _faiss.IDSelectorBitmap(np.packbits(wanted_n[: self.graph.n], bitorder="little"))
+        how = _faiss.SearchParametersHNSW(sel=selector, efSearch=max(GRAPH_SEARCH, 2 * k))
         scores, rows = self.graph.index.search(np.ascontiguousarray(unit_ND), k, params=how)
         since_rows, since_scores = self._exact(unit_ND, k, wanted_n, self.graph.n)
         scores = np.concatenate([np.where(rows < 0, -np.inf, scores), since_scores], axis=1)
