@@ -13,6 +13,7 @@ def main(
     recipe: str,
     options: Annotated[RunOptions, tyro.conf.arg(name="")],
     init: str | None = None,
+    freeze_backbone_steps: int | None = None,
     teacher: str | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -26,12 +27,22 @@ def main(
             images; smoke and smoke_dinov2 try things; docs/recipes.md lists the published ones.
         options: The run.
         init: Begin with these weights instead of random ones: a run folder (with its heads) or a backbone as `--ckpt` takes it.
-        teacher: Distil the frozen teacher of this finished DINOv2 run, usually of a larger backbone, with its heads.
+        freeze_backbone_steps: With --init, steps in which only heads learn; by default a tenth of the run and at most 1000 where a backbone
+            comes without heads, none where a run brings its own. With --eval-data k-NN then guards the weights.
+        teacher: Learn from a frozen teacher: the folder of a finished DINOv2 run, whose predictions a DINOv2 recipe learns, or any backbone
+            as `--ckpt` takes it, whose features are learned.
         epochs: Instead of the recipe's.
         batch_size: Images a step, instead of the recipe's; the learning rate follows.
     """
     check_name(recipe)
-    start(lambda n_images: find_recipe(recipe, n_images, batch_size, epochs), recipe, options, init, teacher)
+    start(
+        lambda n_images: find_recipe(recipe, n_images, batch_size, epochs),
+        recipe,
+        options,
+        init=init,
+        freeze_backbone_steps=freeze_backbone_steps,
+        teacher=teacher,
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def start(
     choose: Callable[[int], Recipe],
     name: str,
     options: RunOptions,
+    *,
     init: str | None = None,
+    freeze_backbone_steps: int | None = None,
     teacher: str | None = None,
 ) -> None:
     """Open the data, train, and print the checkpoint's path; `choose` gives the recipe for a number of images. Raises InputError."""
@@ -81,6 +83,7 @@ def start(
             views=options.views,
             device=device,
             init=init,
+            freeze_backbone_steps=freeze_backbone_steps,
             teacher=teacher,
             eval_data=options.eval_data,
             eval_every=options.eval_every,

@@ -48,6 +48,7 @@ def train_step_(
 
     sums = backward_(state, terms(), accumulate)
     frozen: list[nn.Module] = [state.student.head.last_layer] if at.freeze_last_layer else []
+    frozen += [state.student.backbone] if at.freeze_backbone else []
     found, done = update_(
         state,
         sums,

@@ -155,7 +155,8 @@ def train_step_(
             yield loss_terms(state.student, part, said, spec, hide, of_cls, guesses if watch else None)
 
     sums = backward_(state, terms(), accumulate)
-    found, done = update_(state, sums, at.momentum, lambda student: clip_each_network_(student, spec.clip_norm))
+    frozen = [state.student.backbone] if at.freeze_backbone else []
+    found, done = update_(state, sums, at.momentum, lambda student: clip_each_network_(student, spec.clip_norm), frozen)
     if not done:
         go_back()
         return found

@@ -51,6 +51,7 @@ class Schedule:
     momentum: float
     teacher_temperature: float
     freeze_last_layer: bool
+    freeze_backbone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

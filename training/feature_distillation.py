@@ -195,6 +195,7 @@ def train_step_(
         backward_(state, terms(), accumulate),
         at.momentum,
         lambda student: {"grad_norm": clip_together_(student.parameters(), spec.clip_norm)},
+        spare=[state.student.backbone] if at.freeze_backbone else [],
     )
     if not done:
         go_back()

@@ -26,6 +26,7 @@ from data.loader import Maker, ViewLoader, Views
 from data.streams import Stream
 from training import parallel
 from training.distillation import State
+from training.guard import Guard
 from training.guides import fingerprint, learn_from
 from training.methods import make_state, take_step_
 from training.picture import Album
@@ -40,7 +41,7 @@ from training.saved_state import Saver
 from training.scale import Scale, plain_backbone, spread_
 from training.speed import measure_speed
 from training.step import parts_of
-from training.warm_start import warm_start_
+from training.warm_start import warm_start_, warming_heads
 from training.watch import Watch
 
 SAVE_EVERY_S = 120.0
@@ -59,6 +60,7 @@ def train(
     views: Maker = "workers",
     device: torch.device | None = None,
     init: str | None = None,
+    freeze_backbone_steps: int | None = None,
     teacher: str | None = None,
     eval_data: str | None = None,
     eval_every: EvalEvery | None = None,
@@ -67,7 +69,8 @@ def train(
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
-    `init` names the weights to begin with instead of random ones, see `warm_start_`; `teacher` the frozen teacher that is learned
+    `init` names the weights to begin with instead of random ones, see `warm_start_`; heads learn alone for
+    `freeze_backbone_steps`, see `warming_heads`; `teacher` the frozen teacher that is learned
     from, a run or any backbone, see `learn_from`; `eval_data` a labelled set on which the run's teacher is measured, by default
     after each epoch, and whose test images are drawn; `scale` how it is computed, which changes nothing of what is learned.
 
@@ -97,6 +100,10 @@ def train(
         places=out / "places.jsonl",
     )
     steps_per_epoch = recipe.epoch_steps or len(loader)
+    if init:
+        recipe = warming_heads(recipe, init, recipe.epochs * steps_per_epoch, freeze_backbone_steps)
+    elif freeze_backbone_steps:
+        raise InputError("--freeze-backbone-steps is for --init: random backbones have nothing to keep")
     probe = KnnProbe(eval_data, (eval_every or EvalEvery()).steps(steps_per_epoch)) if eval_data else None
     folder = RunFolder(out)
     resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
@@ -143,6 +150,7 @@ class Run:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved, self.probe = resolved, probe
         self.n_listed = 0
+        self.guard: Guard | None = None
         if parallel.rank() == 0:
             self.album = Album(
                 folder.path, probe.splits.val if probe else loader.dataset, recipe.preprocess, loader.dataset
@@ -159,6 +167,11 @@ class Run:
         self.log, self.watch = log, Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
         if step == 0:
             self.watch.begin(self.loader.dataset)
+        if self.probe and "init" in self.resolved:
+            self.guard = Guard(self.folder, log)
+            self.guard.begin(step)
+            if step == 0:
+                self._measure(self.probe, step)
         speed = measure_speed(self.recipe, self.device, parallel.world_size(), self.state.guide)
         saved_at, waited_from = time.monotonic(), time.monotonic()
         for views in self._batches(step, end):
@@ -190,6 +203,8 @@ class Run:
             return {}
         top1 = probe.top1(backbone, self._manifest(step), self.device.type)
         self.log.say(f"step {step}: k-NN top-1 of the teacher {top1:.4f}")
+        if self.guard and self.guard.see(step, top1):
+            save_backbone(self.guard.best_checkpoint, backbone, self._manifest(step))
         return {"knn_top1": top1}
 
     def _batches(self, step: int, end: int) -> Iterator[Views]:

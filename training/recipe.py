@@ -40,6 +40,8 @@ class OptimSpec:
     teacher_warmup_epochs: float = 0
     freeze_last_layer_epochs: float = 1
     """While it lasts the prototypes keep their first values, which steadies the start."""
+    freeze_backbone_steps: int = 0
+    """Steps before all schedules begin, in which only heads learn: fresh heads would spoil a backbone that was loaded."""
     layer_decay: float = 1.0
     """Learning rate of a block over that of the block above it (DINOv2 only)."""
     patch_embed_lr: float = 1.0
@@ -121,6 +123,7 @@ class Recipe:
                 warmup_epochs=optim.warmup_epochs * share,
                 teacher_warmup_epochs=optim.teacher_warmup_epochs * share,
                 freeze_last_layer_epochs=optim.freeze_last_layer_epochs * share,
+                freeze_backbone_steps=0,
             ),
             epochs=epochs,
             expected={},

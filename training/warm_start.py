@@ -5,6 +5,7 @@ published backbones are trained on.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from training.recipe import Recipe
 from training.run_folder import RunFolder, read_object
 
 TABLE = "pos_embed"
+MOST_HEAD_STEPS = 1000
+"""Fresh heads have settled by then: their loss falls no faster than the backbone's would."""
 
 
 def warm_start_(state: State[Any], source: str) -> None:
@@ -49,6 +52,16 @@ def warm_start_(state: State[Any], source: str) -> None:
     weights = load_backbone(source).model.state_dict()
     for network in (state.student, state.teacher):
         fit_(network.backbone, weights, source)
+
+
+def warming_heads(recipe: Recipe, init: str, steps: int, wanted: int | None) -> Recipe:
+    """`recipe` of a run of so many `steps` that begins with `init`, with a while in which fresh heads learn alone.
+
+    A run brings its heads, and needs none. For a backbone it is a tenth of the run, at most `MOST_HEAD_STEPS`; `wanted` overrules both.
+    """
+    if wanted is None:
+        wanted = 0 if RunFolder(Path(init)).recipe.is_file() else min(steps // 10, MOST_HEAD_STEPS)
+    return replace(recipe, optim=replace(recipe.optim, freeze_backbone_steps=wanted))
 
 
 def frozen_teacher(source: str, recipe: Recipe, device: torch.device) -> nn.Module:

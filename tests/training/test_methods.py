@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from backbones.resnet import ResNet, ResNetSpec
-from training.distillation import Learner, Schedule, State, StepSpec, make_learners, teacher_copy, train_step_
+from training.dinov1 import train_step_
+from training.distillation import Learner, Schedule, State, StepSpec, make_learners, teacher_copy
 from training.losses import koleo_loss
 from training.methods import make_state, take_step_
 from training.optimizer import dino_multipliers, make_optimizer
