@@ -118,6 +118,11 @@ def fit_view(image_HWC: np.ndarray, pre: Preprocess, longest_px: int) -> np.ndar
     return normalise(np.asarray(image), pre)
 
 
+def box_view(image_HWC: np.ndarray, pre: Preprocess, box: tuple[float, float, float, float]) -> np.ndarray:
+    """What lies within a box (left, upper, right, lower, px), squashed to the size of a centre view: float32 [3,S,S]."""
+    return normalise(_resize(image_HWC, pre.size_px, pre, box), pre)
+
+
 def normalise(image_HWC: np.ndarray, pre: Preprocess) -> np.ndarray:
     """uint8 [H,W,3] to float32 [3,H,W]: (x / 255 - mean) / std by a table of 256 values a channel, so exactly."""
     tables = _tables(pre.mean, pre.std)

@@ -160,6 +160,8 @@ def measure_parts(
     for what, part in parts.items():
         with progress_bar(f"{title}: {what}") as progress:
             tables.append(extract(runtime, part, spec, progress))
+        if what == "train" and spec.augmented:
+            tables[-1] = replace(tables[-1], augmented=_augmented(title, runtime, part, spec))
     extracted = time.perf_counter()
     measurement = evaluate(tables)
     for what, table in zip(parts, tables, strict=True):
@@ -176,6 +178,15 @@ def measure_parts(
         counts |= {"n_classes": len(classes), "classes": classes}
     counts["skipped"] = {name: reason for table in tables for name, reason in table.skipped}
     return measurement, timing, counts
+
+
+def _augmented(title: str, runtime: Runtime, part: Dataset, spec: ExtractSpec) -> tuple[FeatureTable, ...]:
+    """The training images in each of the further views."""
+    tables = []
+    for number, view in enumerate(spec.augmented, start=1):
+        with progress_bar(f"{title}: train, view {number} of {len(spec.augmented)}") as progress:
+            tables.append(extract(runtime, part, replace(spec, view=view, augmented=()), progress))
+    return tuple(tables)
 
 
 def measure_baseline(

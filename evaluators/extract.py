@@ -75,6 +75,8 @@ class FeatureTable:
     sanity: Sanity | None = None
     cached: bool = False
     """Whether nothing had to be computed."""
+    augmented: tuple["FeatureTable", ...] = ()
+    """Other views of the same images in the same order, to train on."""
 
     @property
     def features(self) -> np.ndarray:
@@ -89,7 +91,7 @@ class FeatureTable:
 class ExtractSpec:
     """How a network is run over a data set."""
 
-    columns: tuple[Column, ...] = ("embedding", "patch_mean")
+    columns: tuple[Column, ...] = ("embedding", "patch_mean", "cls_last4")
     """A column the runtime cannot give is an error, except those that are `LEFT_OUT_IF_MISSING`."""
     view: ViewSpec = field(default_factory=ViewSpec)
     scales: tuple[float, ...] = (1.0,)
@@ -101,6 +103,8 @@ class ExtractSpec:
     cache_dir: Path | None = None
     """Root of the feature cache; None: features stay in memory."""
     group_column: str | None = None
+    augmented: tuple[ViewSpec, ...] = ()
+    """Further views of training images; `extract` leaves them to its callers."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 1:

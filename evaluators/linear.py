@@ -1,10 +1,11 @@
 """Features in, the accuracy of a linear classifier on them out (the linear probe of DINO and DINOv2).
 
-Two combinations of features (CLS; CLS and mean patch, concatenated) times thirteen learning rates, trained on cached
-features in one pass a combination. The headline is clean: combination and learning rate are chosen on held-out parts
-of the training images, and the test images are looked at once. The published protocol, the best head on the test
+Combinations of features times learning rates, all heads trained side by side on the same batches of features that were
+extracted once: of centre views, or, as published, of randomly cropped and flipped ones (a fixed number of them, so that
+the network need not run again at each step). The headline is clean: combination and learning rate are chosen on held-out
+parts of the training images, and the test images are looked at once. The published protocol, the best head on the test
 images themselves, is reported beside it as `top1_best_on_val`.
-Read in this order: LinearSpec, combinations, held_out_scores, evaluate, run.
+Read in this order: LinearSpec, held_out_scores, evaluate, run.
 Legend: n images, H heads (one per learning rate), C classes, D feature size.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, save_head
 from data.errors import CheckFailed, InputError, run_cli
+from data.preprocess import Interpolation
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
 from evaluators.classification import (
     ClassificationRun,
@@ -30,30 +32,44 @@ from evaluators.classification import (
     run_classification,
     summary,
 )
-from evaluators.extract import FeatureTable
-from evaluators.linear_grid import Heads, train_heads
+from evaluators.combinations import Wide, names_for, wide
+from evaluators.extract import ExtractSpec, FeatureTable
+from evaluators.linear_grid import Heads, train_grid
 from evaluators.results import Measurement, check_writable
 from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
+from evaluators.view_batches import ViewSpec
 
 VERSION = 1
 LR_PER_256 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """Learning rates of DINOv2's linear evaluation, for a batch of 256 images."""
+DINO_LR_PER_256 = (1e-3,)
+"""DINO's default, for a batch of 256 images; its ResNet-50 wants 0.1 to 0.3."""
 FOLDS = 5
 """Parts the training images are cut into by a hash of their group; selection holds out some of them in turn."""
+ROWS_AT_ONCE = 8192
+"""Test images that are classified at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
     """The linear protocol."""
 
-    lr: tuple[float, ...] = LR_PER_256
-    """Learning rates for a batch of 256; multiplied by batch / 256 for the batch used."""
+    preset: Literal["dino", "dinov2"] | None = None
+    """dinov2: CLS of the last 1 and 4 blocks, each without and with the mean patch, times 13 learning rates: 52 heads, 10
+    epochs. dino: CLS of the last 4 blocks (ViT-S) or CLS with mean patch (wider), 1 learning rate, 100 epochs. Both on
+    cropped and flipped training images. The last 4 blocks need torch (a checkpoint, not an exported file or a server).
+    Left out: CLS without and with mean patch of the last block, 13 learning rates, centre views, on any engine."""
+    lr: tuple[float, ...] | None = None
+    """Learning rates for a batch of 256; multiplied by batch / 256 for the batch used. Left out: the preset's."""
     batch: int | None = None
     """Images a step; left out: 1024 as published, or 256 where an epoch would have fewer than 10 such batches."""
-    epochs: int = 10
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images; left out: 10, or 100 for dino."""
     min_steps: int = 1000
     """Small sets are passed over more often, until this many steps are made."""
+    views: int | None = None
+    """Randomly cropped and flipped views of each training image, extracted once and taken in turn, one an epoch; 0: its
+    centre view. Left out: 0, or 10 with a preset."""
     held_out: int | None = None
     """How many fifths of the training images are held out in turn to choose the head (1 to 5); left out: 3 below
     10,000 images, else 1."""
@@ -61,12 +77,41 @@ class LinearSpec:
     """Where the headline's head is chosen: held-out training images, or, as published, the test images."""
 
     def __post_init__(self) -> None:
-        if not self.lr or not all(0 < lr < math.inf for lr in self.lr):
-            raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
-        if self.epochs < 1 or self.min_steps < 1 or (self.batch is not None and self.batch < 1):
+        if not self.rates or not all(0 < lr < math.inf for lr in self.rates):
+            raise InputError(f"--lr {' '.join(map(str, self.rates)) or '(empty)'}: wanted learning rates above 0")
+        if self.passes < 1 or self.min_steps < 1 or (self.batch is not None and self.batch < 1):
             raise InputError("--epochs, --min-steps and --batch: wanted at least 1 each")
+        if self.n_views < 0:
+            raise InputError(f"--views {self.views}: wanted 0 or more")
         if self.held_out is not None and not 1 <= self.held_out <= FOLDS:
             raise InputError(f"--held-out {self.held_out}: wanted 1 to {FOLDS} fifths of the training images")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates for a batch of 256."""
+        if self.lr is not None:
+            return self.lr
+        return DINO_LR_PER_256 if self.preset == "dino" else LR_PER_256
+
+    @property
+    def passes(self) -> int:
+        """Epochs."""
+        if self.epochs is not None:
+            return self.epochs
+        return 100 if self.preset == "dino" else 10
+
+    @property
+    def n_views(self) -> int:
+        """Random views of each training image; 0: the centre view."""
+        if self.views is not None:
+            return self.views
+        return 0 if self.preset is None else 10
+
+    def extraction(self) -> ExtractSpec:
+        """What is extracted: centre views of all images, and random ones of those trained on."""
+        filter_used: Interpolation = "bilinear" if self.preset == "dino" else "bicubic"
+        random = (ViewSpec(view="random", number=number, interpolation=filter_used) for number in range(self.n_views))
+        return ExtractSpec(augmented=tuple(random))
 
     def batch_for(self, n_train: int) -> int:
         """Images a step on a training set of this size."""
@@ -74,27 +119,20 @@ class LinearSpec:
 
     def steps_for(self, n_train: int) -> int:
         """Steps on a training set of this size."""
-        return max(self.min_steps, self.epochs * (n_train // self.batch_for(n_train)))
+        return max(self.min_steps, self.passes * (n_train // self.batch_for(n_train)))
 
     def folds_for(self, n_train: int) -> int:
         """Parts held out in turn."""
         return self.held_out or (3 if n_train < 10_000 else 1)
 
 
-def combinations(table: FeatureTable) -> dict[str, np.ndarray]:
-    """Feature combinations [n, D or 2D] by name; a network without patch tokens has the first only."""
-    combined = {"cls": table.features}
-    if "patch_mean" in table.columns:
-        combined["cls+patch_mean"] = np.concatenate([table.features, table.columns["patch_mean"]], axis=1)
-    return combined
-
-
 def held_out_scores(
-    features: Mapping[str, Tensor], labels_n: Tensor, folds_n: np.ndarray, n_classes: int, spec: LinearSpec, seed: int
+    seen: Wide, center: Wide, labels_n: Tensor, folds_n: np.ndarray, n_classes: int, spec: LinearSpec, seed: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each combination, accuracy [H] and mean cross-entropy [H] on training images that the heads did not see.
 
-    Raises InputError where the images cannot be cut into parts.
+    Heads are trained on `seen` and judged on the `center` views. Raises InputError where the images cannot be cut into
+    parts.
     """
     parts = parts_to_hold_out(folds_n, spec.folds_for(len(labels_n)))
     if not parts:
@@ -102,25 +140,37 @@ def held_out_scores(
             f"{len(labels_n)} training images cannot be cut into parts to choose a head on "
             "(too few, or all of one group); use --group-by none or --select-on val"
         )
-    scores = {}
-    for name, features_nD in features.items():
-        hits, losses = [], []
-        for fold in parts:
-            out_n = torch.from_numpy(folds_n == fold)
-            heads = _train(features_nD[~out_n], labels_n[~out_n], n_classes, spec, seed)
-            logits = heads.logits(features_nD[out_n])
-            truth = labels_n[out_n]
-            hits.append((logits.argmax(dim=2) == truth[:, None]).float())
-            losses.append(-logits.log_softmax(dim=2)[torch.arange(len(truth)), :, truth])
-        scores[name] = (torch.cat(hits).mean(dim=0).numpy(), torch.cat(losses).mean(dim=0).numpy())
-    return scores
+    hits: dict[str, list[Tensor]] = {name: [] for name in seen.slices}
+    losses: dict[str, list[Tensor]] = {name: [] for name in seen.slices}
+    for fold in parts:
+        out = np.flatnonzero(folds_n == fold)
+        grid = _train(seen, np.flatnonzero(folds_n != fold), labels_n, n_classes, spec, seed)
+        truth, features = labels_n[out], center.take(out)
+        for name, heads in grid.items():
+            logits = heads.logits(features[:, center.slices[name]])
+            hits[name].append((logits.argmax(dim=2) == truth[:, None]).float())
+            losses[name].append(-logits.log_softmax(dim=2)[torch.arange(len(truth)), :, truth])
+    return {
+        name: (torch.cat(hits[name]).mean(dim=0).numpy(), torch.cat(losses[name]).mean(dim=0).numpy()) for name in hits
+    }
 
 
-def _train(features_nD: Tensor, labels_n: Tensor, n_classes: int, spec: LinearSpec, seed: int) -> Heads:
-    n = len(labels_n)
+def _train(
+    seen: Wide, rows_n: np.ndarray, labels_n: Tensor, n_classes: int, spec: LinearSpec, seed: int
+) -> dict[str, Heads]:
+    """Every head on these rows of the training images."""
+    n, rows = len(rows_n), torch.from_numpy(rows_n)
     batch = spec.batch_for(n)
-    rates = [lr * batch / 256 for lr in spec.lr]
-    return train_heads(features_nD, labels_n, n_classes, rates, steps=spec.steps_for(n), batch=batch, seed=seed)
+    return train_grid(
+        lambda picked, epoch: seen.take(rows[picked], epoch),
+        seen.slices,
+        labels_n[rows],
+        n_classes,
+        [lr * batch / 256 for lr in spec.rates],
+        steps=spec.steps_for(n),
+        batch=batch,
+        seed=seed,
+    )
 
 
 def evaluate(
@@ -135,21 +185,18 @@ def evaluate(
     """
     train_labels, test_labels_n, classes = index_labels(train, test)
     labels_n = torch.from_numpy(train_labels)
-    train_features = {name: torch.tensor(array) for name, array in combinations(train).items()}
-    test_features = {name: torch.tensor(array) for name, array in combinations(test).items()}
+    names = names_for(spec.preset, train)
+    center, tested = wide([train], names), wide([test], names)
+    seen = wide(train.augmented, names) if train.augmented else center
     folds_n = np.array([hash_bucket(f"fold/{group}", FOLDS) for group in train.groups])
     held_out = (
-        held_out_scores(train_features, labels_n, folds_n, len(classes), spec, seed)
-        if spec.select_on == "train"
-        else {}
+        held_out_scores(seen, center, labels_n, folds_n, len(classes), spec, seed) if spec.select_on == "train" else {}
     )
     grid: list[dict[str, Any]] = []
     fitted: list[tuple[Guesses, Tensor, Tensor]] = []
-    for name, features_nD in train_features.items():
-        heads = _train(features_nD, labels_n, len(classes), spec, seed)
-        logits_nHC = heads.logits(test_features[name]).numpy()
-        for head, lr in enumerate(spec.lr):
-            guesses = rank_classes(logits_nHC[:, head], test_labels_n)
+    for name, heads in _train(seen, np.arange(len(train)), labels_n, len(classes), spec, seed).items():
+        for head, lr in enumerate(spec.rates):
+            guesses = _guess(heads, head, tested, name, test_labels_n)
             entry = {"features": name, "lr_per_256": lr, "lr": lr * spec.batch_for(len(labels_n)) / 256}
             entry |= accuracies(guesses, test_labels_n, len(classes))
             entry["diverged"] = not bool(heads.finite_H[head])
@@ -164,6 +211,17 @@ def evaluate(
     parts = parts_to_hold_out(folds_n, spec.folds_for(len(labels_n)))
     selected_on = held_out_words(parts) if spec.select_on == "train" else "val, as published"
     return _measurement(train, test, spec, grid, fitted, test_labels_n, classes, selected_on)
+
+
+def _guess(heads: Heads, head: int, tested: Wide, name: str, labels_n: np.ndarray) -> Guesses:
+    """What one head says of the test images, some rows at a time."""
+    one = Heads(heads.weight_DHC[:, head : head + 1], heads.bias_HC[head : head + 1])
+    parts = []
+    for start in range(0, len(labels_n), ROWS_AT_ONCE):
+        rows = np.arange(start, min(start + ROWS_AT_ONCE, len(labels_n)))
+        logits_nC = one.logits(tested.take(rows)[:, tested.slices[name]])[:, 0].numpy()
+        parts.append(rank_classes(logits_nC, labels_n[rows]))
+    return Guesses(*(np.concatenate([getattr(part, which) for part in parts]) for which in ("predicted_N", "rank_N")))
 
 
 def _measurement(
@@ -188,7 +246,7 @@ def _measurement(
     return Measurement(
         evaluator="linear",
         protocol=(
-            f"linear classifiers on fixed features of centre views, SGD momentum 0.9, cosine, no decay, "
+            f"linear classifiers on fixed features of {_views_in_words(train)}, SGD momentum 0.9, cosine, no decay, "
             f"{spec.steps_for(n)} steps of {spec.batch_for(n)} images"
         ),
         version=VERSION,
@@ -197,8 +255,15 @@ def _measurement(
         selected_on=selected_on,
         chosen={key: grid[chosen][key] for key in ("features", "lr_per_256")},
         grid=grid,
-        settings=asdict(spec) | {"batch": spec.batch_for(n), "steps": spec.steps_for(n)},
-        notes=_notes(grid, chosen, spec),
+        settings=asdict(spec)
+        | {
+            "batch": spec.batch_for(n),
+            "steps": spec.steps_for(n),
+            "lr": list(spec.rates),
+            "epochs": spec.passes,
+            "views": len(train.augmented),
+        },
+        notes=_notes(grid, chosen, spec, train),
         predictions={
             "names": np.array(test.names),
             "labels": test_labels_n,
@@ -218,10 +283,20 @@ def _merit(entry: Mapping[str, Any]) -> tuple[bool, float, float]:
     return not entry["diverged"], entry["train_held_out_top1"], -math.inf if loss is None else -loss
 
 
-def _notes(grid: list[dict[str, Any]], chosen: int, spec: LinearSpec) -> list[str]:
+def _views_in_words(train: FeatureTable) -> str:
+    if not train.augmented:
+        return "centre views"
+    return f"{len(train.augmented)} random crops of each image, flipped at random, one an epoch"
+
+
+def _notes(grid: list[dict[str, Any]], chosen: int, spec: LinearSpec, train: FeatureTable) -> list[str]:
     notes = []
     lr = grid[chosen]["lr_per_256"]
-    if len(spec.lr) > 1 and lr in (min(spec.lr), max(spec.lr)):
+    rates = sorted(entry["lr"] for entry in grid)
+    notes.append(f"effective learning rates {rates[0]:.3g} to {rates[-1]:.3g}, scaled to the batch that is used")
+    if spec.preset is not None and "cls_last4" not in train.columns:
+        notes.append("the last 4 blocks are not to be had here (they need a ViT of 4 blocks on torch): last block only")
+    if len(spec.rates) > 1 and lr in (min(spec.rates), max(spec.rates)):
         notes.append(f"the chosen learning rate {lr:g} is at the edge of the grid; widen it with --lr")
     diverged = sum(entry["diverged"] for entry in grid)
     if diverged:
@@ -232,7 +307,7 @@ def _notes(grid: list[dict[str, Any]], chosen: int, spec: LinearSpec) -> list[st
 def save_linear_head(path: Path, measurement: Measurement, result: Mapping[str, Any]) -> HeadManifest:
     """Write the chosen head, bound to the backbone that `result` is about; returns its manifest.
 
-    The manifest's `features` is a key of `combinations`: what the head wants of this backbone's centre views.
+    The manifest's `features` is a key of `combinations.combinations`: what the head wants of this backbone's centre views.
     """
     weight_CD = torch.from_numpy(measurement.learned["weight"])
     n_classes, width_in = weight_CD.shape
@@ -259,7 +334,9 @@ def run(
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
     if save_head_to is not None:
         check_writable(save_head_to, "--save-head", ".safetensors")
-    result, measurement = run_classification(options, lambda train, test: evaluate(train, test, spec, options.seed))
+    result, measurement = run_classification(
+        options, lambda train, test: evaluate(train, test, spec, options.seed), lambda _: spec.extraction()
+    )
     if save_head_to is not None:
         save_linear_head(save_head_to, measurement, result)
     return result

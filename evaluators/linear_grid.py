@@ -1,4 +1,5 @@
-"""Many linear classifiers on the same features, trained as one: features and labels in, one head per learning rate out.
+"""Many linear classifiers on the same images, trained as one: features and labels in, one head per learning rate and
+combination of features out.
 
 The heads share every batch, so their logits are one product X W with the heads side by side, and the gradient of
 softmax cross-entropy is known in closed form: two products a step, whatever the number of heads, and no autograd.
@@ -7,7 +8,7 @@ Legend: n images, B batch, D feature size, H heads, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,37 +49,82 @@ def train_heads(
     batch: int,
     seed: int,
 ) -> Heads:
-    """Train one head per learning rate: SGD, momentum 0.9, no decay, cosine to 0 per step, mean cross-entropy.
+    """Train one head per learning rate on all features; see `train_grid`."""
+    whole = {"all": slice(0, features_nD.shape[1])}
+    grid = train_grid(
+        lambda rows, _: features_nD[rows],
+        whole,
+        labels_n,
+        n_classes,
+        learning_rates,
+        steps=steps,
+        batch=batch,
+        seed=seed,
+    )
+    return grid["all"]
 
-    Batches are cut from a fresh permutation each epoch; an incomplete last batch is dropped, as in the published code.
+
+def train_grid(
+    take: Callable[[Tensor, int], Tensor],
+    combinations: Mapping[str, slice],
+    labels_n: Tensor,
+    n_classes: int,
+    learning_rates: Sequence[float],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> dict[str, Heads]:
+    """Train one head per combination and learning rate: SGD, momentum 0.9, no decay, cosine to 0 per step, mean loss.
+
+    `take(rows, epoch)` gives the features [B, W] of a batch; a combination is a range of their columns. All heads share
+    each batch. Batches are cut from a fresh permutation each epoch; an incomplete last one is dropped, as published.
     """
-    generator = torch.Generator().manual_seed(seed)
-    n, width = features_nD.shape
-    batch = min(batch, n)
-    n_heads = len(learning_rates)
-    first_DC = torch.empty(width, n_classes).normal_(0.0, INITIAL_STD, generator=generator)
-    weight = first_DC[:, None, :].expand(width, n_heads, n_classes).reshape(width, -1).clone()
-    bias = torch.zeros(n_heads * n_classes)
-    speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
-    rates = torch.tensor(learning_rates, dtype=torch.float32).repeat_interleave(n_classes)
-    order = torch.empty(0, dtype=torch.int64)
+    generators = [torch.Generator().manual_seed(seed) for _ in combinations]
+    batch = min(batch, len(labels_n))
+    group = {
+        name: _Group(columns, n_classes, learning_rates, batch, generator)
+        for (name, columns), generator in zip(combinations.items(), generators, strict=True)
+    }
+    order, epoch = torch.empty(0, dtype=torch.int64), -1
     for step in range(steps):
         if len(order) < batch:
-            order = torch.randperm(n, generator=generator)
+            order, epoch = torch.randperm(len(labels_n), generator=generators[0]), epoch + 1
         rows, order = order[:batch], order[batch:]
-        x_BD = features_nD[rows]
-        error = _logit_gradient(torch.addmm(bias, x_BD, weight), labels_n[rows], n_classes)
-        speed.mul_(MOMENTUM).addmm_(x_BD.T, error)
-        bias_speed.mul_(MOMENTUM).add_(error.sum(dim=0))
+        x_BW = take(rows, epoch)
         shrink = (1 + math.cos(math.pi * step / steps)) / 2
-        weight.addcmul_(speed, rates, value=-shrink)
-        bias.addcmul_(bias_speed, rates, value=-shrink)
-    return Heads(weight.reshape(width, n_heads, n_classes), bias.reshape(n_heads, n_classes))
+        for heads in group.values():
+            heads.step_(x_BW[:, heads.columns], labels_n[rows], shrink)
+    return {name: heads.result() for name, heads in group.items()}
 
 
-def _logit_gradient(logits: Tensor, labels_B: Tensor, n_classes: int) -> Tensor:
-    """d(mean cross-entropy)/d(logits) = (softmax - one-hot) / B, for each head's block of columns [B, H*C]."""
-    n = len(logits)
-    error_BHC = logits.reshape(n, -1, n_classes).softmax(dim=2)
-    error_BHC[torch.arange(n), :, labels_B] -= 1
-    return error_BHC.reshape(n, -1).div_(n)
+class _Group:
+    """The heads of one combination, side by side: a step is two products, and passes over what these gave."""
+
+    def __init__(
+        self, columns: slice, n_classes: int, rates: Sequence[float], batch: int, generator: torch.Generator
+    ) -> None:
+        self.columns, self._shape_HC = columns, (len(rates), n_classes)
+        width, n = columns.stop - columns.start, len(rates) * n_classes
+        first_DC = torch.empty(width, n_classes).normal_(0.0, INITIAL_STD, generator=generator)
+        self._weight = first_DC[:, None, :].expand(width, *self._shape_HC).reshape(width, -1).clone()
+        self._bias = torch.zeros(n)
+        self._speed, self._bias_speed = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
+        self._rates = torch.tensor(rates, dtype=torch.float32).repeat_interleave(n_classes) / batch
+        self._logits, self._error = torch.empty(batch, n), torch.empty(batch, n)
+        self._every = torch.arange(batch)
+
+    def step_(self, x_BD: Tensor, labels_B: Tensor, shrink: float) -> None:
+        """One step of SGD. The gradient of the summed cross-entropy is softmax - one-hot; 1 / B is part of the rates."""
+        torch.addmm(self._bias, x_BD, self._weight, out=self._logits)
+        error_BHC = self._error.view(-1, *self._shape_HC)
+        torch.softmax(self._logits.view_as(error_BHC), dim=2, out=error_BHC)
+        error_BHC[self._every, :, labels_B] -= 1
+        torch.addmm(self._speed, x_BD.T, self._error, beta=MOMENTUM, out=self._speed)
+        self._bias_speed.mul_(MOMENTUM).add_(self._error.sum(dim=0))
+        self._weight.addcmul_(self._speed, self._rates, value=-shrink)
+        self._bias.addcmul_(self._bias_speed, self._rates, value=-shrink)
+
+    def result(self) -> Heads:
+        """The heads as they stand."""
+        return Heads(self._weight.reshape(-1, *self._shape_HC), self._bias.reshape(self._shape_HC))

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from data.datasets import open_dataset
 from evaluators.baselines import open_baseline
+from evaluators.combinations import combinations
 from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.knn import evaluate
-from evaluators.linear import combinations
 from evaluators.results import SCHEMA, load_result
 from evaluators.splits import labelled, open_splits
 from exports.to_onnx import export_onnx

@@ -12,8 +12,9 @@ from backbones.checkpoints import CheckpointError
 from backbones.heads import LinearHead, load_head
 from data.errors import CheckFailed, InputError
 from evaluators.classification import ClassificationRun
+from evaluators.combinations import combinations, names_for, wide
 from evaluators.extract import FeatureTable, extract
-from evaluators.linear import FOLDS, LinearSpec, combinations, evaluate, held_out_scores, run
+from evaluators.linear import FOLDS, LinearSpec, evaluate, held_out_scores, run
 from evaluators.linear_grid import train_heads
 from evaluators.splits import hash_bucket, open_splits
 from runtimes.open import open_runtime
@@ -36,7 +37,7 @@ def blobs(n: int, seed: int, groups: list[str] | None = None) -> FeatureTable:
 def test_the_combinations_are_cls_alone_and_cls_followed_by_the_mean_patch() -> None:
     table = blobs(6, 0)
     combined = combinations(table)
-    assert list(combined) == ["cls", "cls+patch_mean"]
+    assert names_for(None, table) == ("cls", "cls+patch_mean")
     np.testing.assert_array_equal(combined["cls"], table.features)
     np.testing.assert_array_equal(combined["cls+patch_mean"][:, :3], table.features)
     np.testing.assert_array_equal(combined["cls+patch_mean"][:, 3:], table.columns["patch_mean"])
@@ -45,7 +46,7 @@ def test_the_combinations_are_cls_alone_and_cls_followed_by_the_mean_patch() -> 
 def test_a_head_of_the_grid_is_the_head_trained_alone() -> None:
     train, test = blobs(90, 0), blobs(60, 1)
     together = evaluate(train, test, QUICK, seed=4)
-    for lr in QUICK.lr:
+    for lr in QUICK.rates:
         alone = evaluate(train, test, LinearSpec(lr=(lr,), min_steps=40, epochs=1), seed=4)
         for entry in alone.grid:
             (same,) = (e for e in together.grid if (e["features"], e["lr_per_256"]) == (entry["features"], lr))
@@ -70,9 +71,9 @@ def test_held_out_scores_are_those_of_heads_trained_on_the_other_parts() -> None
     table = blobs(60, 0)
     labels = torch.tensor([int(str(label)[-1]) for label in table.labels])
     folds = np.array([hash_bucket(f"fold/{name}", FOLDS) for name in table.names])
-    features = {"cls": torch.tensor(table.features)}
+    features, view = {"cls": torch.tensor(table.features)}, wide([table], ["cls"])
     spec = LinearSpec(lr=(0.02,), min_steps=30, epochs=1, held_out=2)
-    ((hits, losses),) = held_out_scores(features, labels, folds, 3, spec, seed=1).values()
+    ((hits, losses),) = held_out_scores(view, view, labels, folds, 3, spec, seed=1).values()
     right, cost = [], []
     for fold in (0, 1):
         out = torch.from_numpy(folds == fold)
