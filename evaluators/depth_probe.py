@@ -43,6 +43,8 @@ class DepthTable:
     cls_nD: np.ndarray
     depth_m: Sequence[np.ndarray]
     """Measured maps, float32 [H, W] in metres, each of its own size, 0 where unknown."""
+    mirrored: tuple[np.ndarray, np.ndarray] | None = None
+    """Patches and CLS of the same images in a mirror, patches put back where they belong."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -103,10 +105,12 @@ class Targets:
     """float32 [rows, places], 0 where unknown or out of the head's range; places run row by row."""
 
     @staticmethod
-    def of(table: DepthTable, rows: np.ndarray, head_spec: DepthHeadSpec) -> "Targets":
+    def of(
+        table: DepthTable, rows: np.ndarray, head_spec: DepthHeadSpec, enlargement: int = DepthHead.ENLARGEMENT
+    ) -> "Targets":
         """Sampled at the centre of each place. Raises InputError where nothing is left."""
         h, w = table.grid
-        out_hw = (DepthHead.ENLARGEMENT * h, DepthHead.ENLARGEMENT * w)
+        out_hw = (enlargement * h, enlargement * w)
         depth_nP = torch.stack(
             [sample_nearest(depth, out_hw).flatten() for depth in (table.depth_m[row] for row in rows)]
         )
@@ -213,8 +217,10 @@ def sample_nearest(depth_HW: np.ndarray, out_hw: tuple[int, int]) -> Tensor:
 @torch.inference_mode()
 def predict_depth(head: AnyDepthHead, table: DepthTable, row: int) -> np.ndarray:
     """Depth of one image at the size of its measurement, float32 [H, W], in the head's unit."""
-    patches = torch.from_numpy(np.array(table.patches_nND[row : row + 1]))
-    cls = torch.from_numpy(np.array(table.cls_nD[row : row + 1]))
     height, width = table.depth_m[row].shape
-    depth_HW: np.ndarray = head(patches, cls, table.grid, (height, width))[0].numpy()
+    maps = []
+    for patches_nND, cls_nD in ((table.patches_nND, table.cls_nD), *([table.mirrored] if table.mirrored else [])):
+        patches, cls = (torch.from_numpy(np.array(array[row : row + 1])) for array in (patches_nND, cls_nD))
+        maps.append(head(patches, cls, table.grid, (height, width))[0].numpy())
+    depth_HW: np.ndarray = maps[0] if len(maps) == 1 else (maps[0] + maps[1]) / 2
     return depth_HW

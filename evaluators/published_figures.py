@@ -46,6 +46,9 @@ FIGURES = (
         "dinov2_vits14_reg": 0.809, "dinov2_vitb14_reg": 0.846, "dinov2_vitl14_reg": 0.867, "dinov2_vitg14_reg": 0.871,
     }, REGISTERS),
     Figure("attention", "voc2012", "jaccard", {"dino_vits16": 0.459, "dino_vits8": 0.447}, DINO),
+    Figure("video_objects", "davis", "jf_mean", {
+        "dino_vits16": 0.618, "dino_vits8": 0.699, "dino_vitb16": 0.623, "dino_vitb8": 0.714,
+    }, DINO),
     Figure("retrieval", "roxford5k", "map_medium", {
         "dinov2_vits14": 0.688, "dinov2_vitb14": 0.729, "dinov2_vitl14": 0.751, "dinov2_vitg14": 0.736,
     }, DINOV2),

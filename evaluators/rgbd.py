@@ -2,11 +2,14 @@
 
 Depth lies beside each image as a 16-bit PNG in millimetres, 0 where nothing was measured: a packed set or tar shards
 with the kind `depth_mm`, a CSV with a column `depth_mm`, or a folder with `images/` and `depth_mm/` that hold files of
-the same names (`images/train/a.jpg`, `depth_mm/train/a.png`).
+the same names (`images/train/a.jpg`, `depth_mm/train/a.png`). `disparity_x64` in its place holds disparities in pixels
+times 64. `nyud:ROOT` and `kitti:ROOT` are the benchmarks as distributed (`depth_benchmarks`).
 """
 
 import io
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -18,36 +21,80 @@ from data.decode import DEFAULT_LIMITS
 from data.errors import InputError
 from data.listings import IMAGE, Record, scan_folder
 from data.members import Member
+from evaluators.depth_benchmarks import BENCHMARKS, DEPTH, DEPTH_256, DISPARITY, CutDataset, ScoredPart
 from evaluators.splits import Splits, split_dataset
 
-DEPTH = "depth_mm"
-"""Kind of the depth file, and its unit."""
+STEPS = {DEPTH: 1000.0, DEPTH_256: 256.0, DISPARITY: 64.0}
+"""Steps of the 16-bit values that make up a metre, or a pixel of disparity."""
 GROUP_COLUMNS = ("scene", "room", "objects")
 """Columns that tie views of one scene together, before those of `splits`; `objects` lists what stands in a rendered room."""
+
+
+@dataclass(frozen=True)
+class DepthSet:
+    """A set of images with depth and how it is scored."""
+
+    splits: Splits
+    unit: str = "metre"
+    max_depth: float | None = None
+    """Range of its published protocol; None: the user's."""
+    scored: ScoredPart | None = None
+    """The part of a test map that counts; None: all of it."""
+
+
+def open_depth(
+    data: str | Path, train_split: str | None = None, val_split: str | None = None, group_by: str = "auto"
+) -> DepthSet:
+    """Open a set and take its two parts. Raises InputError where an image has no depth file."""
+    name, _, rest = str(data).partition(":")
+    if name in BENCHMARKS and rest:
+        benchmark = BENCHMARKS[name](Path(rest))
+        splits = _split(benchmark.dataset, train_split, val_split, group_by)
+        splits.notes.extend(benchmark.notes)
+        return DepthSet(splits, max_depth=benchmark.max_depth, scored=benchmark.scored)
+    dataset = _open_set(data)
+    splits = _split(dataset, train_split, val_split, group_by)
+    if DEPTH in dataset.kinds:
+        return DepthSet(splits)
+    train = MeasuredDepth(splits.train, range(len(splits.train)))
+    return DepthSet(splits, "pixel of disparity", max_depth=max(1.0, *(math.ceil(depth.max()) for depth in train)))
 
 
 def open_rgbd(
     data: str | Path, train_split: str | None = None, val_split: str | None = None, group_by: str = "auto"
 ) -> Splits:
-    """Open a set and take its two parts. Raises InputError where an image has no depth file."""
+    """The two parts of a set; see `open_depth`."""
+    return open_depth(data, train_split, val_split, group_by).splits
+
+
+def _open_set(data: str | Path) -> Dataset:
     root = Path(data)
-    dataset = _folder_pair(root) if (root / "images").is_dir() and (root / DEPTH).is_dir() else open_dataset(data)
-    if DEPTH not in dataset.kinds:
+    kind = next((kind for kind in (DEPTH, DISPARITY) if (root / kind).is_dir()), None)
+    dataset = _folder_pair(root, kind) if (root / "images").is_dir() and kind else open_dataset(data)
+    if not {DEPTH, DISPARITY} & set(dataset.kinds):
         raise InputError(
             f"{data}: not every image has a depth map (kinds: {', '.join(dataset.kinds)}); wanted 16-bit PNG in "
-            "millimetres: images/ with depth_mm/, a CSV column `depth_mm`, or a packed set with the kind depth_mm"
+            "millimetres: images/ with depth_mm/, a CSV column `depth_mm`, or a packed set with the kind depth_mm; or "
+            f"one of {', '.join(f'{name}:ROOT' for name in BENCHMARKS)}"
         )
+    return dataset
+
+
+def _split(dataset: Dataset, train_split: str | None, val_split: str | None, group_by: str) -> Splits:
     if group_by == "auto":
         columns = dataset.items[0].row if dataset.items else {}
         group_by = next((name for name in GROUP_COLUMNS if name in columns), group_by)
+        values = {item.row.get(group_by) for item in dataset.items}
+        if len(values) == 1 and group_by in columns:  # one scene in all: its views cannot be held out as a whole
+            group_by = "none"
     return split_dataset(dataset, train_split, val_split, group_by)
 
 
 class MeasuredDepth(Sequence[np.ndarray]):
     """The depth maps of some rows of a set, read when they are asked for."""
 
-    def __init__(self, dataset: Dataset, rows: Sequence[int]) -> None:
-        self._dataset, self._rows = dataset, rows
+    def __init__(self, dataset: Dataset, rows: Sequence[int], scored: ScoredPart | None = None) -> None:
+        self._dataset, self._rows, self._scored = dataset, rows, scored
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -58,33 +105,44 @@ class MeasuredDepth(Sequence[np.ndarray]):
     def __getitem__(self, index: slice) -> "MeasuredDepth": ...
     def __getitem__(self, index: int | slice) -> "np.ndarray | MeasuredDepth":
         if isinstance(index, slice):
-            return MeasuredDepth(self._dataset, self._rows[index])
-        return read_depth_m(self._dataset, self._rows[index])
+            return MeasuredDepth(self._dataset, self._rows[index], self._scored)
+        depth_HW = read_depth_m(self._dataset, self._rows[index])
+        if self._scored is None:
+            return depth_HW
+        kept = np.zeros_like(depth_HW)
+        place = self._scored(depth_HW.shape[0], depth_HW.shape[1])
+        kept[place] = depth_HW[place]
+        return kept
 
 
-def _folder_pair(root: Path) -> Dataset:
-    """`images/` and `depth_mm/` as one set."""
+def _folder_pair(root: Path, kind: str) -> Dataset:
+    """`images/` and the folder of depth maps as one set."""
     records = []
     for record in scan_folder(root / "images"):
-        depth = (root / DEPTH / record.item.name).with_suffix(".png")
+        depth = (root / kind / record.item.name).with_suffix(".png")
         if not depth.is_file():
             raise InputError(f"{depth}: nothing there; wanted the depth of images/{record.item.name}")
-        records.append(Record(record.item, {IMAGE: record.members[IMAGE], DEPTH: Member(str(depth))}))
+        records.append(Record(record.item, {IMAGE: record.members[IMAGE], kind: Member(str(depth))}))
     return Dataset(records, name=str(root))
 
 
 def read_depth_m(dataset: Dataset, row: int) -> np.ndarray:
-    """Measured depth of one item, float32 [H, W] in metres, 0 where unknown. Raises InputError for anything else."""
+    """Measured depth of one item, float32 [H, W] in metres (or pixels of disparity), 0 where unknown; cut like the image.
+
+    Raises InputError for anything else.
+    """
     name = dataset.items[row].name
+    kind = next((kind for kind in STEPS if kind in dataset._records[row].members), DEPTH)
     try:
-        with Image.open(io.BytesIO(dataset.read_member(row, DEPTH)), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(dataset.read_member(row, kind)), formats=["PNG"]) as image:
             if image.width * image.height > DEFAULT_LIMITS.max_pixels:
                 raise InputError(f"{name}: its depth map has {image.width} x {image.height} pixels, more than allowed")
             if not image.mode.startswith("I"):
                 raise InputError(f"{name}: its depth map is of mode {image.mode}; wanted a 16-bit PNG in millimetres")
-            millimetres = np.asarray(image)
+            steps = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name}: its depth map cannot be decoded ({error})") from error
-    return millimetres.astype(np.float32) / 1000
+    depth_HW = steps.astype(np.float32) / STEPS[kind]
+    return dataset.depth(depth_HW, row) if isinstance(dataset, CutDataset) else depth_HW

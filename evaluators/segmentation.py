@@ -76,7 +76,7 @@ SegmentationBaseline = Literal["colour", "untrained"]
 class SegmentationSpec:
     """The segmentation protocol."""
 
-    lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates tried (AdamW, warm-up, then a straight fall to 0)."""
     weight_decay: float = 1e-4
     """Of AdamW."""

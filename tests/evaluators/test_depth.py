@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from backbones.checkpoints import CheckpointError
-from backbones.heads import DepthHead, DepthHeadSpec, load_head
+from backbones.checkpoints import CheckpointError, Manifest, save_backbone
+from backbones.heads import DepthHead, DepthHeadSpec, DptDepthHead, load_head
+from backbones.vit import ViT, ViTSpec
 from data.errors import InputError
-from evaluators.depth import FOLDS, DepthRun, DepthSpec, evaluate, evaluate_mean, mean_map, run
+from evaluators.depth import DepthRun, evaluate, run
+from evaluators.depth_dpt import fold_scaling_, gradient_loss
 from evaluators.depth_metrics import image_metrics
 from evaluators.depth_probe import DepthTable, Scaling, TrainSpec, depth_at, predict_depth, sig_loss, train_head
+from evaluators.depth_protocol import FOLDS, DepthSpec
+from evaluators.depth_scores import aligned, evaluate_mean, mean_map
+from evaluators.layers import with_layers
 from evaluators.results import load_result
 from evaluators.splits import hash_bucket
 from runtimes.open import open_runtime
 from runtimes.torch_runtime import TorchRuntime
-from tests.evaluators.fakes import small_checkpoint
+from tests.evaluators.fakes import SMALL, MeanColourRuntime, small_checkpoint
 
 QUICK = DepthSpec(lr=(1e-3, 3e-2), steps=60, batch=8)
 GRID = 4
@@ -217,3 +222,97 @@ def test_a_corrupt_image_is_left_out_with_its_own_depth_map(tmp_path: Path) -> N
 def test_impossible_settings_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         DepthSpec(**flags)
+
+
+def layered_table(n: int, seed: int) -> DepthTable:
+    """Four layers of eight channels each: the depth is in the third layer's first one."""
+    plain = brightness_table(n, seed)
+    rng = np.random.default_rng(seed + 100)
+    patches = rng.normal(size=(n, GRID * GRID, 32)).astype(np.float32) * 3 + 5
+    patches[:, :, 16] = plain.patches_nND[:, :, 0]
+    return DepthTable(plain.names, plain.groups, patches, patches.mean(axis=1), plain.depth_m)
+
+
+@pytest.mark.parametrize("head", ["linear4", "dpt"])
+def test_heads_on_four_layers_learn_what_is_in_one_of_them(head: str) -> None:
+    train, test = layered_table(80, 0), layered_table(10, 1)
+    lr, steps = (1e-2, 150) if head == "linear4" else (3e-3, 120)
+    spec = DepthSpec(head=head, lr=(lr,), steps=steps, batch=8, dpt_channels=8)  # type: ignore[arg-type]
+    probe, trained = evaluate(train, test, spec, layers=(0, 1, 2, 3))
+    floor = evaluate_mean(train, test, spec)
+    assert trained.spec.layers == (0, 1, 2, 3)
+    assert isinstance(trained, DptDepthHead) == (head == "dpt")
+    assert probe.metrics["abs_rel"].value < 0.8 * floor.metrics["abs_rel"].value
+
+
+def test_the_dpt_heads_scaling_is_folded_into_its_first_layers() -> None:
+    table = layered_table(6, 0)
+    scaling = Scaling.of(table, np.arange(6))
+    torch.manual_seed(0)
+    head = DptDepthHead(DepthHeadSpec(width_in=64, layers=(0, 1, 2, 3), decoder="dpt", channels=4))
+    head.decoder.last.bias.data.fill_(3.0)
+    patches, cls = scaling.scaled(table, np.arange(6))
+    wanted = head(patches, cls, table.grid, (8, 8))
+    raw = torch.from_numpy(table.patches_nND), torch.from_numpy(table.cls_nD)
+    torch.testing.assert_close(fold_scaling_(head, scaling)(*raw, table.grid, (8, 8)), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_loss_sees_edges_and_not_the_overall_scale() -> None:
+    measured = torch.rand(2, 8, 8) * 4 + 1
+    assert gradient_loss(measured, measured) == 0
+    assert gradient_loss(measured * 1.5, measured) < 2e-3
+    assert gradient_loss(measured.roll(1, 2), measured) > 0.1
+    assert gradient_loss(measured.roll(1, 2), torch.zeros(2, 8, 8)) == 0
+    ramp = torch.exp(torch.arange(8.0) / 8).repeat(8, 1)[None]  # changes to the right alone, by an eighth a place
+    found = gradient_loss(ramp, torch.ones(1, 8, 8))
+    assert found == pytest.approx(np.mean([step / 8 for step in (1, 2, 4, 6)]), abs=1e-3)
+
+
+def test_alignment_brings_a_map_of_another_scale_and_shift_home() -> None:
+    measured = np.random.default_rng(0).uniform(1, 5, (8, 8)).astype(np.float32)
+    np.testing.assert_allclose(aligned(measured * 0.3 + 2, measured), measured, atol=1e-4)
+    upside_down = aligned(-measured, measured)
+    np.testing.assert_allclose(upside_down, measured.mean(), atol=1e-4)
+    measured[0] = 0
+    assert aligned(np.full((8, 8), 3.0), measured)[4, 4] == pytest.approx(measured[1:].mean())
+
+
+def test_a_mirrored_view_is_averaged_in() -> None:
+    table = brightness_table(3, 0)
+    head = DepthHead(DepthHeadSpec(width_in=4, bins=8))
+    other = (table.patches_nND[::-1].copy(), table.cls_nD[::-1].copy())
+    both = DepthTable(table.names, table.groups, table.patches_nND, table.cls_nD, table.depth_m, other)
+    swapped = DepthTable(table.names, table.groups, *other, table.depth_m)
+    wanted = (predict_depth(head, table, 0) + predict_depth(head, swapped, 0)) / 2
+    np.testing.assert_allclose(predict_depth(head, both, 0), wanted, rtol=1e-6)
+
+
+def test_four_layers_from_a_checkpoint_are_served_as_they_were_measured(tmp_path: Path) -> None:
+    data, ckpt = rooms_folder(tmp_path / "data"), tmp_path / "deep.safetensors"
+    torch.manual_seed(0)
+    model = ViT(ViTSpec(patch_px=8, width=16, depth=4, heads=2, img_px=32))
+    save_backbone(ckpt, model, Manifest(architecture={}, preprocess=SMALL, source="random"))
+    head_path = tmp_path / "dpt.safetensors"
+    options = DepthRun(ckpt=str(ckpt), data=str(data), cache_dir=None, threads=1)
+    spec = DepthSpec(head="dpt", lr=(1e-3,), steps=3, dpt_channels=4, mirror=True)
+    result = run(options, spec, head_path)
+    assert "DPT decoder" in result["protocol"]
+    assert "plain and mirrored" in result["protocol"]
+    with open_runtime(ckpt, device="cpu", threads=1, depth_head=head_path) as runtime:
+        served = runtime.run(np.zeros((1, 3, 32, 32), np.float32), ("depth",))["depth"]
+        assert served.shape == (1, 32, 32)
+        with pytest.raises(InputError, match="exported files and servers do"):
+            with_layers(MeanColourRuntime(), (0, 1, 2, 3), norm=False)
+    with pytest.raises(InputError, match="needs a ViT of 4 blocks or more"):
+        run(DepthRun(ckpt=str(small_checkpoint(tmp_path / "a.safetensors")), data=str(data), cache_dir=None), spec)
+
+
+def test_disparities_are_aligned_and_told_in_pixels(shared_data: Path, tmp_path: Path) -> None:
+    ckpt = small_checkpoint(tmp_path / "a.safetensors")
+    options = DepthRun(
+        ckpt=str(ckpt), data=str(shared_data / "stereo"), cache_dir=None, threads=1, baselines=("mean", "colour")
+    )
+    result = run(options, DepthSpec(lr=(1e-2,), steps=60))
+    assert result["metrics"]["rmse"]["unit"] == "px"
+    assert "aligned by scale and shift" in result["protocol"]
+    assert result["metrics"]["abs_rel"]["value"] < 0.3
