@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.errors import InputError
+from server.tls import Tls
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -29,7 +30,19 @@ class ServerConfig:
     metrics_port: int = 8002
     """Port of the Prometheus page (also at /metrics of the HTTP port)."""
     public: bool = False
-    """Listen on other addresses although there are neither tokens nor TLS: whoever reaches the ports can do anything."""
+    """Listen on other addresses although there are no tokens: whoever reaches the ports can do anything."""
+    token_file: Path | None = None
+    """Lines of NAME, `use` or `admin`, and a token; requests then need `authorization: Bearer TOKEN`. `use` may run models, read and
+    search; `admin` may also write collections, start evaluations, load and unload. Health and the documentation stay open, and so does the
+    metrics port."""
+    tls_cert: Path | None = None
+    """Certificate chain (PEM) of this server: HTTPS and TLS for gRPC, instead of plain text."""
+    tls_key: Path | None = None
+    """Its private key (PEM)."""
+    tls_client_ca: Path | None = None
+    """Authorities (PEM) of client certificates; clients without one are then refused (mTLS)."""
+    client_rows_per_s: float | None = None
+    """Rows a second that one client (token, else address) may send in the long run; ten seconds' worth at once. Left out: no bound."""
 
     collections: Path | None = None
     """Folder of the collections and evaluation results, for one server at a time. Left out: dinoscope/server in
@@ -84,11 +97,24 @@ class ServerConfig:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 to 65535")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads {self.threads}: wanted at least 1")
-        if not self.public and not is_loopback(self.host):
+        if not self.public and self.token_file is None and not is_loopback(self.host):
             raise InputError(
                 f"--host {self.host}: other machines could reach this server, which has no access control; "
-                "keep 127.0.0.1, or add --public if that is meant"
+                "keep 127.0.0.1, name a --token-file, or add --public if that is meant"
             )
+        if self.client_rows_per_s is not None and not 0 < self.client_rows_per_s < math.inf:
+            raise InputError(f"--client-rows-per-s {self.client_rows_per_s}: wanted a number above 0")
+        if (self.tls_cert is None) != (self.tls_key is None) or (self.tls_client_ca and self.tls_cert is None):
+            raise InputError(
+                "--tls-cert and --tls-key go together, and --tls-client-ca with them; name the missing one"
+            )
+
+    @property
+    def tls(self) -> Tls | None:
+        """The files of TLS, read; None for plain text. Raises InputError."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return Tls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @property
     def state_folder(self) -> Path:

@@ -24,6 +24,14 @@ class NotFound(ServerError):
     """An unknown model, version, collection, item, evaluation or route."""
 
 
+class Unauthenticated(ServerError):
+    """No token came, or one that is unknown."""
+
+
+class Forbidden(ServerError):
+    """The token's scope does not cover what was asked for."""
+
+
 class Conflict(ServerError):
     """The request is well formed, but what it names is in the way: other weights, an id that is taken, a busy slot."""
 
@@ -72,6 +80,8 @@ class Outcome:
 
 _TABLE: tuple[tuple[type[BaseException], Outcome], ...] = (
     (NotFound, Outcome(grpc.StatusCode.NOT_FOUND, 404, "OTHER")),
+    (Unauthenticated, Outcome(grpc.StatusCode.UNAUTHENTICATED, 401, "REJECTED")),
+    (Forbidden, Outcome(grpc.StatusCode.PERMISSION_DENIED, 403, "REJECTED")),
     (Conflict, Outcome(grpc.StatusCode.FAILED_PRECONDITION, 409, "OTHER")),
     (TooLarge, Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "REJECTED")),
     (Overloaded, Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "REJECTED")),

@@ -22,9 +22,11 @@ from tritonclient.grpc.service_pb2_grpc import (
 
 from data.errors import InputError
 from server import describe
+from server.access import Access, RequireToken
 from server.errors import message, outcome, retry_after
 from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
 from server.tensors import Tensor, from_raw, from_values, to_raw
+from server.tls import Tls
 
 SERVICE_NAME = "inference.GRPCInferenceService"
 _CONTENTS_OF = {
@@ -211,10 +213,12 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
 class GrpcServer:
     """The gRPC listener with the inference and the health service."""
 
-    def __init__(self, service: Service, host: str, port: int, max_message_bytes: int) -> None:
+    def __init__(
+        self, service: Service, host: str, port: int, max_message_bytes: int, access: Access, tls: Tls | None
+    ) -> None:
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[RefuseUnreadable()],
+            interceptors=[RequireToken(access), RefuseUnreadable()],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
@@ -224,7 +228,9 @@ class GrpcServer:
         add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
-            self.port = self._server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{port}")
+            where = f"{f'[{host}]' if ':' in host else host}:{port}"
+            add_port = self._server.add_insecure_port
+            self.port = add_port(where) if tls is None else self._server.add_secure_port(where, tls.for_grpc())
         except RuntimeError as error:
             raise InputError(f"--grpc-port {port}: cannot listen on {host}; name another port, or 0") from error
 

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
+from server.access import Access, AccessGuard
 from server.docs_page import DOCS_PAGE
 from server.errors import ServerError
 from server.evaluations import Evaluations
@@ -22,7 +23,7 @@ from server.service import VERSION, Service
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_http_app(service: Service, evaluations: Evaluations, max_body_bytes: int) -> FastAPI:
+def make_http_app(service: Service, evaluations: Evaluations, max_body_bytes: int, access: Access) -> FastAPI:
     """The application of the HTTP port."""
     app = FastAPI(
         title="Dinoscope",
@@ -42,7 +43,8 @@ def make_http_app(service: Service, evaluations: Evaluations, max_body_bytes: in
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _validation_problem)
     app.add_exception_handler(ValidationError, _validation_problem)
-    app.add_middleware(Guard, max_bytes=max_body_bytes)
+    app.add_middleware(AccessGuard, access=access)
+    app.add_middleware(Guard, max_bytes=max_body_bytes)  # the outer one: it names the request first
     _describe_vector_items(app)
     return app
 

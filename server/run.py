@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from data.errors import InputError
+from server.access import Access, Rates
 from server.admission import AdmissionSpec
 from server.artifacts import Loaded, load_artifacts
 from server.batcher import BatchSpec
@@ -31,6 +32,7 @@ from server.grpc_api import GrpcServer
 from server.http_app import make_http_app, make_metrics_app
 from server.samples import build_samples
 from server.service import Service
+from server.tls import Tls
 
 log = logging.getLogger("server")
 
@@ -71,7 +73,8 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         store = Collections(open_database(config.state_folder, config.database), binding)
         stack.callback(store.close)
         limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
-        service = Service(engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes)
+        rates = Rates(config.client_rows_per_s)
+        service = Service(engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates)
         evaluations = Evaluations(engine, allowed, config.state_folder / "evaluations")
         stack.push_async_callback(evaluations.close)
         if config.sample_data is not None:
@@ -84,8 +87,9 @@ async def serve(
 ) -> None:
     """Live until `stop` is set; `announce` is called once requests are answered. Raises InputError for what cannot be."""
     config.check()
-    if not is_loopback(config.host):
-        log.warning("public", extra={"fields": {"host": config.host, "warning": "no access control, no TLS"}})
+    missing = [what for what, there in (("access control", config.token_file), ("TLS", config.tls_cert)) if not there]
+    if not is_loopback(config.host) and missing:
+        log.warning("public", extra={"fields": {"host": config.host, "warning": f"no {', no '.join(missing)}"}})
     max_bytes = config.max_message_mb << 20
     with contextlib.ExitStack() as sockets:
         http_socket = sockets.enter_context(_listen(config.host, config.http_port, "--http-port"))
@@ -93,17 +97,19 @@ async def serve(
         if config.grpc_port:  # gRPC binds its port by itself, and only after the network is loaded; look now
             _listen(config.host, config.grpc_port, "--grpc-port").close()
         async with assembled(config, load) as (service, evaluations):
-            grpc_server = GrpcServer(service, config.host, config.grpc_port, max_bytes)
+            access = Access() if config.token_file is None else Access.from_file(config.token_file)
+            tls = config.tls
+            grpc_server = GrpcServer(service, config.host, config.grpc_port, max_bytes, access, tls)
             http = [
-                _Http(make_http_app(service, evaluations, max_bytes), http_socket),
-                _Http(make_metrics_app(service), metrics_socket),
+                _Http(make_http_app(service, evaluations, max_bytes, access), http_socket, tls),
+                _Http(make_metrics_app(service), metrics_socket, tls),
             ]
             for one in http:
                 await one.start()
             await grpc_server.start()
             service.state = "ready"
             await grpc_server.announce(True)
-            announce(_addresses(config.host, http_socket, metrics_socket, grpc_server.port))
+            announce(_addresses(config, http_socket, metrics_socket, grpc_server.port))
             await _until_stopped(stop, http)
             await _drain(config, service, grpc_server, http)
 
@@ -140,7 +146,7 @@ async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer
 class _Http(uvicorn.Server):
     """uvicorn on a socket of ours, in a loop of ours; signals are none of its business."""
 
-    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket, tls: Tls | None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -148,6 +154,7 @@ class _Http(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                **({} if tls is None else tls.for_uvicorn()),
             )
         )
         self._listener = listener
@@ -187,12 +194,13 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
     return listener
 
 
-def _addresses(host: str, http: socket.socket, metrics: socket.socket, grpc_port: int) -> Addresses:
-    shown = f"[{host}]" if ":" in host else host
+def _addresses(config: ServerConfig, http: socket.socket, metrics: socket.socket, grpc_port: int) -> Addresses:
+    shown = f"[{config.host}]" if ":" in config.host else config.host
+    scheme = "http" if config.tls_cert is None else "https"
     return Addresses(
-        http=f"http://{shown}:{http.getsockname()[1]}",
+        http=f"{scheme}://{shown}:{http.getsockname()[1]}",
         grpc=f"{shown}:{grpc_port}",
-        metrics=f"http://{shown}:{metrics.getsockname()[1]}/metrics",
+        metrics=f"{scheme}://{shown}:{metrics.getsockname()[1]}/metrics",
     )
 
 

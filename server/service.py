@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from data.errors import InputError
+from server.access import Rates, client
 from server.admission import Admission, AdmissionSpec
 from server.collections import Collections
 from server.engine import Engine
@@ -75,6 +76,7 @@ class Service:
         version: str = "1",
         depth_unit: str | None = None,
         classes: Sequence[str] = (),
+        rates: Rates | None = None,
     ) -> None:
         self.engine = engine
         self.collections = collections
@@ -82,6 +84,7 @@ class Service:
         self.models, self.absent = make_models(engine, collections)
         self.model_version = version
         self.depth_unit = depth_unit
+        self.rates = rates or Rates(None)
         self.classes = tuple(classes)
         self.counts = {name: ModelCounts() for name in self.models}
         self.metrics = Metrics()
@@ -115,6 +118,7 @@ class Service:
             model = self.model(request.model, request.version)
             outputs, inputs = _wanted(model, request.outputs), _checked(model, request.tensors)
             rows = len(next(iter(inputs.values())))
+            self.rates.take(client.get(), rows)
             reply = await self._infer(model, request, inputs, outputs, rows, began_ns)
         except BaseException as error:
             self._failed(request, rows, error, time.perf_counter_ns() - began_ns)
@@ -255,6 +259,8 @@ def _timeout_s(request: InferRequest) -> float | None:
 
 def _log_request(request: InferRequest, rows: int, code: str, total_ns: int, told: str = "") -> None:
     fields = {"id": request.id, "protocol": request.protocol, "model": request.model[:80], "rows": rows, "code": code}
+    if client.get():
+        fields["client"] = client.get()
     fields["ms"] = round(total_ns / 1e6, 2)
     if told:
         fields["error"] = " ".join(told.split())[:300]

@@ -1,0 +1,238 @@
+"""Who gets in: tokens, scopes, rates and certificates, on both wires."""
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+import trustme
+from tritonclient.utils import InferenceServerException
+
+from data.errors import InputError
+from server.access import Access, Rates, needed_on_grpc, needed_on_http
+from server.errors import Forbidden, Overloaded, Unauthenticated
+from server.run import Running
+from tests.server.conftest import config_of
+from tests.server.images import png
+
+READER, WRITER = "r" * 20, "w" * 24
+ADMIN = {"authorization": f"Bearer {WRITER}"}
+USE = {"authorization": f"Bearer {READER}"}
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text(f"# who is who\nreader use {READER}\n\nwriter admin {WRITER}  # ours\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(network: Path, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    config = config_of(network, tmp_path_factory.mktemp("state"), token_file=token_file)
+    with Running(config) as running:
+        yield running
+
+
+def test_what_is_not_open_wants_a_token(guarded: Running) -> None:
+    with httpx.Client(base_url=guarded.addresses.http) as client:
+        for path in ("/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        for path in ("/v2", "/v2/models/embedding", "/v1/collections", "/metrics", "/nothing"):
+            refused = client.get(path)
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"] == "Bearer"
+            assert "Bearer TOKEN" in refused.json()["error"]
+        for wrong in (f"Bearer {READER}x", f"Basic {READER}", READER, "Bearer", "Bearer \xff"):
+            assert client.get("/v2", headers={"authorization": wrong.encode("latin-1")}).status_code == 401
+        assert client.get("/v2", headers=USE).status_code == 200
+
+
+def test_writing_wants_the_scope_admin(guarded: Running) -> None:
+    file = {"file": ("a.png", png(0), "image/png")}
+    with httpx.Client(base_url=guarded.addresses.http) as client:
+        refused = client.post("/v1/collections/birds/items", files=file, headers=USE)
+        assert refused.status_code == 403
+        assert "scope admin" in refused.json()["error"]
+        assert client.post("/v1/collections/birds/items", files=file, headers=ADMIN).status_code == 201
+        assert client.post("/v1/collections/birds/search", files=file, headers=USE).status_code == 200
+        assert client.delete("/v1/collections/birds", headers=USE).status_code == 403
+        assert client.post("/v1/evaluations", json={"evaluator": "knn", "data": "x"}, headers=USE).status_code == 403
+        assert client.post("/v1/embeddings", files=file, headers=USE).status_code == 200
+
+
+def test_grpc_wants_the_same_token_as_metadata(guarded: Running) -> None:
+    with triton_grpc.InferenceServerClient(guarded.addresses.grpc) as client:
+        assert client.is_server_live()
+        with pytest.raises(InferenceServerException) as refused:
+            client.get_server_metadata()
+        assert refused.value.status() == "StatusCode.UNAUTHENTICATED"
+        assert client.get_server_metadata(headers=USE).name == "dinoscope"
+        image = triton_grpc.InferInput("image", [1], "BYTES")
+        image.set_data_from_numpy(np.array([png(0)], dtype=object))
+        assert client.infer("embedding", [image], headers=USE).as_numpy("embedding").shape == (1, 48)
+        with pytest.raises(InferenceServerException) as refused:
+            client.load_model("embedding", headers=USE)
+        assert refused.value.status() == "StatusCode.PERMISSION_DENIED"
+
+
+def test_the_health_service_stays_open(guarded: Running) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(guarded.addresses.grpc) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "needed"),
+    [
+        ("GET", "/v2/health/live", None),
+        ("GET", "/v1/collections/a/items", "use"),
+        ("GET", "/v1/collections/a/export", "use"),
+        ("POST", "/v1/collections/a/classify", "use"),
+        ("POST", "/v1/collections/a/import", "admin"),
+        ("POST", "/v1/collections/search/items", "admin"),
+        ("DELETE", "/v1/evaluations/x", "admin"),
+        ("POST", "/v2/repository/models/a/load", "admin"),
+        ("POST", "/v2/repository/index", "use"),
+        ("POST", "/v2/models/embedding/infer", "use"),
+    ],
+)
+def test_each_route_has_its_scope(method: str, path: str, needed: str | None) -> None:
+    assert needed_on_http(method, path) == needed
+
+
+def test_each_rpc_has_its_scope() -> None:
+    assert [needed_on_grpc(name) for name in ("ServerLive", "ModelInfer", "RepositoryModelUnload")] == [
+        None,
+        "use",
+        "admin",
+    ]
+
+
+def test_tokens_are_kept_as_hashes_and_checked(token_file: Path) -> None:
+    access = Access.from_file(token_file)
+    assert READER not in repr(vars(access))
+    assert access.check(f"Bearer {READER}", "use", "1.2.3.4") == "reader"
+    assert access.check(None, None, "1.2.3.4") == "1.2.3.4"
+    with pytest.raises(Unauthenticated):
+        access.check(None, "use", "1.2.3.4")
+    with pytest.raises(Forbidden):
+        access.check(f"Bearer {READER}", "admin", "1.2.3.4")
+    assert Access().check(None, "admin", "1.2.3.4") == "1.2.3.4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no token"),
+        ("a use short", "line 1: wanted NAME"),
+        (f"a root {READER}", "line 1: wanted NAME"),
+        (f"a use {READER}\na use {WRITER}", "a name stands in two lines"),
+    ],
+)
+def test_a_token_file_that_cannot_be_meant_is_refused_without_showing_it(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens").write_text(text)
+    with pytest.raises(InputError, match=message) as refused:
+        Access.from_file(tmp_path / "tokens")
+    assert READER not in str(refused.value)
+
+
+def test_another_address_wants_tokens_or_a_plain_word(network: Path, token_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name a --token-file"):
+        config_of(network, tmp_path, host="0.0.0.0").check()
+    config_of(network, tmp_path, host="0.0.0.0", token_file=token_file).check()
+    config_of(network, tmp_path, host="0.0.0.0", public=True).check()
+    with pytest.raises(InputError, match="go together"):
+        config_of(network, tmp_path, tls_cert=token_file).check()
+
+
+def test_a_client_that_sends_too_much_is_told_when_to_come_back() -> None:
+    rates = Rates(2.0)
+    rates.take("a", 20)
+    with pytest.raises(Overloaded) as refused:
+        rates.take("a", 4)
+    assert 1 <= refused.value.retry_after_s <= 2
+    rates.take("b", 20)
+    large = Rates(1.0)
+    large.take("a", 500)  # larger than a burst: passes once, and is paid for afterwards
+    with pytest.raises(Overloaded):
+        large.take("a", 1)
+    Rates(None).take("a", 10**9)
+
+
+def test_a_rate_holds_on_the_wire_for_each_client(network: Path, token_file: Path, tmp_path: Path) -> None:
+    config = config_of(network, tmp_path, token_file=token_file, client_rows_per_s=0.1)
+    file = {"file": ("a.png", png(0), "image/png")}
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http) as client:
+        assert client.post("/v1/embeddings", files=file, headers=USE).status_code == 200
+        refused = client.post("/v1/embeddings", files=file, headers=USE)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert client.post("/v1/embeddings", files=file, headers=ADMIN).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """PEM files of an authority, a server and a client."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name in ("127.0.0.1", "client@tests"):
+        pair = authority.issue_cert(name)
+        stem = "server" if name[0] == "1" else "client"
+        pair.private_key_pem.write_to_path(str(folder / f"{stem}.key"))
+        for number, part in enumerate(pair.cert_chain_pems):
+            part.write_to_path(str(folder / f"{stem}.pem"), append=number > 0)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_tls_and_client_certificates_on_both_wires(network: Path, authority: dict[str, Path], tmp_path: Path) -> None:
+    config = config_of(
+        network,
+        tmp_path,
+        tls_cert=authority["server.pem"],
+        tls_key=authority["server.key"],
+        tls_client_ca=authority["ca.pem"],
+    )
+    ca, pair = str(authority["ca.pem"]), (str(authority["client.pem"]), str(authority["client.key"]))
+    with Running(config) as running:
+        where = running.addresses.http
+        assert where.startswith("https://")
+        known, stranger = (ssl.create_default_context(cafile=ca) for _ in range(2))
+        known.load_cert_chain(*pair)
+        with httpx.Client(base_url=where, verify=known) as client:
+            assert client.get("/v2/health/ready").status_code == 200
+        with pytest.raises(httpx.TransportError), httpx.Client(base_url=where, verify=stranger) as client:
+            client.get("/v2/health/ready")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(where.replace("https", "http"))
+        keys = {"ssl": True, "root_certificates": ca, "private_key": pair[1], "certificate_chain": pair[0]}
+        with triton_grpc.InferenceServerClient(running.addresses.grpc, **keys) as client:
+            assert client.is_server_ready()
+        with (
+            triton_grpc.InferenceServerClient(running.addresses.grpc, ssl=True, root_certificates=ca) as client,
+            pytest.raises(InferenceServerException),
+        ):
+            client.is_server_ready(client_timeout=5)
+
+
+def test_a_triton_http_client_sends_its_token(guarded: Running) -> None:
+    client = triton_http.InferenceServerClient(guarded.addresses.http.removeprefix("http://"))
+    assert client.get_model_metadata("embedding", headers=USE)["name"] == "embedding"
+    client.close()
+
+
+def test_certificates_that_do_not_fit_are_refused_at_once(
+    network: Path, authority: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(network, tmp_path, tls_cert=authority["server.pem"], tls_key=authority["client.key"])
+    with pytest.raises(InputError, match="cannot be used"):
+        _ = config.tls
