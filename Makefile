@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format lint types bench bench-training bench-curation clean
+.PHONY: help demo test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-curation clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -22,6 +22,29 @@ test: $(TEST_STAMP) lint types  ## install, then everything CI runs: lint, impor
 
 test-slow: $(TEST_STAMP)  ## the long checks that `make test` leaves out
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Big packages that pin what the others may not have: an environment of their own each, outside the tree.
+VENVS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dinoscope/venvs
+TRITON_PACKAGES := nvidia-pytriton==0.7.0 "onnxruntime<1.24" "pillow==12.3.0"
+TENSORRT_PACKAGES := tensorrt-rtx-cu13-libs==1.7.1.116 tensorrt-rtx-cu13-bindings==1.7.1.116 numpy
+
+test-triton: $(TEST_STAMP) $(VENVS)/triton/.installed  ## exported repositories inside a real Triton (downloads it once, 60 MB)
+	$(BIN)/python -m pytest -m triton $(PYTEST_ARGS)
+
+test-tensorrt: $(TEST_STAMP) $(VENVS)/trtx/.installed  ## exported graphs through TensorRT-RTX's parser and builder (downloads it once, 95 MB)
+	$(BIN)/python -m pytest -m tensorrt $(PYTEST_ARGS)
+
+# OpenCV 5 asks for NumPy 2 and runs with 1.26, which this server's wheel pins; equal decoders are the point of the test.
+$(VENVS)/triton/.installed: Makefile
+	$(PYTHON) -m venv $(VENVS)/triton
+	$(VENVS)/triton/bin/python -m pip install -q --disable-pip-version-check $(TRITON_PACKAGES)
+	$(VENVS)/triton/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt opencv-python-headless
+	@touch $@
+
+$(VENVS)/trtx/.installed: Makefile
+	$(PYTHON) -m venv $(VENVS)/trtx
+	$(VENVS)/trtx/bin/python -m pip install -q --disable-pip-version-check $(TENSORRT_PACKAGES)
+	@touch $@
 
 check: $(TEST_STAMP)  ## formatting, then everything `make test` does
 	$(BIN)/ruff format --check .

@@ -10,10 +10,6 @@ features there as here; `--size-px` names another side, and the table's own keep
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from backbones.infer import infer_architecture
 from backbones.vit import ViT, ViTSpec
 from data.errors import InputError, run_cli
 from data.preprocess import Preprocess
+from exports.placing import check_free, new_folder
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 """Filters by Pillow's numbers, as preprocessor_config.json has them."""
@@ -40,8 +37,7 @@ def export_huggingface(ckpt: str | Path, out: str | Path, size_px: int | None = 
     Raises InputError for what is in the way, or a network that the layout cannot hold.
     """
     out = Path(out)
-    if out.exists():
-        raise InputError(f"--out {out}: is there already; delete it first, or name another place")
+    check_free(out)
     if out.suffix == ".pth":
         if size_px is not None:
             raise InputError("--size-px: a .pth file keeps the position table as it is; leave it out")
@@ -220,24 +216,6 @@ def published_state(backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, An
     if spec.img_px != found["img_px"]:
         stated["img_px"] = spec.img_px
     return state, stated
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name at the end, where nothing else has it by then. Raises InputError."""
-    scratch: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        yield scratch
-        if not out.exists():
-            scratch.chmod(0o755)
-            scratch.rename(out)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main(ckpt: str, out: Path, size_px: int | None = None) -> None:

@@ -7,9 +7,6 @@ name; a file of lower precision is also run on real images, carries its measured
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from exports.onnx_file import (
     make_model,
     make_network,
 )
+from exports.placing import check_free, scratch_beside
 from runtimes.onnx_runtime import EXPORT_KEY, OnnxRuntime
 from runtimes.runtime import step_px
 from runtimes.torch_runtime import TorchRuntime
@@ -100,23 +98,7 @@ def check_out(out: Path) -> None:
     """Raise InputError unless `out` can be the name of a new file."""
     if out.suffix != ".onnx" or out.is_dir():
         raise InputError(f"--out {out}: wanted the name of a file that ends in .onnx")
-    if out.exists():
-        raise InputError(f"--out {out}: is there already; delete it first, or name another file")
-
-
-@contextmanager
-def scratch_beside(out: Path) -> Iterator[Path]:
-    """A hidden file to write into, in the folder of `out`, gone afterwards. Raises InputError where it cannot be written."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.stem}.", suffix=".onnx")
-        os.close(handle)
-        try:
-            yield Path(name)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror or error}); choose another place") from error
+    check_free(out)
 
 
 def write_file(model: onnx.ModelProto, path: Path) -> None:

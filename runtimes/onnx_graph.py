@@ -26,10 +26,15 @@ class HeadPart:
     output: str
 
 
+def outputs_of(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the outputs that a runtime gives; tokens that only heads read are left out."""
+    return tuple(output.name for output in model.graph.output if not _LAYER.fullmatch(output.name))
+
+
 def split_heads(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[HeadPart, ...]]:
     """The backbone with its own outputs and the tensors that heads read, and each head."""
-    backbone = [output.name for output in model.graph.output if output.name in BACKBONE_OUTPUTS]
-    heads = [output.name for output in model.graph.output if output.name not in BACKBONE_OUTPUTS]
+    backbone = [name for name in outputs_of(model) if name in BACKBONE_OUTPUTS]
+    heads = [name for name in outputs_of(model) if name not in BACKBONE_OUTPUTS]
     read = {name for node in model.graph.node for name in node.output if _LAYER.fullmatch(name)}
     stops = ["pixels", *backbone, *sorted(read)]
     parts, wanted = [], dict.fromkeys(backbone)

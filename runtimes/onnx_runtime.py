@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError as ProtobufError
 from backbones.checkpoints import MANIFEST_KEY, CheckpointError, Manifest
 from data.errors import InputError
 from data.preprocess import Preprocess
-from runtimes.onnx_graph import fuse_attention, split_heads
+from runtimes.onnx_graph import fuse_attention, outputs_of, split_heads
 from runtimes.runtime import Runtime, run_in_parts
 
 HEADS_KEY = "dinoscope_heads"
@@ -42,7 +42,7 @@ class OnnxRuntime(Runtime):
         self.manifest, self.heads = read_metadata(metadata, path)
         self.export = read_export(metadata, path)
         self.precision = str(self.export.get("precision", "fp32"))
-        self.outputs = tuple(output.name for output in model.graph.output)
+        self.outputs = outputs_of(model)
         options, providers = session_options(threads), pick_providers(device)
         if providers[0] == "CPUExecutionProvider":
             fuse_attention(model)
