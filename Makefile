@@ -65,6 +65,9 @@ bench: $(TEST_STAMP)  ## every performance figure of the README, as ratios measu
 	$(BIN)/python -m benchmarks.runtimes
 	$(BIN)/python -m benchmarks.serving
 
+bench-exports: $(TEST_STAMP)  ## exported files beside the engine's bare matrix product and a plain export; what an export needs
+	$(BIN)/python -m benchmarks.exports
+
 bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's matrix product rate, and its memory
 	$(BIN)/python -m benchmarks.training
 

@@ -1,0 +1,196 @@
+"""How good exported files are: speed beside the engine's own matrix product, what each part costs, and what an export needs.
+
+    .venv/bin/python -m benchmarks.exports
+
+Everything that is compared takes turns in one process on one thread, and what counts is CPU time, which holds on a shared machine; medians
+over the rounds are printed. Weights are random: speed does not depend on them. `--data` adds what int8 costs the bundled backbone on real
+images, `--large` the memory that a ViT-L takes to export.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import tyro
+from onnx import helper, numpy_helper
+
+from backbones.checkpoints import Manifest, load_backbone, save_backbone
+from backbones.vit import ViT, ViTSpec
+from data.errors import run_cli
+from exports.drift import Tolerance
+from exports.graph import OPSET
+from exports.onnx_file import Heads, OnnxSpec, make_model
+from exports.to_huggingface import export_huggingface
+from exports.to_onnx import export_onnx
+from runtimes.onnx_graph import cut_graph, fuse_attention
+from runtimes.onnx_runtime import session_options
+
+SPECS = {
+    "ViT-S/16": ViTSpec(patch_px=16, width=384, depth=12, heads=6),
+    "ViT-S/14": ViTSpec(patch_px=14, width=384, depth=12, heads=6, img_px=224, layer_scale=1.0, mask_token=True),
+}
+LARGE = ViTSpec(patch_px=14, width=1024, depth=24, heads=16, img_px=518, layer_scale=1.0, mask_token=True)
+SIDE_PX = 224
+BUNDLED = Path("models/dinoscope_tiny.safetensors")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that runs, and the work that one call does, in GFLOP."""
+
+    run: Callable[[], object]
+    gflop: float
+
+
+def multiply_adds(spec: ViTSpec) -> float:
+    """GFLOP of one image of SIDE_PX: patch embedding, four linear layers and two products of attention a block."""
+    n = (SIDE_PX // spec.patch_px) ** 2
+    tokens, width = 1 + spec.registers + n, spec.width
+    block = tokens * width * 12 * width + 2 * tokens * tokens * width
+    return 2e-9 * (n * 3 * spec.patch_px**2 * width + spec.depth * block)
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """On one thread."""
+    return ort.InferenceSession(model.SerializeToString(), session_options(1), ["CPUExecutionProvider"])
+
+
+def product_case() -> Case:
+    """The engine's bare matrix product, as large as a linear layer of eight images."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.standard_normal((384, 1536), dtype=np.float32), "weight")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"])],
+        "product",
+        [value("x", 1, ["M", 384])],
+        [value("y", 1, ["M", 1536])],
+        [weight],
+    )
+    made = session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10))
+    x = rng.standard_normal((1576, 384), dtype=np.float32)
+    return Case(lambda: made.run(None, {"x": x}), 2e-9 * 1576 * 384 * 1536)
+
+
+def network_case(model: onnx.ModelProto, gflop: float, batch: int) -> Case:
+    """A network on noise."""
+    made = session(model)
+    (name,) = (given.name for given in made.get_inputs())
+    pixels = np.random.default_rng(0).standard_normal((batch, 3, SIDE_PX, SIDE_PX), dtype=np.float32)
+    return Case(lambda: made.run(None, {name: pixels}), gflop * batch)
+
+
+def rates(cases: dict[str, Case], rounds: int) -> dict[str, float]:
+    """Median GFLOP a second of CPU time of each, over interleaved rounds; the first round goes uncounted."""
+    seen: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(rounds + 1):
+        for name, case in cases.items():
+            began = time.process_time()
+            case.run()
+            if i:
+                seen[name].append(case.gflop / (time.process_time() - began))
+    return {name: statistics.median(found) for name, found in seen.items()}
+
+
+def save_random(spec: ViTSpec, path: Path) -> Path:
+    """A checkpoint with the weights that training begins from."""
+    torch.manual_seed(0)
+    save_backbone(path, ViT(spec), Manifest(architecture={}, source="random"))
+    return path
+
+
+def plain_export(ckpt: Path, folder: Path) -> onnx.ModelProto | None:
+    """What torch.onnx.export makes of the model in transformers with the same weights; None without transformers."""
+    try:
+        from transformers import AutoModel
+    except ImportError:
+        return None
+    export_huggingface(ckpt, folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    pixels = torch.zeros(2, 3, SIDE_PX, SIDE_PX)
+    program = torch.onnx.export(
+        model, (pixels,), dynamo=True, input_names=["pixel_values"], dynamic_shapes=({0: "N"},), verbose=False
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def cost_of_export(ckpt: Path, out: Path) -> tuple[float, float]:
+    """Seconds of CPU, and the largest memory in GB, of the command."""
+    code = (
+        "import sys, resource; from exports.to_onnx import export_onnx; export_onnx(sys.argv[1], sys.argv[2]);"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(ckpt), str(out)], check=True, capture_output=True, text=True
+    )
+    seconds, kilobytes = map(float, ended.stdout.split()[-2:])
+    return seconds, kilobytes * 1024 / 1e9
+
+
+def compare_network(name: str, spec: ViTSpec, folder: Path, rounds: int) -> None:
+    """Print the lines of one network."""
+    ckpt = save_random(spec, folder / "x.safetensors")
+    seconds, gigabytes = cost_of_export(ckpt, folder / "x.onnx")
+    print(f"{name}: export {seconds:.1f} s of CPU, {gigabytes:.2f} GB at most")
+    gflop = multiply_adds(spec)
+    whole = onnx.load(folder / "x.onnx")
+    fused, bare = onnx.load(folder / "x.onnx"), cut_graph(whole, ["pixels"], ["embedding", "patches"])
+    fuse_attention(fused)
+    int8 = make_model(load_backbone(ckpt), Heads(), OnnxSpec(precision="int8"))
+    plain = plain_export(ckpt, folder / "hf")
+    cases = {"product": product_case()}
+    cases |= {f"file, batch {batch}": network_case(whole, gflop, batch) for batch in (1, 2, 4)}
+    cases |= {"runtime, batch 1": network_case(fused, gflop, 1), "no attention": network_case(bare, gflop, 1)}
+    cases |= {"int8": network_case(int8, gflop, 1)}
+    cases |= {"plain": network_case(plain, gflop, 1)} if plain else {}
+    found = rates(cases, rounds)
+    for case, rate in found.items():
+        print(f"  {case:<18}{rate:7.1f} GFLOP a CPU-second{rate / found['product']:7.2f} of the bare product")
+    best = max(rate for case, rate in found.items() if case.startswith(("file", "runtime")))
+    print(f"  best batch beside the bare product      {best / found['product']:.2f}  (wanted 0.90)")
+    if plain:
+        print(f"  beside plain torch.onnx.export, batch 1 {found['file, batch 1'] / found['plain']:.2f}  (wanted 1.00)")
+    print(
+        f"  time with the attention output          {found['no attention'] / found['file, batch 1']:.3f}  (wanted 1.02)"
+    )
+    print(f"  int8 beside fp32, batch 1               {found['int8'] / found['file, batch 1']:.2f}  (wanted 1.30)")
+
+
+def main(rounds: int = 9, data: str | None = None, large: bool = False) -> None:
+    """Measure exported files.
+
+    Args:
+        rounds: Interleaved calls of each case.
+        data: Labelled images on which the bundled backbone in int8 is held against itself.
+        large: Export a ViT-L as well, and tell its memory (takes minutes).
+    """
+    for name, spec in SPECS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            compare_network(name, spec, Path(folder), rounds)
+    if data is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            any_drift = Tolerance(min_cosine=0.0, max_knn_loss=1.0)
+            out, spec8 = Path(scratch) / "int8.onnx", OnnxSpec(precision="int8")
+            drift = export_onnx(BUNDLED, out, spec=spec8, data=data, tolerance=any_drift).drift
+            assert drift is not None
+            print(f"int8 of {BUNDLED.name} on {data}:", *drift.lines(), sep="\n  ")
+    if large:
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, gigabytes = cost_of_export(
+                save_random(LARGE, Path(folder) / "x.safetensors"), Path(folder) / "x.onnx"
+            )
+            print(f"ViT-L/14: export {seconds:.0f} s of CPU, {gigabytes:.1f} GB at most")
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(main, prog="python -m benchmarks.exports", description=__doc__))
