@@ -1,0 +1,113 @@
+"""Pictures of a report, as markup: what is confused, what is found, and what evaluators drew."""
+
+import html
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from data.datasets import Dataset, open_dataset
+from data.errors import InputError
+from evaluators.page import picture
+from evaluators.report_groups import Found
+
+THUMB_PX = 78
+CONFUSED_PAIRS, EXAMPLES = 8, 5
+QUERIES, NEIGHBOURS = 6, 8
+PICTURE_PX = 1400
+
+
+class Thumbnails:
+    """Small pictures of a result's images by name, as long as the data is where it was; names alone otherwise."""
+
+    def __init__(self, source: str) -> None:
+        self.dataset: Dataset | None = None
+        self.rows: dict[str, int] = {}
+        data = source if not source.startswith(("copydays:", "roxford5k:", "rparis6k:")) else source.split(":", 1)[1]
+        try:
+            opened = open_dataset(data)
+        except InputError:
+            return
+        if isinstance(opened, Dataset):
+            self.dataset, self.rows = opened, {item.name: row for row, item in enumerate(opened.items)}
+
+    def figure(self, name: str, kind: str, words: str = "") -> str:
+        """A thumbnail with its caption; `kind` is the class of its frame."""
+        image = ""
+        if self.dataset is not None and name in self.rows:
+            try:
+                pixels = self.dataset.image(self.rows[name])
+                height, width = pixels.shape[:2]
+                side = min(height, width)
+                top, left = (height - side) // 2, (width - side) // 2
+                square = cv2.resize(
+                    pixels[top : top + side, left : left + side], (THUMB_PX, THUMB_PX), interpolation=cv2.INTER_AREA
+                )
+                image = picture(cv2.cvtColor(square, cv2.COLOR_RGB2BGR), name, THUMB_PX)
+            except InputError:
+                image = ""
+        caption = html.escape(words or Path(name).name)
+        return f'<figure class="{kind}" title="{html.escape(name)}">{image}<figcaption>{caption}</figcaption></figure>'
+
+
+def confusions(one: Found) -> str:
+    """The pairs of classes most often taken for each other, with examples; empty for results without guesses of classes."""
+    predictions = {} if one.scored is None else one.scored.predictions
+    if not {"labels", "predicted", "classes", "names"} <= predictions.keys():
+        return ""
+    labels, predicted, classes = (predictions[key] for key in ("labels", "predicted", "classes"))
+    if predicted.shape != labels.shape or not ((labels >= 0) & (labels < len(classes))).all():
+        return ""
+    pairs = Counter(
+        (int(t), int(p)) for t, p in zip(labels, predicted, strict=True) if t != p and 0 <= p < len(classes)
+    )
+    if not pairs:
+        return '<p class="soft">no test image was misclassified</p>'
+    thumbnails, rows = Thumbnails(one.result["data"]["source"]), []
+    for (truth, guess), count in pairs.most_common(CONFUSED_PAIRS):
+        wrong = np.flatnonzero((labels == truth) & (predicted == guess))[:EXAMPLES]
+        shown = "".join(thumbnails.figure(str(predictions["names"][row]), "miss") for row in wrong)
+        of = int((labels == truth).sum())
+        rows.append(
+            f"<p><b>{html.escape(str(classes[truth]))}</b> taken for <b>{html.escape(str(classes[guess]))}</b>: {count} of {of}</p>"
+            f'<div class="row">{shown}</div>'
+        )
+    return (
+        f"<details open><summary>{html.escape(one.network)}: most confused classes</summary>{''.join(rows)}</details>"
+    )
+
+
+def retrievals(one: Found) -> str:
+    """Queries from the worst to the best with what they find; empty for results that search nothing."""
+    predictions = {} if one.scored is None else one.scored.predictions
+    if not {"neighbours", "database", "names", "score"} <= predictions.keys():
+        return ""
+    names, database, neighbours = (predictions[key] for key in ("names", "database", "neighbours"))
+    order = np.argsort(predictions["score"], kind="stable")
+    picked = dict.fromkeys(int(order[round(i * (len(order) - 1) / max(QUERIES - 1, 1))]) for i in range(QUERIES))
+    thumbnails, rows = Thumbnails(one.result["data"]["source"]), []
+    for row in picked:
+        strip = [thumbnails.figure(str(names[row]), "query", f"query, {predictions['score'][row]:.2f}")]
+        for place, number in enumerate(neighbours[row][:NEIGHBOURS]):
+            if 0 <= number < len(database):
+                right = "relevant" in predictions and bool(predictions["relevant"][row][place])
+                kind = ("hit" if right else "miss") if "relevant" in predictions else ""
+                strip.append(thumbnails.figure(str(database[number]), kind))
+        rows.append(f'<div class="row">{"".join(strip)}</div>')
+    return (
+        f"<details open><summary>{html.escape(one.network)}: what queries find, from the worst to the best (green: what they should)"
+        f"</summary>{''.join(rows)}</details>"
+    )
+
+
+def file_picture(one: Found) -> str:
+    """The picture that an evaluator wrote beside its result, if it is there."""
+    name = one.result.get("picture_file")
+    found = cv2.imread(str(one.path.parent / Path(name).name)) if isinstance(name, str) else None
+    if found is None:
+        return ""
+    shown = picture(found, f"{one.result['evaluator']} of {one.network}", PICTURE_PX)
+    return (
+        f'<figure style="margin-top:10px"><figcaption>{html.escape(one.network)}: pictures</figcaption>{shown}</figure>'
+    )

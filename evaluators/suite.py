@@ -1,0 +1,259 @@
+"""A network and a list of evaluators in, a folder of results out; what is done already is not done again.
+
+Evaluators run one after the other and share the feature cache, so that images go through the network once. `suite.json` in the folder
+says what was made of what: network, data, evaluator and options. Run again, the suite skips every result whose making would be the same,
+and runs what is missing, failed or changed; a crash, Ctrl-C or a server that died costs one evaluator.
+Read in this order: SuiteRun, plan, stamp_of, run.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from data.datasets import open_dataset
+from data.errors import CheckFailed, InputError, run_cli
+from evaluators.classification import RunOptions, summary
+from evaluators.results import check_writable, load_result, replacing
+from runtimes.open import open_runtime
+
+SCHEMA = "dinoscope.suite/1"
+NAMES = (
+    "knn",
+    "linear",
+    "logistic",
+    "ridge",
+    "retrieval",
+    "copies",
+    "segmentation",
+    "depth",
+    "attention",
+    "video_objects",
+    "video_actions",
+)
+"""All evaluators; those whose module is here can be run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteRun(RunOptions):
+    """What is measured, by which evaluators, and where the results go."""
+
+    data: str = ""
+    """The images for every evaluator that is not given its own: a folder, a CSV, tar shards, a packed set, a benchmark."""
+    evaluators: tuple[str, ...] = ("knn", "linear")
+    """Names, or NAME=DATA for one that reads other data: `knn linear depth=rooms attention=stamps`."""
+    out: Path = Path("results")
+    """Folder of the results: NAME.json each, and suite.json."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluator on one data set."""
+
+    name: str
+    data: str
+    file: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} on {self.data}"
+
+
+def available() -> list[str]:
+    """Names of the evaluators that can be run."""
+    return [name for name in NAMES if importlib.util.find_spec(f"evaluators.{name}") is not None]
+
+
+def plan(options: SuiteRun) -> list[Entry]:
+    """The evaluators in order, each with its data and the name of its result. Raises InputError."""
+    pairs: list[tuple[str, str]] = []
+    for word in options.evaluators:
+        name, _, own = word.partition("=")
+        if name not in available():
+            raise InputError(f"--evaluators {word}: want one of {', '.join(available())}, or NAME=DATA")
+        if not (own or options.data):
+            raise InputError(f"--evaluators {word}: is given no data; name it with --data or {name}=DATA")
+        pairs.append((name, own or options.data))
+    if not pairs:
+        raise InputError(f"--evaluators: name at least one of {', '.join(available())}")
+    if len(set(pairs)) < len(pairs):
+        raise InputError("--evaluators: one is named twice on the same data; name each once")
+    often, used, entries = Counter(name for name, _ in pairs), Counter[str](), []
+    for name, data in pairs:
+        stem = name if often[name] == 1 else f"{name}.{Path(data.split(',')[0]).stem or 'data'}"
+        used[stem] += 1
+        entries.append(Entry(name, data, f"{stem}{'' if used[stem] == 1 else f'.{used[stem]}'}.json"))
+    return entries
+
+
+def stamp_of(entry: Entry, network: dict[str, Any], options: SuiteRun) -> str:
+    """Hash of all that a result follows from: the network, the data's files, the evaluator and what it was asked."""
+    made_of = {
+        "network": network,
+        "data": [entry.data, data_mark(entry.data)],
+        "evaluator": [entry.name, versions_of(entry.name)],
+        "options": {"seed": options.seed, "device": options.device},
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def versions_of(name: str) -> list[int]:
+    """The protocol versions in an evaluator's modules, `NAME` and `NAME_...`."""
+    importlib.import_module(f"evaluators.{name}")
+    modules = sorted(key for key in sys.modules if f"{key}_".startswith(f"evaluators.{name}_"))
+    return [sys.modules[key].VERSION for key in modules if hasattr(sys.modules[key], "VERSION")]
+
+
+def data_mark(data: str) -> str:
+    """Hash of the names, sizes and times of change of the files that `data` names, and of the images that its tables name elsewhere."""
+    digest = hashlib.sha256()
+    for part in [data] if _there(Path(data)) else data.split(","):
+        path = Path(part.strip())
+        if not _there(path) and ":" in part:
+            path = Path(part.split(":", 1)[1].strip())
+        found = sorted(path.rglob("*")) if path.is_dir() else [path, *sorted(path.parent.glob(f"{path.stem}.*"))]
+        for file in found:
+            with contextlib.suppress(OSError):
+                about = file.stat()
+                digest.update(f"{file.relative_to(path.parent)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        if path.suffix == ".csv":
+            with contextlib.suppress(InputError):
+                digest.update(open_dataset(part).fingerprint().encode())
+    return digest.hexdigest()
+
+
+def _there(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return path.exists()
+    return False
+
+
+def describe_network(options: SuiteRun) -> dict[str, Any]:
+    """What decides the features of the network. Raises InputError where it cannot be opened."""
+    with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
+        return {
+            "weights_sha256": runtime.manifest.weights_sha256,
+            "architecture": runtime.manifest.architecture,
+            "preprocess": runtime.manifest.preprocess.to_json(),
+            "runtime": runtime.name,
+            "precision": runtime.precision,
+            "device": runtime.device,
+        }
+
+
+def evaluate(entry: Entry, out: Path, options: RunOptions) -> dict[str, Any]:
+    """Run one evaluator as its command would, and read its result back. Raises InputError and CheckFailed as it does."""
+    module = importlib.import_module(f"evaluators.{entry.name}")
+    words = ["--ckpt", options.ckpt, "--data", entry.data, "--out", str(out), "--device", options.device]
+    words += ["--batch-size", str(options.batch_size), "--workers", str(options.workers), "--seed", str(options.seed)]
+    words += ["--cache-dir", str(options.cache_dir)] + (["--threads", str(options.threads)] if options.threads else [])
+    with contextlib.redirect_stdout(io.StringIO()):  # its table; the results hold it
+        tyro.cli(module.main, args=words, prog=f"python -m evaluators.{entry.name}")
+    return load_result(out)
+
+
+def run(options: SuiteRun) -> dict[str, Any]:
+    """Run what is not done yet. Returns the contents of suite.json.
+
+    Raises, after all have had their turn, CheckFailed where a check failed, and InputError where an input was bad.
+    """
+    entries = plan(options)
+    check_writable(options.out / "suite.json", "--out", ".json")
+    before = read_suite(options.out / "suite.json")
+    network = describe_network(options)
+    suite: dict[str, Any] = {"schema": SCHEMA, "ckpt": options.ckpt, "network": network, "entries": {}}
+    # What other runs of the suite left in this folder stays listed as long as it belongs to the same network.
+    if before.get("network") == network:
+        suite["entries"] |= before["entries"]
+    failures: list[tuple[Entry, InputError | CheckFailed]] = []
+    for number, entry in enumerate(entries, start=1):
+        title, stamp = f"[{number}/{len(entries)}] {entry.title}", stamp_of(entry, network, options)
+        if (done := finished(options.out / entry.file, before, entry, stamp)) is not None:
+            say(f"{title}: done before, {headline(done)}")
+            suite["entries"][entry.file] = before["entries"][entry.file]
+            continue
+        say(f"{title} ...")
+        began = time.perf_counter()
+        record = {"evaluator": entry.name, "data": entry.data, "stamp": stamp}
+        try:
+            result = evaluate(entry, options.out / entry.file, options)
+        except (InputError, CheckFailed) as error:
+            failures.append((entry, error))
+            record |= {"status": "failed", "reason": str(error)}
+            say(f"{title}: failed: {error}")
+        else:
+            record |= {"status": "done", "headline": headline(result)}
+            say(f"{title}: {headline(result)}, {time.perf_counter() - began:.1f} s")
+        suite["entries"][entry.file] = record | {"seconds": round(time.perf_counter() - began, 3)}
+        write_suite(options.out / "suite.json", suite)
+    write_suite(options.out / "suite.json", suite)
+    if failures:
+        entry, first = next(((e, x) for e, x in failures if isinstance(x, CheckFailed)), failures[0])
+        said = f"{len(failures)} of {len(entries)} evaluators failed, first {entry.title}: {first}; the same command runs only these again"
+        raise CheckFailed(said) if isinstance(first, CheckFailed) else InputError(said)
+    return suite
+
+
+def finished(path: Path, before: dict[str, Any], entry: Entry, stamp: str) -> dict[str, Any] | None:
+    """The result that an earlier run left, if the same inputs would make it again."""
+    record = before.get("entries", {}).get(entry.file, {})
+    if record.get("status") != "done" or record.get("stamp") != stamp:
+        return None
+    try:
+        return load_result(path)
+    except InputError:
+        return None
+
+
+def read_suite(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote; empty where there is none or it is damaged, which costs only the time to run anew."""
+    try:
+        found = json.loads(path.read_text())
+        assert found["schema"] == SCHEMA
+        assert all(isinstance(entry, dict) for entry in found["entries"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        return {}
+    return dict(found)
+
+
+def write_suite(path: Path, suite: dict[str, Any]) -> None:
+    """Atomically. Raises InputError where it cannot be written."""
+    try:
+        with replacing(path) as scratch:
+            scratch.write_text(json.dumps(suite, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot write there ({error.strerror}); name another folder") from error
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The figure to quote."""
+    metric = result["metrics"][result["headline"]]
+    return f"{result['headline']} {metric['value']:.4f}{' ' + metric['unit'] if metric.get('unit') else ''}"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(options: Annotated[SuiteRun, tyro.conf.arg(name="")]) -> None:
+    """Run several evaluators on one network, each once."""
+    suite = run(options)
+    width = max(len(name) for name in suite["entries"])
+    for name, entry in sorted(suite["entries"].items()):
+        print(f"{name:<{width}}  {entry.get('headline', 'failed')}")
+    print(f"written: {options.out}; python -m evaluators.report {options.out}{os.sep} makes a page of it")
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.suite", description=summary(__doc__)))

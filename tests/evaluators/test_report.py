@@ -1,0 +1,144 @@
+"""The page of results: everything on it is in the files, nothing is fetched, and names stay text."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from evaluators.report import make_page
+from evaluators.report_groups import group_results, load_results
+from evaluators.report_tables import grid_lines
+from evaluators.suite import SuiteRun, run
+from tests.evaluators.fakes import colour_folder, small_checkpoint
+from tests.evaluators.test_compare import make_result
+
+
+class Seen(HTMLParser):
+    """What a page would fetch, its tags, and whether each is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag not in ("img", "meta", "br", "line", "polyline", "circle"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "polyline", "circle"):
+            assert self.open.pop() == tag
+
+
+def read(page: str) -> Seen:
+    seen = Seen()
+    seen.feed(page)
+    assert seen.open == []
+    assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in seen.links)
+    assert "url(" not in page
+    assert "script" not in seen.tags
+    return seen
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two networks, measured by three evaluators on the same images."""
+    root = tmp_path_factory.mktemp("report")
+    data = colour_folder(root / "data", n_train=6, n_val=6, contrast=2)
+    for seed in (7, 8):
+        ckpt = small_checkpoint(root / f"net{seed}.safetensors", seed=seed)
+        options = SuiteRun(
+            ckpt=str(ckpt), data=str(data), evaluators=("knn", "retrieval", "ridge"), out=root / "out" / f"net{seed}",
+            cache_dir=None, threads=1,
+        )  # fmt: skip
+        run(options)
+    return root / "out"
+
+
+def test_networks_measured_on_the_same_images_share_a_table(results: Path) -> None:
+    groups = group_results(load_results([results]))
+    assert [(group.evaluator, len(group.found)) for group in groups] == [("knn", 2), ("retrieval", 2), ("ridge", 2)]
+    for group in groups:
+        values = [one.result["metrics"][one.result["headline"]]["value"] for one in group.found]
+        assert values == sorted(values, reverse=True)
+    page = make_page(load_results([results]), "Nets & nets")
+    seen = read(page)
+    assert "Nets &amp; nets" in page
+    assert seen.tags.count("section") == 3
+    for shown in (
+        "net7.safetensors",
+        "net8.safetensors",
+        "top1 over neighbours k",
+        "what queries find",
+        "how this was measured",
+    ):
+        assert shown in page
+    assert sum(link.startswith("data:") for link in seen.links) > 20, "thumbnails"
+    assert re.search(r"p [0-9.e-]+", page), "paired comparison"
+
+
+def test_names_from_files_stay_text_and_missing_pictures_are_left_out(tmp_path: Path) -> None:
+    scores = np.array([1, 0, 1, 0], np.float32)
+    grid = [{"features": "<script>", "lr_per_256": rate, "top1": rate, "diverged": False} for rate in (0.1, 0.2, 0.5)]
+    path = make_result(
+        tmp_path / "<img src=x>.json", scores, model={"ckpt": "<b>&", "runtime": "torch"}, grid=grid,
+        chosen={"features": "<script>", "lr_per_256": 0.2}, picture_file="../../etc/passwd",
+        baselines={"<i>": {"metrics": {}, "difference": {"value": 0.1, "ci95": None, "n": 4}}},
+    )  # fmt: skip
+    page = make_page(load_results([path]), "<title>")
+    seen = read(page)
+    assert not {"b>&", "i", "title>"} & set(seen.tags)
+    assert "&lt;script&gt;" in page
+    assert 'class="chosen"' in page
+
+
+def test_lower_is_better_puts_the_smallest_error_first(tmp_path: Path) -> None:
+    for name, error in (("a", 0.5), ("b", 0.25)):
+        metrics = {"rmse": {"value": error, "ci95": [0.1, 0.9], "n": 4, "lower_is_better": True, "unit": "metre"}}
+        make_result(tmp_path / f"{name}.json", np.full(4, error), metrics=metrics, headline="rmse")
+    (group,) = group_results(load_results([tmp_path]))
+    assert [one.path.stem for one in group.found] == ["b", "a"]
+    page = make_page(load_results([tmp_path]), "t")
+    assert "rmse ↓" in page
+    assert "0.250 metre" in page
+
+
+def test_other_data_is_another_table(tmp_path: Path) -> None:
+    for name in "ab":
+        make_result(tmp_path / f"{name}.json", np.ones(4, np.float32), fingerprint={"val": name})
+    assert len(group_results(load_results([tmp_path]))) == 2
+
+
+def test_what_is_no_result_is_refused_or_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text(json.dumps({"schema": "dinoscope.suite/1"}))
+    (tmp_path / "notes.json").write_text("no json")
+    with pytest.raises(InputError, match="no result files"):
+        load_results([tmp_path])
+    with pytest.raises(InputError, match="nothing there"):
+        load_results([tmp_path / "absent"])
+    with pytest.raises(InputError, match="no readable result file"):
+        load_results([tmp_path / "notes.json"])
+    (tmp_path / "old.json").write_text(json.dumps({"schema": "dinoscope.result/0"}))
+    with pytest.raises(InputError, match=r"schema 'dinoscope.result/0', wanted"):
+        load_results([tmp_path])
+
+
+def test_a_result_without_predictions_is_still_listed(tmp_path: Path) -> None:
+    path = make_result(tmp_path / "a.json", np.ones(4, np.float32))
+    (tmp_path / "a.predictions.npz").unlink()
+    assert "a.json" not in make_page(load_results([path]), "t")
+    assert load_results([path])[0].scored is None
+
+
+def test_tries_are_averaged_along_a_curve() -> None:
+    grid = [{"k": k, "n_per_class": n, "top1": 0.1 * k + t} for k in (1, 2) for n in (1, 5) for t in (0.0, 0.2)]
+    lines = grid_lines(grid, "k", "top1")
+    assert lines == {f", n_per_class {n}": [(1, pytest.approx(0.2)), (2, pytest.approx(0.3))] for n in (1, 5)}
+    assert grid_lines([{"k": "x", "top1": None}], "k", "top1") == {}
