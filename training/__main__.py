@@ -24,7 +24,8 @@ def main(
 
     Args:
         recipe: Name of a recipe. dino_small, dinov2_small (GPU), dino_small_cpu and dinov2_small_cpu fit themselves to the number of
-            images; smoke and smoke_dinov2 try things; docs/recipes.md lists the published ones.
+            images; smoke and smoke_dinov2 try things; docs/recipes.md lists the published ones. A,B trains several students of
+            one --teacher at once, in OUT/A and OUT/B.
         options: The run.
         init: Begin with these weights instead of random ones: a run folder (with its heads) or a backbone as `--ckpt` takes it.
         freeze_backbone_steps: With --init, steps in which only heads learn; by default a tenth of the run and at most 1000 where a backbone
@@ -34,9 +35,10 @@ def main(
         epochs: Instead of the recipe's.
         batch_size: Images a step, instead of the recipe's; the learning rate follows.
     """
-    check_name(recipe)
+    for name in recipe.split(","):
+        check_name(name)
     start(
-        lambda n_images: find_recipe(recipe, n_images, batch_size, epochs),
+        lambda name, n_images: find_recipe(name, n_images, batch_size, epochs),
         recipe,
         options,
         init=init,

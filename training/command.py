@@ -13,11 +13,12 @@ from data.errors import InputError
 from data.loader import Maker
 from data.streams import open_images
 from training import parallel
-from training.loop import train
+from training.loop import Student, train
 from training.memory import keep_freed_memory
 from training.precision import Precision
 from training.probe import EvalEvery
 from training.recipe import Recipe
+from training.run_folder import RunFolder
 from training.scale import Scale
 
 
@@ -52,7 +53,7 @@ class RunOptions:
 
 
 def start(
-    choose: Callable[[int], Recipe],
+    choose: Callable[[str, int], Recipe],
     name: str,
     options: RunOptions,
     *,
@@ -60,7 +61,11 @@ def start(
     freeze_backbone_steps: int | None = None,
     teacher: str | None = None,
 ) -> None:
-    """Open the data, train, and print the checkpoint's path; `choose` gives the recipe for a number of images. Raises InputError."""
+    """Open the data, train, and print the checkpoint's path. Raises InputError.
+
+    `choose` gives the recipe of a name for a number of images. Several names with commas between train at once, each in a folder of its
+    own in `options.out`.
+    """
     if options.threads is not None:
         if options.threads < 1:
             raise InputError(f"--threads {options.threads}: want at least 1")
@@ -68,14 +73,19 @@ def start(
     keep_freed_memory()
     with parallel.joined(pick_device(options.device)) as device:
         dataset = open_images(options.data, options.split)
-        recipe = choose(len(dataset))
+        names = name.split(",")
+        students = [
+            Student(one, choose(one, len(dataset)), options.out / one if len(names) > 1 else options.out)
+            for one in names
+        ]
         if options.precision is not None:
-            recipe = replace(recipe, step=replace(recipe.step, precision=options.precision))
-        path = train(
-            recipe,
+            students = [replace(one, recipe=at_precision(one.recipe, options.precision)) for one in students]
+        train(
+            students[0].recipe,
             dataset,
-            options.out,
-            recipe_name=name,
+            students[0].out,
+            recipe_name=students[0].name,
+            beside=students[1:],
             source=options.data,
             revision=source_revision(),
             seed=options.seed,
@@ -90,7 +100,13 @@ def start(
             scale=options.scale,
         )
         if parallel.rank() == 0:
-            print(path)
+            for student in students:
+                print(RunFolder(student.out).checkpoint)
+
+
+def at_precision(recipe: Recipe, precision: Precision) -> Recipe:
+    """The recipe whose backbone multiplies in `precision`."""
+    return replace(recipe, step=replace(recipe.step, precision=precision))
 
 
 def pick_device(name: str) -> torch.device:

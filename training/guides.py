@@ -1,10 +1,13 @@
 """Frozen teachers by name: what `--teacher` may be, and what a recipe becomes that learns from it."""
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from backbones.checkpoints import weights_sha256
 from backbones.vit import ViTSpec
@@ -14,16 +17,55 @@ from training.run_folder import RunFolder
 from training.warm_start import frozen_teacher
 
 
-def learn_from(source: str, recipe: Recipe, device: torch.device) -> tuple[Recipe, Any]:
-    """The recipe as it learns from this teacher, and the teacher. Raises InputError where the two do not fit.
+def learn_from(
+    source: str, recipes: Sequence[Recipe], device: torch.device, n_parts: int = 1
+) -> tuple[list[Recipe], Any]:
+    """The recipes as they learn from this teacher, and the teacher. Raises InputError where it does not fit one of them.
 
-    A run folder gives a teacher with heads, whose predictions a DINOv2 recipe learns. Any other backbone has only features: the recipe
-    keeps its backbone, its crops (the global ones) and its optimiser, and learns those.
+    A run folder gives a teacher with heads, whose predictions DINOv2 recipes learn. Any other backbone has only features: a recipe keeps
+    its backbone, its crops (the global ones) and its optimiser, and learns those. Several students share what it says of a batch, which
+    may be taken in `n_parts`.
     """
-    if RunFolder(Path(source)).recipe.is_file() and not isinstance(recipe.step, FeatureSpec):
-        return recipe, frozen_teacher(source, recipe, device)
+    features = any(isinstance(recipe.step, FeatureSpec) for recipe in recipes)
+    if RunFolder(Path(source)).recipe.is_file() and not features:
+        guide = frozen_teacher(source, recipes[0], device, recipes[1:])
+        return list(recipes), guide if len(recipes) == 1 else Shared(guide, n_parts)
     teacher = FeatureTeacher(source, device)
-    return as_feature_student(recipe, teacher.width), teacher
+    return [as_feature_student(recipe, teacher.width) for recipe in recipes], teacher
+
+
+class Shared(nn.Module):
+    """A frozen learner that answers the same question once: the students of one batch ask one after the other."""
+
+    def __init__(self, learner: Any, n_parts: int) -> None:
+        super().__init__()
+        self.learner = learner
+        self.backbone, self.dino_head, self.ibot_head = learner.backbone, learner.dino_head, learner.ibot_head
+        self.answers: dict[str, deque[tuple[tuple[Any, ...], Any]]] = {
+            name: deque(maxlen=n_parts) for name in ("encode", "logits")
+        }
+
+    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, precision: Any) -> Any:
+        """As the learner's."""
+        return self._once("encode", (*crops, precision), lambda: self.learner.encode(crops, masks_GN, precision))
+
+    def logits(self, cls_BD: Tensor, patches_RD: Tensor) -> Any:
+        """As the learner's."""
+        return self._once("logits", (cls_BD, patches_RD), lambda: self.learner.logits(cls_BD, patches_RD))
+
+    def _once(self, name: str, question: tuple[Any, ...], ask: Callable[[], Any]) -> Any:
+        for asked, answer in self.answers[name]:
+            if len(asked) == len(question) and all(map(same, asked, question)):
+                return answer
+        self.answers[name].append((question, ask()))
+        return self.answers[name][-1][1]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two parts of a question are equal, bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return one is other or one == other
 
 
 def as_feature_student(recipe: Recipe, teacher_width: int) -> Recipe:
@@ -44,4 +86,4 @@ def fingerprint(guide: Any) -> str:
     """Content hash of a teacher's weights, by which a run that is resumed knows it again."""
     if isinstance(guide, FeatureTeacher):
         return guide.manifest.weights_sha256
-    return weights_sha256(guide.state_dict())
+    return weights_sha256((guide.learner if isinstance(guide, Shared) else guide).state_dict())

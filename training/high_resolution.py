@@ -35,7 +35,7 @@ def main(
     """
     resolved = read_object(RunFolder(run).recipe)
     recipe = Recipe.from_json(resolved.get("recipe")).at_high_resolution(px, epochs, lr_share)
-    start(lambda _: recipe, f"{resolved.get('name')} at {px} px", options, init=str(run))
+    start(lambda *_: recipe, f"{resolved.get('name')} at {px} px", options, init=str(run))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,6 +47,15 @@ from training.watch import Watch
 SAVE_EVERY_S = 120.0
 
 
+@dataclass(frozen=True)
+class Student:
+    """One of the networks that learn at the same time."""
+
+    name: str
+    recipe: Recipe
+    out: Path
+
+
 def train(
     recipe: Recipe,
     dataset: Dataset | Stream,
@@ -62,6 +71,7 @@ def train(
     init: str | None = None,
     freeze_backbone_steps: int | None = None,
     teacher: str | None = None,
+    beside: Sequence[Student] = (),
     eval_data: str | None = None,
     eval_every: EvalEvery | None = None,
     scale: Scale | None = None,
@@ -69,23 +79,27 @@ def train(
 ) -> Path:
     """Train to the end (or to `stop_at_step`, then resumable) and return the path of the teacher's checkpoint.
 
-    `init` names the weights to begin with instead of random ones, see `warm_start_`; heads learn alone for
-    `freeze_backbone_steps`, see `warming_heads`; `teacher` the frozen teacher that is learned
-    from, a run or any backbone, see `learn_from`; `eval_data` a labelled set on which the run's teacher is measured, by default
-    after each epoch, and whose test images are drawn; `scale` how it is computed, which changes nothing of what is learned.
+    `init` names the weights to begin with instead of random ones, see `warm_start_`; heads learn alone for `freeze_backbone_steps`, see
+    `warming_heads`; `teacher` the frozen teacher that is learned from, a run or any backbone, see `learn_from`; `beside` other students
+    that learn from it at the same time, on the same views, each as it would alone; `eval_data` a labelled set on which the run's teacher
+    is measured, by default after each epoch, and whose test images are drawn; `scale` how it is computed, which changes nothing of what
+    is learned.
 
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
-    device = device or torch.device("cpu")
+    device, scale = device or torch.device("cpu"), scale or Scale()
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: want 0 to 2^63 - 1")
     if len(dataset) < 2:
         raise InputError(
             f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
         )
-    recipe, guide = learn_from(teacher, recipe, device) if teacher else (recipe, None)
-    scale = scale or Scale()
-    share = parallel.part_of(recipe.batch_size)
+    students, guide = [Student(recipe_name, recipe, out), *beside], None
+    if teacher:
+        recipes, guide = learn_from(teacher, [one.recipe for one in students], device, scale.accumulate)
+        students = [replace(one, recipe=fitted) for one, fitted in zip(students, recipes, strict=True)]
+    check_alike(students, teacher)
+    recipe, share = students[0].recipe, parallel.part_of(recipe.batch_size)
     list(parts_of(share, scale.accumulate))  # raises at once where they do not divide
     loader = ViewLoader(
         dataset,
@@ -100,36 +114,94 @@ def train(
         places=out / "places.jsonl",
     )
     steps_per_epoch = recipe.epoch_steps or len(loader)
-    if init:
-        recipe = warming_heads(recipe, init, recipe.epochs * steps_per_epoch, freeze_backbone_steps)
-    elif freeze_backbone_steps:
+    if freeze_backbone_steps and not init:
         raise InputError("--freeze-backbone-steps is for --init: random backbones have nothing to keep")
     probe = KnnProbe(eval_data, (eval_every or EvalEvery()).steps(steps_per_epoch)) if eval_data else None
-    folder = RunFolder(out)
-    resolved = {"recipe": recipe.to_json(), "name": recipe_name, "data": dataset.fingerprint(), "seed": seed}
-    resolved |= {"views": views} | ({"init": init} if init else {})
+    known = {"data": dataset.fingerprint(), "seed": seed, "views": views} | ({"init": init} if init else {})
     if guide is not None:
-        resolved |= {"teacher": {"run": teacher, "weights_sha256": fingerprint(guide)}}
-    leads = parallel.rank() == 0
-    resuming = parallel.gathered(folder.open(resolved) if leads else None)[0]
-    plan = Plan(recipe, steps_per_epoch)
-    torch.manual_seed(seed)
+        known |= {"teacher": {"run": teacher, "weights_sha256": fingerprint(guide)}}
+    with ExitStack() as open_until_done:
+        open_until_done.enter_context(a_full_disk_named(out))
+        runs = []
+        for student in students:
+            if init:
+                fitted = warming_heads(student.recipe, init, recipe.epochs * steps_per_epoch, freeze_backbone_steps)
+                student = replace(student, recipe=fitted)
+            runs.append(prepare(student, known, {"source": source, "revision": revision}, loader, guide, probe, scale))
+        end = min(runs[0].plan.steps, stop_at_step or runs[0].plan.steps)
+        stopped = open_until_done.enter_context(stop_signals())
+        for run in runs:
+            leads = parallel.rank() == 0
+            log = RunLog(run.folder, run.step, end, run.resolved) if leads else NoLog()
+            run.begin(end, stopped, open_until_done.enter_context(log))
+        march(runs, end)
+    return runs[0].folder.checkpoint
+
+
+def check_alike(students: Sequence[Student], teacher: str | None) -> None:
+    """Raise InputError unless the students can learn side by side."""
+    if len(students) > 1 and not teacher:
+        raise InputError(f"{len(students)} recipes at once share the answers of a teacher; name it with --teacher")
+    if len({student.name for student in students}) < len(students):
+        raise InputError("the same recipe was named twice; name each once")
+    first = students[0]
+    for other in students[1:]:
+        for name in ("crops", "batch_size", "epochs", "epoch_steps"):
+            one, another = getattr(first.recipe, name), getattr(other.recipe, name)
+            if one != another:
+                raise InputError(
+                    f"recipes {first.name} and {other.name} have different {name}; students of one teacher see the same views: "
+                    "give both --epochs and --batch-size, and choose recipes of equal crops"
+                )
+
+
+def prepare(
+    student: Student,
+    known: dict[str, Any],
+    origin: dict[str, Any],
+    loader: ViewLoader,
+    guide: Any,
+    probe: KnnProbe | None,
+    scale: Scale,
+) -> "Run":
+    """A run as it begins, or as it was saved. `known` must be the same when it is resumed, `origin` is only told."""
+    recipe, folder, device = student.recipe, RunFolder(student.out), loader.device
+    resolved = {"recipe": recipe.to_json(), "name": student.name} | known
+    resuming = parallel.gathered(folder.open(resolved) if parallel.rank() == 0 else None)[0]
+    torch.manual_seed(known["seed"])
     state = make_state(recipe, device)
+    if "init" in known and not resuming:
+        warm_start_(state, known["init"])
     state.guide = guide
-    if init and not resuming:
-        warm_start_(state, init)
     spread_(state, recipe, scale)
+    plan = Plan(recipe, recipe.epoch_steps or len(loader))
     step = restore_(state, folder) if resuming else 0
-    end = min(plan.steps, stop_at_step or plan.steps)
-    with a_full_disk_named(out):
-        if leads:
-            folder.keep_log_until(step)
-        run = Run(
-            recipe, plan, folder, state, loader, resolved | {"source": source, "revision": revision}, probe, scale
-        )
-        with stop_signals() as stopped, RunLog(folder, step, end, run.resolved) if leads else NoLog() as log:
-            run.go(step, end, stopped, log)
-    return folder.checkpoint
+    if parallel.rank() == 0:
+        folder.keep_log_until(step)
+    return Run(recipe, plan, folder, state, loader, resolved | origin, probe, scale, step)
+
+
+def march(runs: Sequence["Run"], end: int) -> None:
+    """Take the steps up to `end` of all runs, on the same views; saves and leaves early on a signal.
+
+    Runs that were interrupted between their saves go on from different steps: those that are ahead wait.
+    """
+    step, waited_from, signal_number = min(run.step for run in runs), time.monotonic(), 0
+    for views in runs[0].batches(step, end):
+        began = time.monotonic()
+        for run in runs:
+            if run.step == step:
+                signal_number = max(signal_number, run.take(views, began - waited_from))
+        step += 1
+        if signal_number:
+            for run in runs:
+                run.save()
+                run.saver.wait()
+            leave(signal_number, step, [run.folder for run in runs])
+        waited_from = time.monotonic()
+    for run in runs:
+        run.save(last=True)
+        run.saver.wait()
 
 
 class Run:
@@ -145,8 +217,9 @@ class Run:
         resolved: dict[str, Any],
         probe: KnnProbe | None,
         scale: Scale,
+        step: int,
     ) -> None:
-        self.scale, self.saver = scale, Saver(folder.states)
+        self.scale, self.saver, self.step = scale, Saver(folder.states), step
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved, self.probe = resolved, probe
         self.n_listed = 0
@@ -162,43 +235,41 @@ class Run:
         """Where the networks are."""
         return self.state.centers["dino"].device
 
-    def go(self, step: int, end: int, stopped: Callable[[], int | None], log: NoLog) -> None:
-        """Take the steps from `step` up to `end`; saves and leaves early on a signal."""
-        self.log, self.watch = log, Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
-        if step == 0:
+    def begin(self, end: int, stopped: Callable[[], int | None], log: NoLog) -> None:
+        """Get ready for the steps up to `end`; `stopped` tells of a signal."""
+        self.end, self.stopped, self.log = end, stopped, log
+        self.watch = Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
+        if self.step == 0:
             self.watch.begin(self.loader.dataset)
         if self.probe and "init" in self.resolved:
             self.guard = Guard(self.folder, log)
-            self.guard.begin(step)
-            if step == 0:
-                self._measure(self.probe, step)
-        speed = measure_speed(self.recipe, self.device, parallel.world_size(), self.state.guide)
-        saved_at, waited_from = time.monotonic(), time.monotonic()
-        for views in self._batches(step, end):
-            began = time.monotonic()
-            record = self._step(step, views)
-            record |= speed.of_step(time.monotonic() - waited_from, began - waited_from)
-            step += 1
-            if self.probe and self.probe.is_due(step, end):
-                record |= self._measure(self.probe, step)
-            log.write(step, record)
-            due = time.monotonic() - saved_at > SAVE_EVERY_S or step % self.plan.steps_per_epoch == 0
-            # All processes save and leave at the same step: whoever has a reason, all have it.
-            reasons = parallel.largest(4 * (stopped() or 0) + 2 * due + self.saver.failed, self.device)
-            if reasons:
-                self.saver.wait()
-            if reasons > 1:
-                self.save(step)
-                saved_at = time.monotonic()
-            if reasons > 3:
-                self.saver.wait()
-                leave(reasons // 4, step, self.folder)
-            waited_from = time.monotonic()
-        self.save(step, last=True)
-        self.saver.wait()
+            self.guard.begin(self.step)
+            if self.step == 0:
+                self._measure(self.probe)
+        self.speed = measure_speed(self.recipe, self.device, parallel.world_size(), self.state.guide)
+        self.saved_at = time.monotonic()
+        self.saved_step: int | None = None
 
-    def _measure(self, probe: KnnProbe, step: int) -> dict[str, float]:
-        backbone = plain_backbone(self.state.teacher)
+    def take(self, views: Views, waited_s: float) -> int:
+        """The next step, for whose views it waited so long; saves when it is time. Returns the number of a signal that came, or 0."""
+        began = time.monotonic()
+        record = self._step(self.step, views)
+        record |= self.speed.of_step(waited_s + time.monotonic() - began, waited_s)
+        self.step += 1
+        if self.probe and self.probe.is_due(self.step, self.end):
+            record |= self._measure(self.probe)
+        self.log.write(self.step, record)
+        due = time.monotonic() - self.saved_at > SAVE_EVERY_S or self.step % self.plan.steps_per_epoch == 0
+        # All processes save and leave at the same step: whoever has a reason, all have it.
+        reasons = parallel.largest(4 * (self.stopped() or 0) + 2 * due + self.saver.failed, self.device)
+        if reasons:
+            self.saver.wait()
+        if reasons > 1:
+            self.save()
+        return reasons // 4
+
+    def _measure(self, probe: KnnProbe) -> dict[str, float]:
+        step, backbone = self.step, plain_backbone(self.state.teacher)
         if backbone is None:
             return {}
         top1 = probe.top1(backbone, self._manifest(step), self.device.type)
@@ -207,7 +278,8 @@ class Run:
             save_backbone(self.guard.best_checkpoint, backbone, self._manifest(step))
         return {"knn_top1": top1}
 
-    def _batches(self, step: int, end: int) -> Iterator[Views]:
+    def batches(self, step: int, end: int) -> Iterator[Views]:
+        """The views of the steps from `step` up to `end`."""
         while step < end:
             epoch, batch = divmod(step, len(self.loader))
             for views in self.loader.epoch(epoch, batch):
@@ -226,11 +298,16 @@ class Run:
         self.watch.see(step, found, self.state, views)
         return {"step": step, "epoch": step // len(self.loader), **found, **asdict(at)}
 
-    def save(self, step: int, last: bool = False) -> None:
+    def save(self, last: bool = False) -> None:
         """Begin to write the state; write checkpoint, picture and list of skipped images. All processes call it.
 
-        Raises CheckFailed, and leaves what was saved before as it is, where a weight is not finite.
+        Nothing is written again that was saved after this very step, unless it is the `last`. Raises CheckFailed, and leaves what was
+        saved before as it is, where a weight is not finite.
         """
+        step = self.step
+        if self.saved_step == step and not last:
+            return
+        self.saved_at, self.saved_step = time.monotonic(), step
         self.watch.check_weights(step, self.state)
         skipped = {name: reason for part in parallel.gathered(self.loader.skipped) for name, reason in part.items()}
         self.saver.start(step, everything(self.state, step))
@@ -295,9 +372,10 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-def leave(signal_number: int, step: int, folder: RunFolder) -> None:
+def leave(signal_number: int, step: int, folders: Sequence[RunFolder]) -> None:
     """End the process after a signal: all is saved. Ctrl-C gives status 130, SIGTERM 0."""
-    print(f"stopped after step {step}, saved to {folder.path}; the same command goes on from there", file=sys.stderr)
+    where = ", ".join(str(folder.path) for folder in folders)
+    print(f"stopped after step {step}, saved to {where}; the same command goes on from there", file=sys.stderr)
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(0)

@@ -4,7 +4,7 @@ The position table is fitted to the recipe's. This is how a high-resolution phas
 published backbones are trained on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,19 +64,26 @@ def warming_heads(recipe: Recipe, init: str, steps: int, wanted: int | None) -> 
     return replace(recipe, optim=replace(recipe.optim, freeze_backbone_steps=wanted))
 
 
-def frozen_teacher(source: str, recipe: Recipe, device: torch.device) -> nn.Module:
-    """The teacher of a finished DINOv2 run, with its heads, as a guide for `recipe`. Raises InputError where the two do not fit."""
+def frozen_teacher(source: str, recipe: Recipe, device: torch.device, beside: Sequence[Recipe] = ()) -> nn.Module:
+    """The teacher of a finished DINOv2 run, with its heads, as a guide for `recipe` and others. Raises InputError where they do not fit."""
     folder = RunFolder(Path(source))
     if not folder.has_state:
         raise InputError(f"--teacher {source}: is no run folder; a backbone alone has no heads to learn from")
     found = Recipe.from_json(read_object(folder.recipe).get("recipe"))
-    for name, one in (("the teacher", found), ("the recipe", recipe)):
-        if not isinstance(one.step, Dinov2Spec):
-            raise InputError(f"--teacher {source}: {name} is a DINOv1 run; both must be DINOv2")
-    wanted, given = (describe_targets(one) for one in (recipe, found))
-    for name, value in wanted.items():
-        if given[name] != value:
-            raise InputError(f"--teacher {source}: has {name} {given[name]}, the recipe {value}; they must be equal")
+    if not isinstance(found.step, Dinov2Spec):
+        raise InputError(
+            f"--teacher {source}: the teacher is a DINOv1 run, or has no heads; "
+            "name its checkpoints/latest.safetensors to learn its features"
+        )
+    for student in (recipe, *beside):
+        if not isinstance(student.step, Dinov2Spec):
+            raise InputError(f"--teacher {source}: the recipe is a DINOv1 run; both must be DINOv2")
+        wanted, given = (describe_targets(one) for one in (student, found))
+        for name, value in wanted.items():
+            if given[name] != value:
+                raise InputError(
+                    f"--teacher {source}: has {name} {given[name]}, the recipe {value}; they must be equal"
+                )
     guide = make_state(found, device).teacher
     fit_(guide, folder.load_state()["teacher"], source)
     return guide.eval()
