@@ -327,7 +327,7 @@ def print_result(result: dict[str, Any], *written: Path | None) -> None:
     classes = f", {data['n_classes']} classes" if "n_classes" in data else ""
     kinds = {"train": "training", "val": "test"}
     counts = [f"{data[f'n_{part}']} {kinds.get(part, part)}" for part in data["fingerprint"]]
-    print(f"{' and '.join(counts)} images{classes}; {data['split']}")
+    print(f"{' and '.join(counts)} {data.get('counted', 'images')}{classes}; {data['split']}")
     print(result_table(result))
     for path in written:
         if path is not None:

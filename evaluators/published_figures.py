@@ -49,6 +49,9 @@ FIGURES = (
     Figure("video_objects", "davis", "jf_mean", {
         "dino_vits16": 0.618, "dino_vits8": 0.699, "dino_vitb16": 0.623, "dino_vitb8": 0.714,
     }, DINO),
+    Figure("video_actions", "ucf101", "top1_best_on_val", {
+        "dinov2_vits14": 0.870, "dinov2_vitb14": 0.891, "dinov2_vitl14": 0.905, "dinov2_vitg14": 0.912,
+    }, DINOV2),
     Figure("retrieval", "roxford5k", "map_medium", {
         "dinov2_vits14": 0.688, "dinov2_vitb14": 0.729, "dinov2_vitl14": 0.751, "dinov2_vitg14": 0.736,
     }, DINOV2),

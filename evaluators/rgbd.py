@@ -30,6 +30,10 @@ GROUP_COLUMNS = ("scene", "room", "objects")
 """Columns that tie views of one scene together, before those of `splits`; `objects` lists what stands in a rendered room."""
 
 
+BEYOND_TRAINING = 2.0
+"""A head's range of disparities, as a multiple of the largest in training: test images may show nearer things."""
+
+
 @dataclass(frozen=True)
 class DepthSet:
     """A set of images with depth and how it is scored."""
@@ -57,7 +61,8 @@ def open_depth(
     if DEPTH in dataset.kinds:
         return DepthSet(splits)
     train = MeasuredDepth(splits.train, range(len(splits.train)))
-    return DepthSet(splits, "pixel of disparity", max_depth=max(1.0, *(math.ceil(depth.max()) for depth in train)))
+    farthest = max((float(depth.max()) for depth in train), default=0.0)
+    return DepthSet(splits, "pixel of disparity", max_depth=max(1.0, math.ceil(BEYOND_TRAINING * farthest)))
 
 
 def open_rgbd(
