@@ -31,9 +31,11 @@ client: ContextVar[str] = ContextVar("client", default="")
 
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
 _OPEN_METHODS = frozenset({"ServerLive", "ServerReady", "Check", "Watch"})
-_ADMIN_METHODS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload"})
+_ADMIN_METHODS = frozenset(
+    {"RepositoryModelLoad", "RepositoryModelUnload", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister"}
+)
 _READING_POSTS = re.compile(r"/v1/collections/[^/]+/(search|classify)")
-_ADMIN_PATHS = ("/v1/collections", "/v1/evaluations", "/v2/repository/models")
+_ADMIN_PATHS = ("/v1/collections", "/v1/evaluations", "/v2/repository/models", "/v2/systemsharedmemory")
 _MAX_CLIENTS = 10_000
 
 

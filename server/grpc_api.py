@@ -1,12 +1,12 @@
 """KServe v2 over gRPC, on the stubs that come with tritonclient.
 
-Only translation: messages to InferRequest and back, errors to codes. What is not overridden here (shared memory, trace and
-log settings, load and unload) answers UNIMPLEMENTED.
+Only translation: messages to InferRequest and back, errors to codes. What is not overridden here (CUDA shared memory, trace
+and log settings, load and unload) answers UNIMPLEMENTED.
 """
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -25,7 +25,8 @@ from server import describe
 from server.access import Access, RequireToken
 from server.errors import message, outcome, retry_after
 from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
-from server.tensors import Tensor, from_raw, from_values, to_raw
+from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
+from server.tensors import Tensor, from_raw, from_values
 from server.tls import Tls
 
 SERVICE_NAME = "inference.GRPCInferenceService"
@@ -115,8 +116,27 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         given = request.id
         # Logs, and the reply to an internal error, name a request even if its client did not.
         request.id = given or uuid.uuid4().hex[:12]
-        wanted = await off_loop_if_large(request.ByteSize(), request_from, request, context.time_remaining())
-        return reply_message(await self.service.infer(wanted), given)
+        left_s, shared = context.time_remaining(), self.service.shared_memory
+        wanted = await off_loop_if_large(request.ByteSize(), request_from, request, left_s, shared)
+        return reply_message(self.service, wanted, await self.service.infer(wanted), given)
+
+    @answering
+    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
+        self.service.shared_memory.register(request.name, request.key, request.offset, request.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    @answering
+    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:
+        self.service.shared_memory.unregister(request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    @answering
+    async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:
+        reply = pb.SystemSharedMemoryStatusResponse()
+        for one in self.service.shared_memory.status(request.name):
+            region = reply.regions[one.name]
+            region.name, region.key, region.offset, region.byte_size = one.name, one.key, one.offset, one.byte_size
+        return reply
 
     async def ModelStreamInfer(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         """Streams are not offered."""
@@ -127,7 +147,7 @@ def _not_offered(method: str) -> str:
     return f"{method} is not offered by this server; models are called one request at a time, by ModelInfer"
 
 
-def request_from(request: Any, timeout_s: float | None) -> InferRequest:
+def request_from(request: Any, timeout_s: float | None, shared: SharedMemory) -> InferRequest:
     """The protocol's message as an InferRequest. Raises InputError where it contradicts itself."""
     for part in (*request.inputs, *request.outputs):
         for name in UNSUPPORTED:
@@ -137,26 +157,43 @@ def request_from(request: Any, timeout_s: float | None) -> InferRequest:
         model=request.model_name,
         version=request.model_version,
         id=request.id,
-        tensors=_tensors(request),
+        tensors=_tensors(request, shared),
         outputs=[output.name for output in request.outputs],
         parameters=_parameters(request.parameters),
+        places={
+            output.name: place
+            for output in request.outputs
+            if (place := Place.of(_parameters(output.parameters), f"output {output.name!r:.80}")) is not None
+        },
         protocol="grpc",
         timeout_s=timeout_s,
     )
 
 
-def _tensors(request: Any) -> list[Tensor]:
-    raw = request.raw_input_contents
+def _tensors(request: Any, shared: SharedMemory) -> list[Tensor]:
+    places = [Place.of(_parameters(tensor.parameters), f"input {tensor.name!r:.80}") for tensor in request.inputs]
+    if any(places):
+        sent = [tensor for tensor, place in zip(request.inputs, places, strict=True) if place is None]
+        found = iter(_sent(sent, request.raw_input_contents))
+        return [
+            next(found) if place is None else from_raw(t.name, t.datatype, t.shape, shared.read(place))
+            for t, place in zip(request.inputs, places, strict=True)
+        ]
+    return _sent(request.inputs, request.raw_input_contents)
+
+
+def _sent(inputs: Sequence[Any], raw: Sequence[bytes]) -> list[Tensor]:
+    """Tensors whose values lie in the message itself."""
     if not raw:
-        return [_typed(tensor) for tensor in request.inputs]
-    if len(raw) != len(request.inputs):
-        raise InputError(f"{len(request.inputs)} inputs and {len(raw)} raw_input_contents came; wanted one for each")
-    for tensor in request.inputs:
+        return [_typed(tensor) for tensor in inputs]
+    if len(raw) != len(inputs):
+        raise InputError(f"{len(inputs)} inputs and {len(raw)} raw_input_contents came; wanted one for each")
+    for tensor in inputs:
         if tensor.HasField("contents"):
             raise InputError(
                 f"input {tensor.name!r} has typed contents beside raw_input_contents; wanted one of the two"
             )
-    return [from_raw(t.name, t.datatype, t.shape, content) for t, content in zip(request.inputs, raw, strict=True)]
+    return [from_raw(t.name, t.datatype, t.shape, content) for t, content in zip(inputs, raw, strict=True)]
 
 
 def _typed(tensor: Any) -> Tensor:
@@ -171,12 +208,19 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(parameters[name], field) for name, field in chosen.items() if field}
 
 
-def reply_message(reply: InferReply, request_id: str) -> Any:
-    """The reply as the protocol's message: raw contents for every output, in the order of the outputs."""
+def reply_message(service: Service, request: InferRequest, reply: InferReply, request_id: str) -> Any:
+    """The reply as the protocol's message: raw contents for every output that is not in shared memory, in the order of the outputs."""
     response = pb.ModelInferResponse(model_name=reply.model, model_version=reply.version, id=request_id)
     for spec, array in reply.outputs:
-        response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
-        response.raw_output_contents.append(to_raw(array))
+        output = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
+        content = service.raw(request, spec.name, array)
+        response.raw_output_contents.append(content or b"")  # clients count outputs and contents alike
+        if content is not None:
+            continue
+        place = request.places[spec.name]
+        output.parameters[REGION].string_param = place.region
+        output.parameters[BYTE_SIZE].int64_param = place.byte_size
+        output.parameters[OFFSET].int64_param = place.offset
     return response
 
 

@@ -19,6 +19,7 @@ from server import describe
 from server.errors import Draining
 from server.http_body import compressed, parse_json, read_body, unless_disconnected
 from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
+from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
 from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -55,7 +56,34 @@ def make_v2_routes(service: Service, max_body_bytes: int) -> APIRouter:
         return JSONResponse(describe.repository_index(service, bool(only_ready)))
 
     _add_model_routes(router, service, max_body_bytes)
+    _add_shared_memory_routes(router, service, max_body_bytes)
     return router
+
+
+def _add_shared_memory_routes(router: APIRouter, service: Service, max_body_bytes: int) -> None:
+    """Triton's extension_shared_memory, for clients on this machine."""
+    shared = service.shared_memory
+
+    @router.get("/v2/systemsharedmemory/status", summary="All shared memory regions")
+    @router.get("/v2/systemsharedmemory/region/{name}/status", summary="A shared memory region")
+    async def status(name: str = "") -> JSONResponse:
+        keys = ("name", "key", "offset", "byte_size")
+        return JSONResponse([{key: getattr(one, key) for key in keys} for one in shared.status(name)])
+
+    @router.post("/v2/systemsharedmemory/region/{name}/register", summary="Register a shared memory region")
+    async def register(name: str, request: Request) -> Response:
+        wanted = _object(parse_json(await read_body(request, max_body_bytes)), "the request")
+        key, offset, size = wanted.get("key"), wanted.get("offset", 0), wanted.get("byte_size")
+        if not isinstance(key, str) or type(offset) is not int or type(size) is not int:
+            raise InputError("wanted 'key' as text, 'offset' and 'byte_size' as whole numbers")
+        shared.register(name, key, offset, size)
+        return Response()
+
+    @router.post("/v2/systemsharedmemory/unregister", summary="Let go of all shared memory regions")
+    @router.post("/v2/systemsharedmemory/region/{name}/unregister", summary="Let go of a shared memory region")
+    async def unregister(name: str = "") -> Response:
+        shared.unregister(name)
+        return Response()
 
 
 def _add_model_routes(router: APIRouter, service: Service, max_body_bytes: int) -> None:
@@ -140,14 +168,17 @@ async def _infer(request: Request, service: Service, max_body_bytes: int) -> Res
     name, version = _model_of(request)
     service.model(name, version)
     body = await read_body(request, max_body_bytes)
-    wanted, header = await off_loop_if_large(len(body), _read_request, body, name, version, request)
+    shared = service.shared_memory
+    wanted, header = await off_loop_if_large(len(body), _read_request, body, name, version, request, shared)
     reply = await unless_disconnected(request, service.infer(wanted))
-    return _response(request, reply, header)
+    return _response(request, service, wanted, reply, header)
 
 
-def _read_request(body: bytes, name: str, version: str, request: Request) -> tuple[InferRequest, dict[str, Any]]:
+def _read_request(
+    body: bytes, name: str, version: str, request: Request, shared: SharedMemory
+) -> tuple[InferRequest, dict[str, Any]]:
     header, binary = _split(body, request.headers.get(HEADER_LENGTH))
-    return _request(header, binary, name, version, request), header
+    return _request(header, binary, name, version, request, shared), header
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
@@ -159,7 +190,9 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memo
     return _object(parse_json(body[:length]), "the request"), memoryview(body)[length:]
 
 
-def _request(header: dict[str, Any], binary: memoryview, name: str, version: str, request: Request) -> InferRequest:
+def _request(
+    header: dict[str, Any], binary: memoryview, name: str, version: str, request: Request, shared: SharedMemory
+) -> InferRequest:
     outputs, given_id = _list(header, "outputs"), header.get("id")
     if not isinstance(given_id, str | int | None):
         raise InputError(f"'id' is {given_id!r:.40}; wanted text")
@@ -172,20 +205,29 @@ def _request(header: dict[str, Any], binary: memoryview, name: str, version: str
         model=name,
         version=version,
         id=str(given_id or request.state.request_id)[:128],
-        tensors=_tensors(_list(header, "inputs"), binary),
+        tensors=_tensors(_list(header, "inputs"), binary, shared),
         outputs=[_text(output, "name") for output in outputs],
         parameters=parameters,
+        places={
+            _text(output, "name"): place
+            for output in outputs
+            if (place := Place.of(output.get("parameters", {}), f"output {output.get('name')!r:.80}")) is not None
+        },
         protocol="http",
         timeout_s=timeout_of(request),
     )
 
 
-def _tensors(inputs: list[dict[str, Any]], binary: memoryview) -> list[Tensor]:
+def _tensors(inputs: list[dict[str, Any]], binary: memoryview, shared: SharedMemory) -> list[Tensor]:
     tensors: list[Tensor] = []
     at = 0
     for one in inputs:
         name, datatype, shape = _text(one, "name"), _text(one, "datatype"), _shape(one)
         parameters = _object(one.get("parameters", {}), f"'parameters' of input {name!r}")
+        place = Place.of(parameters, f"input {name!r:.80}")
+        if place is not None:
+            tensors.append(from_raw(name, datatype, shape, shared.read(place)))
+            continue
         size = parameters.get("binary_data_size")
         if size is None:
             if "data" not in one:
@@ -204,14 +246,20 @@ def _tensors(inputs: list[dict[str, Any]], binary: memoryview) -> list[Tensor]:
     return tensors
 
 
-def _response(request: Request, reply: InferReply, header: Mapping[str, Any]) -> Response:
+def _response(
+    request: Request, service: Service, wanted: InferRequest, reply: InferReply, header: Mapping[str, Any]
+) -> Response:
     """The reply as JSON, or as a JSON header and raw bytes where an output was asked for in binary."""
     everything = bool(header.get("parameters", {}).get("binary_data_output", False))
     asked = {output["name"]: output.get("parameters", {}) for output in header.get("outputs", [])}
     outputs, raw = [], []
     for spec, array in reply.outputs:
         entry: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": list(array.shape)}
-        if asked.get(spec.name, {}).get("binary_data", everything):
+        if spec.name in wanted.places:
+            service.raw(wanted, spec.name, array)
+            place = wanted.places[spec.name]
+            entry["parameters"] = {REGION: place.region, BYTE_SIZE: place.byte_size, OFFSET: place.offset}
+        elif asked.get(spec.name, {}).get("binary_data", everything):
             raw.append(to_raw(array))
             entry["parameters"] = {"binary_data_size": len(raw[-1])}
         else:

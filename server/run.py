@@ -32,6 +32,7 @@ from server.grpc_api import GrpcServer
 from server.http_app import make_http_app, make_metrics_app
 from server.samples import build_samples
 from server.service import Service
+from server.shared_memory import SharedMemory
 from server.tls import Tls
 
 log = logging.getLogger("server")
@@ -74,7 +75,16 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         stack.callback(store.close)
         limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
         rates = Rates(config.client_rows_per_s)
-        service = Service(engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates)
+        service = Service(
+            engine,
+            store,
+            limits,
+            loaded.version,
+            loaded.depth_unit,
+            loaded.classes,
+            rates,
+            SharedMemory(is_loopback(config.host)),
+        )
         evaluations = Evaluations(engine, allowed, config.state_folder / "evaluations")
         stack.push_async_callback(evaluations.close)
         if config.sample_data is not None:

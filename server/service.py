@@ -20,20 +20,28 @@ from server.collections import Collections
 from server.engine import Engine
 from server.errors import Draining, EngineFailed, Expired, NotFound, ServerError, outcome
 from server.models import ServedModel, make_models
+from server.shared_memory import Place, SharedMemory
 from server.statistics import Metrics, ModelCounts, Times
-from server.tensors import Tensor, TensorSpec
+from server.tensors import Tensor, TensorSpec, to_raw
 
 log = logging.getLogger("server")
 T = TypeVar("T")
 
-UNSUPPORTED = ("shared_memory_region", "classification")
+UNSUPPORTED = ("classification",)
 """Parameters of inputs and outputs that ask for what this server does not have, on either wire."""
 LARGE_BYTES = 1 << 20
 """From here on a request's numbers are read off the event loop."""
 
 NAME = "dinoscope"
 VERSION = "0.1.0"
-EXTENSIONS = ("binary_tensor_data", "statistics", "model_configuration", "model_repository", "schedule_policy")
+EXTENSIONS = (
+    "binary_tensor_data",
+    "system_shared_memory",
+    "statistics",
+    "model_configuration",
+    "model_repository",
+    "schedule_policy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,8 @@ class InferRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
     protocol: str = ""
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Outputs that go into shared memory instead of the reply."""
     timeout_s: float | None = None
     """What the wire's own deadline leaves; the parameter `timeout` (microseconds) can only shorten it."""
 
@@ -77,6 +87,7 @@ class Service:
         depth_unit: str | None = None,
         classes: Sequence[str] = (),
         rates: Rates | None = None,
+        shared_memory: SharedMemory | None = None,
     ) -> None:
         self.engine = engine
         self.collections = collections
@@ -85,6 +96,7 @@ class Service:
         self.model_version = version
         self.depth_unit = depth_unit
         self.rates = rates or Rates(None)
+        self.shared_memory = shared_memory or SharedMemory(offered=False)
         self.classes = tuple(classes)
         self.counts = {name: ModelCounts() for name in self.models}
         self.metrics = Metrics()
@@ -109,6 +121,14 @@ class Service:
         if version not in ("", self.model_version):
             raise NotFound(f"model {name!r} has no version {version!r:.20}; it has {self.model_version}")
         return self.models[name]
+
+    def raw(self, request: InferRequest, name: str, array: np.ndarray) -> bytes | None:
+        """An output's wire bytes; None where they went into shared memory. Raises InputError where they do not fit there."""
+        content = to_raw(array)
+        if name not in request.places:
+            return content
+        self.shared_memory.write(request.places[name], content)
+        return None
 
     async def infer(self, request: InferRequest) -> InferReply:
         """Answer one request. Raises InputError and the errors of `server.errors`, all of them counted and logged."""

@@ -185,7 +185,6 @@ MESSAGES = {
     "the same input twice": (
         lambda r: (r.inputs.add().CopyFrom(r.inputs[0]), r.raw_input_contents.append(bytes(768))), "came twice",
     ),
-    "shared memory": (lambda r: r.inputs[0].parameters["shared_memory_region"].__setattr__("string_param", "x"), "shared_memory_region"),
     "an element cut short": (as_image(struct.pack("<I", 1000) + b"abc"), "element 0 is cut short"),
     "a length cut short": (as_image(b"\x01\x00"), "element 0 is cut short"),
     "a length without end": (as_image(b"\xff\xff\xff\xff"), "element 0 is cut short"),
@@ -231,7 +230,7 @@ OFFERED_ELSEWHERE = {
     "RepositoryModelUnload": service_pb2.RepositoryModelUnloadRequest(model_name="embedding"),
     "TraceSetting": service_pb2.TraceSettingRequest(),
     "LogSettings": service_pb2.LogSettingsRequest(),
-    "SystemSharedMemoryStatus": service_pb2.SystemSharedMemoryStatusRequest(),
+    "CudaSharedMemoryStatus": service_pb2.CudaSharedMemoryStatusRequest(),
     "ModelStreamInfer": iter([service_pb2.ModelInferRequest(model_name="embedding")]),
 }
 
@@ -286,10 +285,10 @@ BODIES = {
         {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"classification": 3}}]},
         "'embedding' asks for classification",
     ),
-    "an output in shared memory": (
+    "an output in shared memory without its size": (
         "backbone",
         {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"shared_memory_region": "x"}}]},
-        "'embedding' asks for shared_memory_region",
+        "wanted shared_memory_region as text, shared_memory_byte_size",
     ),
     "no base64": ("embedding", {"inputs": [IMAGE_JSON | {"data": ["%%%"]}]}, "not base64"),
     "numbers for images": ("embedding", {"inputs": [IMAGE_JSON | {"data": [3]}]}, "wants strings"),
