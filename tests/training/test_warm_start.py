@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backbones.checkpoints import load_backbone
+from backbones.checkpoints import load_backbone, save_backbone
 from data.datasets import open_dataset
 from data.errors import InputError
+from training.command import RunOptions
+from training.high_resolution import main, recipe_behind
 from training.loop import Plan, train
 from training.methods import make_state
 from training.recipe import Recipe
@@ -145,3 +147,28 @@ def test_the_command_goes_on_with_a_run_and_resumes(run: Path, images: Path, tmp
     assert found.manifest.architecture["img_px"] == 64
     assert found.manifest.preprocess.size_px == 64
     assert len(read_steps(tmp_path / "large" / "log.jsonl")) == 1
+
+
+def test_the_phase_also_continues_a_checkpoint_which_knows_its_recipe(run: Path, images: Path, tmp_path: Path) -> None:
+    """Its heads start fresh, so they learn alone for the first tenth; the position table has the new size."""
+    name, recipe = recipe_behind(str(run / "checkpoints" / "latest.safetensors"))
+    assert recipe == Recipe.from_json(json.loads((run / "recipe.json").read_text())["recipe"])
+    options = RunOptions(data=str(images), out=tmp_path / "large", workers=0, threads=1)
+    main(str(run / "checkpoints" / "latest.safetensors"), 48, options, steps=3, freeze_backbone_steps=1)
+    found = load_backbone(tmp_path / "large" / "checkpoints" / "latest.safetensors")
+    assert found.manifest.architecture["img_px"] == 48
+    assert found.manifest.step == 3
+    resolved = json.loads((tmp_path / "large" / "recipe.json").read_text())
+    assert resolved["name"] == f"{name} at 48 px"
+    assert resolved["recipe"]["optim"]["freeze_backbone_steps"] == 1
+    assert resolved["recipe"]["optim"]["lr"] == pytest.approx(0.35 * recipe.optim.lr)
+
+
+def test_a_backbone_that_names_no_recipe_asks_for_one(run: Path, images: Path, tmp_path: Path) -> None:
+    bare = load_backbone(run / "checkpoints" / "latest.safetensors")
+    save_backbone(tmp_path / "bare.safetensors", bare.model, replace(bare.manifest, recipe=None))  # type: ignore[arg-type]
+    options = RunOptions(data=str(images), out=tmp_path / "large", workers=0, threads=1)
+    with pytest.raises(InputError, match="name one of its architecture with --recipe"):
+        main(str(tmp_path / "bare.safetensors"), 48, options)
+    with pytest.raises(InputError, match="--steps 0"):
+        main(str(tmp_path / "bare.safetensors"), 48, options, recipe="smoke", steps=0)
