@@ -8,6 +8,7 @@ from data.errors import InputError
 from runtimes.onnx_runtime import OnnxRuntime, check_one_build
 from runtimes.remote import REMOTE_SCHEMES, RemoteRuntime
 from runtimes.runtime import Runtime
+from runtimes.tensorrt_runtime import TensorRTRuntime
 from runtimes.torch_runtime import TorchRuntime
 
 
@@ -20,7 +21,7 @@ def open_runtime(
     segmentation_head: str | Path | None = None,
     max_batch: int | None = None,
 ) -> Runtime:
-    """A runtime for a checkpoint, published weights, a Hugging Face folder, an .onnx, a catalog name or a server's address.
+    """A runtime for a checkpoint, published weights, a Hugging Face folder, a catalog name, an .onnx, a plan or a server's address.
 
     `threads` bounds the CPU threads, `max_batch` the images that an exported file computes at a time;
     heads add the outputs `depth` and `classes` to a checkpoint. Raises InputError.
@@ -29,12 +30,15 @@ def open_runtime(
         raise InputError(f"--threads {threads}: wanted at least 1")
     name = str(ckpt)
     remote, exported = name.startswith(REMOTE_SCHEMES), name.lower().endswith(".onnx")
+    planned = name.lower().endswith(".plan")
     for kind, head in (("depth", depth_head), ("segmentation", segmentation_head)):
-        if head is not None and (remote or exported):
+        if head is not None and (remote or exported or planned):
             where = "a server" if remote else "an exported file"
             raise InputError(f"{ckpt}: a {kind} head cannot be added to {where}")
     if remote:
         return RemoteRuntime(name)
+    if planned:
+        return TensorRTRuntime(name, device=device, max_batch=max_batch)
     if exported:
         return OnnxRuntime(name, device=device, threads=threads, max_batch=max_batch)
     check_one_build()  # said at every start, whichever engine runs
