@@ -132,7 +132,7 @@ def train(
         stopped = open_until_done.enter_context(stop_signals())
         for run in runs:
             leads = parallel.rank() == 0
-            log = RunLog(run.folder, run.step, end, run.resolved) if leads else NoLog()
+            log = RunLog(run.folder, run.step, end, run.resolved | run.speed.describe()) if leads else NoLog()
             run.begin(end, stopped, open_until_done.enter_context(log))
         march(runs, end)
     return runs[0].folder.checkpoint
@@ -224,6 +224,7 @@ class Run:
         self.resolved, self.probe = resolved, probe
         self.n_listed = 0
         self.guard: Guard | None = None
+        self.speed = measure_speed(recipe, self.device, parallel.world_size(), state.guide)
         if parallel.rank() == 0:
             self.album = Album(
                 folder.path, probe.splits.val if probe else loader.dataset, recipe.preprocess, loader.dataset
@@ -246,7 +247,6 @@ class Run:
             self.guard.begin(self.step)
             if self.step == 0:
                 self._measure(self.probe)
-        self.speed = measure_speed(self.recipe, self.device, parallel.world_size(), self.state.guide)
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
 

@@ -140,6 +140,10 @@ class Speed:
     """FLOP/s, all processes together."""
     peak_from: str
 
+    def describe(self) -> dict[str, Any]:
+        """For the head of the log: what MFU is taken over."""
+        return {"model_flops_per_step": self.flops, "peak_flops_per_s": self.peak, "peak_from": self.peak_from}
+
     def of_step(self, took_s: float, waited_s: float) -> dict[str, float]:
         """For the log: a step that took so long, of which so much was waiting for views."""
         return {

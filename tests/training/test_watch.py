@@ -22,6 +22,7 @@ from training.methods import make_state, take_step_
 from training.recipe import OptimSpec, Recipe
 from training.recipes import RECIPES
 from training.run_log import read_steps
+from training.speed import step_flops
 
 WORDS = {"recipe_name": "smoke", "source": "test", "revision": "abc123", "workers": 0}
 BAD = float("nan")
@@ -206,4 +207,6 @@ def test_the_log_begins_with_the_recipe_and_the_source_revision(images: Path, tm
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert Recipe.from_json(lines[0]["start"]["recipe"]) == RECIPES["smoke"]
     assert (lines[0]["start"]["revision"], lines[0]["start"]["source"]) == ("abc123", "test")
+    assert lines[0]["start"]["model_flops_per_step"] == step_flops(RECIPES["smoke"])
+    assert lines[0]["start"]["peak_from"] == "measured product"
     assert [line["start"]["step"] if "start" in line else line["step"] for line in lines] == [0, 0, 1, 1]
