@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from data.preprocess import Preprocess
 from evaluators.baselines import BaselineName, open_baseline
 from evaluators.bootstrap import mean_interval95
 from evaluators.extract import ExtractSpec, FeatureTable, extract
+from evaluators.processes import Helpers, extract_by_processes
 from evaluators.results import (
     Context,
     Measurement,
@@ -60,7 +61,9 @@ class RunOptions:
     batch_size: int = 64
     """Images that go through the network at a time."""
     workers: int = 1
-    """Threads that decode images."""
+    """Threads that decode images, in each process."""
+    processes: int = 1
+    """Processes that run the network, on a GPU each where there are several; needs the feature cache."""
     cache_dir: Path | None = Path(".cache/features")
     """Root of the feature cache; None to do without."""
     seed: int = 0
@@ -69,8 +72,10 @@ class RunOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed}: wanted a whole number of at least 0 and below 2**63")
-        if self.batch_size < 1 or self.workers < 1:
-            raise InputError(f"--batch-size {self.batch_size}, --workers {self.workers}: wanted at least 1 of each")
+        if min(self.batch_size, self.workers, self.processes) < 1:
+            raise InputError("--batch-size, --workers and --processes: wanted at least 1 of each")
+        if self.processes > 1 and self.cache_dir is None:
+            raise InputError("--processes: several processes meet in the feature cache; name a --cache-dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +163,9 @@ def measure_parts(
     started = time.perf_counter()
     tables = []
     for what, part in parts.items():
-        with progress_bar(f"{title}: {what}") as progress:
-            tables.append(extract(runtime, part, spec, progress))
+        tables.append(_extract(f"{title}: {what}", title, runtime, part, spec, options))
         if what == "train" and spec.augmented:
-            tables[-1] = replace(tables[-1], augmented=_augmented(title, runtime, part, spec))
+            tables[-1] = replace(tables[-1], augmented=_augmented(title, runtime, part, spec, options))
     extracted = time.perf_counter()
     measurement = evaluate(tables)
     for what, table in zip(parts, tables, strict=True):
@@ -180,12 +184,25 @@ def measure_parts(
     return measurement, timing, counts
 
 
-def _augmented(title: str, runtime: Runtime, part: Dataset, spec: ExtractSpec) -> tuple[FeatureTable, ...]:
+def _extract(
+    bar: str, title: str, runtime: Runtime, part: Dataset, spec: ExtractSpec, options: RunOptions
+) -> FeatureTable:
+    """The features of a part, by several processes where that is asked for; baselines need no help."""
+    with progress_bar(bar) as progress:
+        if options.processes > 1 and title not in get_args(BaselineName):
+            helpers = Helpers(options.ckpt, options.device, options.threads, options.processes)
+            extract_by_processes(runtime, part, spec, helpers, progress)
+        return extract(runtime, part, spec, progress)
+
+
+def _augmented(
+    title: str, runtime: Runtime, part: Dataset, spec: ExtractSpec, options: RunOptions
+) -> tuple[FeatureTable, ...]:
     """The training images in each of the further views."""
     tables = []
     for number, view in enumerate(spec.augmented, start=1):
-        with progress_bar(f"{title}: train, view {number} of {len(spec.augmented)}") as progress:
-            tables.append(extract(runtime, part, replace(spec, view=view, augmented=()), progress))
+        bar = f"{title}: train, view {number} of {len(spec.augmented)}"
+        tables.append(_extract(bar, title, runtime, part, replace(spec, view=view, augmented=()), options))
     return tuple(tables)
 
 

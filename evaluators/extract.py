@@ -132,7 +132,7 @@ def extract(
         cached = store.complete
         if not cached:
             _fill(store, runtime, dataset, columns, spec, progress)
-            _check_share(store, dataset, spec.max_corrupt_share)
+            check_share(store, dataset, spec.max_corrupt_share)
             store.finish()
         elif progress:
             progress(n, n)
@@ -278,7 +278,8 @@ def _check_finite(store: FeatureStore, features: Mapping[str, np.ndarray], names
             )
 
 
-def _check_share(store: FeatureStore, dataset: Dataset, max_share: float) -> None:
+def check_share(store: FeatureStore, dataset: Dataset, max_share: float) -> None:
+    """Raise InputError, and forget the entry, where more images than this share could not be decoded."""
     if len(store.skipped) <= max_share * store.n_items and store.n_rows:
         return
     row, reason = next(iter(store.skipped.items()))

@@ -96,6 +96,22 @@ def test_a_killed_extraction_goes_on_where_it_stopped(folder: Path, tmp_path: Pa
     np.testing.assert_array_equal(table.features, extract(MeanColourRuntime(), open_dataset(folder)).features)
 
 
+def test_a_server_that_dies_half_way_is_one_error_and_the_next_one_goes_on(folder: Path, tmp_path: Path) -> None:
+    class Dying(MeanColourRuntime):
+        def run(self, pixels_NCHW, outputs=("embedding",)):
+            if self.images >= 15:
+                raise InputError("grpc://host:8001: the server gave no result (unavailable)")
+            return super().run(pixels_NCHW, outputs)
+
+    spec = ExtractSpec(cache_dir=tmp_path / "cache", batch_size=5)
+    with pytest.raises(InputError, match="gave no result"):
+        extract(Dying(), open_dataset(folder), spec)
+    back = MeanColourRuntime()
+    table = extract(back, open_dataset(folder), spec)
+    assert back.images == 36 - 15
+    np.testing.assert_array_equal(table.features, extract(MeanColourRuntime(), open_dataset(folder)).features)
+
+
 def test_an_output_the_network_lacks_is_named(folder: Path) -> None:
     runtime = MeanColourRuntime()
     runtime.outputs = ("embedding",)
