@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-curation clean
+.PHONY: help demo test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-views bench-curation bench-evaluators clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -71,8 +71,14 @@ bench-exports: $(TEST_STAMP)  ## exported files beside the engine's bare matrix 
 bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's matrix product rate, and its memory
 	$(BIN)/python -m benchmarks.training
 
+bench-evaluators: $(TEST_STAMP)  ## evaluators beside the products they need, faiss and scikit-learn
+	$(BIN)/python -m benchmarks.evaluators
+
 bench-curation: $(TEST_STAMP)  ## near-duplicate removal beside the bare search of the same vectors, up to a million
 	$(BIN)/python -m benchmarks.curation
+
+bench-views: $(TEST_STAMP)  ## CPU time of an image's views: Pillow, our workers, and workers that only decode
+	$(BIN)/python -m benchmarks.views
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

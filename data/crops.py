@@ -8,6 +8,7 @@ uint8, `data/device_views.py` for a whole batch on the tensor's device.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -136,9 +137,9 @@ def plan_views(height: int, width: int, spec: CropSpec, rng: np.random.Generator
     blurred = np.array([spec.blur_of(view) for view in range(3)])[kinds]
     low, high = spec.blur_sigma_px
     plan = np.empty(spec.n_views, PLAN)
-    for view, draws in enumerate(draws_VD):
-        scale = spec.global_scale if view < 2 else spec.local_scale
-        plan["box"][view] = crop_box(height, width, scale, spec.ratio, draws[_PLACE].reshape(_CROP_TRIES, 4))
+    scales = [spec.global_scale] * 2 + [spec.local_scale] * spec.n_local
+    places = draws_VD[:, _PLACE].reshape(-1, _CROP_TRIES, 4).tolist()
+    plan["box"] = [crop_box(height, width, *of_view, spec.ratio) for of_view in zip(places, scales, strict=True)]
     plan["flip"] = draws_VD[:, _FLIP] < spec.flip
     plan["jitter"] = draws_VD[:, _JITTER] < spec.jitter
     widths = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
@@ -150,13 +151,15 @@ def plan_views(height: int, width: int, spec: CropSpec, rng: np.random.Generator
     return plan
 
 
-def crop_box(height: int, width: int, scale: Range, ratio: Range, draws_T4: np.ndarray) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int, width: int, draws_T4: Sequence[Sequence[float]], scale: Range, ratio: Range
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random part: area `scale` of the image, width over height within `ratio`.
 
     Each of the T tries takes four uniform draws; where none fits, the largest centred part of an allowed shape.
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for share, shape, y, x in draws_T4.tolist():
+    for share, shape, y, x in draws_T4:
         area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
         aspect = math.exp(log_low + (log_high - log_low) * shape)
         wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -194,5 +197,6 @@ def blur_taps(sigma_px: float, kernel: BlurKernel) -> np.ndarray:
     variance = sigma_px**2 / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    box = np.concatenate([[edge], np.ones(2 * whole + 1), [edge]]) / (2 * whole + 1 + 2 * edge)
+    box = np.full(2 * whole + 3, 1 / (2 * whole + 1 + 2 * edge))
+    box[[0, -1]] *= edge
     return np.convolve(np.convolve(box, box), box)

@@ -86,11 +86,14 @@ class Dataset:
     def examples(self, n: int) -> list[np.ndarray]:
         """Up to n images spread over the set, uint8 [H,W,3] each; fewer where some cannot be read."""
         images: list[np.ndarray] = []
-        for k in range(10 * n):
-            if len(images) == n or k >= max(n, len(self)):
+        n = min(n, len(self))
+        # every so-manieth first; behind them their neighbours, in case some cannot be read
+        places = dict.fromkeys((k * len(self) // n + k // n) % len(self) for k in range(10 * n))
+        for place in places:
+            if len(images) == n:
                 break
             try:
-                images.append(self.image((k * len(self) // n + k // n) % len(self)))
+                images.append(self.image(place))
             except InputError:
                 continue
         return images

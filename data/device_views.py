@@ -1,7 +1,7 @@
 """Decoded images of a batch and the plan of their views in, normalised views out, computed together on the images' device.
 
-The same plan through `data/views.py` gives the same views but for rounding: there every alteration ends in whole shades, here only the
-resize does. On a GPU, all images of about one size are resized by two matrix products, W_y · image · W_x^T, whose rows hold
+The same plan through `data/views.py` gives the same views but for rounding: there every alteration ends in whole shades, here those
+of hue and the blur do not. On a GPU, all images of about one size are resized by two matrix products, W_y · image · W_x^T, whose rows hold
 the weights of Pillow's antialiased bicubic filter; mirroring reverses the rows of W_x. Nothing is read back from the device.
 Everything but the products is done pixel by pixel, so that on a CPU a view has the same bits in whatever batch it is made.
 """
@@ -16,13 +16,12 @@ from torch.nn.functional import pad
 
 from data.crops import BlurKernel, CropSpec, blur_taps
 from data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from data.views import SOLARIZE_FROM, resize
+from data.views import LUMA, SOLARIZE_FROM, resize
 
 SIZE_STEP_PX = 128
 """Images whose sides are equal when rounded up to a multiple of this are resized together."""
 _BICUBIC_A = -0.5
 """The free parameter of Keys' filter, as in Pillow."""
-_LUMA = (0.299, 0.587, 0.114)
 
 # Axes: B images, V views of one size, N = B V of them, S the side of a view; C colours, H W pixels of an image. Shades are 0 to 255.
 
@@ -142,21 +141,27 @@ def altered(pixels_NCSS: Tensor, plans_N: np.ndarray, kernel: BlurKernel) -> Ten
 
 
 def _luma(pixels_NCSS: Tensor) -> Tensor:
-    return sum(share * pixels_NCSS[:, k : k + 1] for k, share in enumerate(_LUMA))  # type: ignore[return-value]
+    red, green, blue = pixels_NCSS.split(1, dim=1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).round_()
+
+
+def _cut(pixels_NCSS: Tensor) -> Tensor:
+    """Pillow cuts fractions off when it blends. A thousandth is forgiven, for sums that should be whole."""
+    return pixels_NCSS.add_(1e-3).floor_().clamp_(0, 255)
 
 
 def _brighten(pixels_NCSS: Tensor, factors: Tensor) -> Tensor:
-    return (pixels_NCSS * factors).clamp_(0, 255)
+    return _cut(pixels_NCSS * factors)
 
 
 def _contrast(pixels_NCSS: Tensor, factors: Tensor) -> Tensor:
     mean = _luma(pixels_NCSS).mean(dim=(2, 3), keepdim=True, dtype=torch.float64).round().float()
-    return ((pixels_NCSS - mean) * factors + mean).clamp_(0, 255)
+    return _cut((pixels_NCSS - mean) * factors + mean)
 
 
 def _saturate(pixels_NCSS: Tensor, factors: Tensor) -> Tensor:
     gray = _luma(pixels_NCSS)
-    return ((pixels_NCSS - gray) * factors + gray).clamp_(0, 255)
+    return _cut((pixels_NCSS - gray) * factors + gray)
 
 
 def _turn_hue(pixels_NCSS: Tensor, turns: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ class ViewLoader:
         """
         if not 0 <= start_batch <= len(self):
             raise InputError(f"batch {start_batch} of an epoch of {len(self)} batches; was the data set changed?")
+        unreadable: dict[str, str] = {}
         for made in self._made(epoch, start_batch):
             self.skipped.update(made.bad)
             if not made.views:
@@ -114,11 +115,12 @@ class ViewLoader:
                 raise InputError(
                     f"{self.dataset.name}: {len(made.bad)} images in a row cannot be read, first {name} ({reason})"
                 )
-            left = len(self.dataset) - len(self.skipped)
+            unreadable |= made.bad
+            left = len(self.dataset) - len(unreadable)
             if left < self.share.whole:
-                name, reason = next(iter(self.skipped.items()))
+                name, reason = next(iter(unreadable.items()))
                 raise InputError(
-                    f"{self.dataset.name}: {len(self.skipped)} of {len(self.dataset)} images cannot be read, first {name} ({reason}); "
+                    f"{self.dataset.name}: {len(unreadable)} of {len(self.dataset)} images cannot be read, first {name} ({reason}); "
                     f"the {left} that are left are fewer than one batch of {self.share.whole}"
                 )
             views = self._views_on_device(made) if made.plans is not None else self._normalised(made.views)

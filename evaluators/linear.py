@@ -10,8 +10,8 @@ Legend: n images, H heads (one per learning rate), C classes, D feature size.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,8 +34,9 @@ from evaluators.classification import (
 )
 from evaluators.combinations import Wide, names_for, wide
 from evaluators.extract import ExtractSpec, FeatureTable
+from evaluators.imagenet_sets import measure_sets, parse_sets
 from evaluators.linear_grid import Heads, train_grid
-from evaluators.results import Measurement, check_writable
+from evaluators.results import Measurement, check_writable, metrics_json, save_result
 from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
 
@@ -330,13 +331,24 @@ def run(
     options: ClassificationRun,
     spec: LinearSpec = LinearSpec(),
     save_head_to: Path | None = None,
+    test_data: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
-    if save_head_to is not None:
-        check_writable(save_head_to, "--save-head", ".safetensors")
+    extras = parse_sets(test_data)
+    for path, flag, suffix in ((save_head_to, "--save-head", ".safetensors"), (options.out, "--out", ".json")):
+        if path is not None:
+            check_writable(path, flag, suffix)
     result, measurement = run_classification(
-        options, lambda train, test: evaluate(train, test, spec, options.seed), lambda _: spec.extraction()
+        replace(options, out=None),
+        lambda train, test: evaluate(train, test, spec, options.seed),
+        lambda _: spec.extraction(),
     )
+    if extras:
+        metrics, errors = measure_sets(extras, options, measurement)
+        result["metrics"] |= metrics_json(metrics)
+        result["settings"] |= {"corruption_errors": errors} if errors else {}
+    if options.out is not None:
+        save_result(options.out, result, measurement.predictions)
     if save_head_to is not None:
         save_linear_head(save_head_to, measurement, result)
     return result
@@ -346,13 +358,16 @@ def main(
     options: Annotated[ClassificationRun, tyro.conf.arg(name="")],
     spec: Annotated[LinearSpec, tyro.conf.arg(name="")],
     save_head: Path | None = None,
+    test_data: tuple[str, ...] = (),
 ) -> None:
     """Accuracy of a linear classifier on the features of a frozen network.
 
     Args:
         save_head: Write the chosen classifier, bound to this network, to this .safetensors file.
+        test_data: Further test sets for a classifier trained on ImageNet, as distributed: imagenet-v2:ROOT,
+            imagenet-real:real.json, imagenet-a:ROOT, imagenet-r:ROOT, imagenet-sketch:ROOT, imagenet-c:ROOT.
     """
-    print_result(run(options, spec, save_head), options.out, save_head)
+    print_result(run(options, spec, save_head, test_data), options.out, save_head)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """`python -m server --models PATH`: serve a backbone and its heads."""
 
-import tyro
+import logging
+import os
+import sys
 
 from data.errors import run_cli
-from server.config import ServerConfig
 from server.logs import configure_logs
 from server.run import main
+from server.settings import read_settings, resolved
 
 
 def serve_from_command_line() -> None:
     """Read the flags and serve until told to stop."""
-    config = tyro.cli(ServerConfig, prog="python -m server")
+    config = read_settings(sys.argv[1:], os.environ)
     configure_logs(config.log_level)
+    logging.getLogger("server").info("settings", extra={"fields": resolved(config)})
     main(config)
 
 

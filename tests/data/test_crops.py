@@ -172,7 +172,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (300, 200), (128, 128)])
 def test_a_part_has_an_area_and_a_shape_within_the_ranges(height: int, width: int, scale: tuple[float, float]) -> None:
     ratio = CropSpec().ratio
-    boxes = [crop_box(height, width, scale, ratio, view_rng(1, 0, i).random((10, 4))) for i in range(400)]
+    boxes = [crop_box(height, width, view_rng(1, 0, i).random((10, 4)).tolist(), scale, ratio) for i in range(400)]
     shares = np.array([tall * wide / (height * width) for _, _, tall, wide in boxes])
     shapes = np.array([wide / tall for _, _, tall, wide in boxes])
     for top, left, tall, wide in boxes:
@@ -189,7 +189,9 @@ def test_a_part_has_an_area_and_a_shape_within_the_ranges(height: int, width: in
 
 
 def test_parts_of_a_large_image_are_spread_evenly() -> None:
-    boxes = [crop_box(1000, 1000, (0.05, 0.05), (1.0, 1.0), view_rng(2, 0, i).random((10, 4))) for i in range(2000)]
+    boxes = [
+        crop_box(1000, 1000, view_rng(2, 0, i).random((10, 4)).tolist(), (0.05, 0.05), (1.0, 1.0)) for i in range(2000)
+    ]
     _, _, tall, wide = boxes[0]
     for axis, room in ((0, 1000 - tall), (1, 1000 - wide)):
         places = np.array([box[axis] for box in boxes]) / room
@@ -200,9 +202,9 @@ def test_parts_of_a_large_image_are_spread_evenly() -> None:
 
 
 def test_the_corner_can_be_the_last_possible_one() -> None:
-    draws = np.array([[0.0, 0.5, 1 - 1e-16, 1 - 1e-16]])
-    assert crop_box(10, 10, (0.25, 0.25), (1.0, 1.0), draws) == (5, 5, 5, 5)
-    assert crop_box(10, 10, (1.0, 1.0), (1.0, 1.0), draws) == (0, 0, 10, 10)
+    draws = [[0.0, 0.5, 1 - 1e-16, 1 - 1e-16]]
+    assert crop_box(10, 10, draws, (0.25, 0.25), (1.0, 1.0)) == (5, 5, 5, 5)
+    assert crop_box(10, 10, draws, (1.0, 1.0), (1.0, 1.0)) == (0, 0, 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_the_corner_can_be_the_last_possible_one() -> None:
 def test_where_no_part_fits_the_largest_centred_one_is_taken(
     height: int, width: int, wanted: tuple[int, int, int, int]
 ) -> None:
-    assert crop_box(height, width, (0.9, 1.0), (3 / 4, 4 / 3), view_rng(0, 0, 0).random((10, 4))) == wanted
+    assert crop_box(height, width, view_rng(0, 0, 0).random((10, 4)).tolist(), (0.9, 1.0), (3 / 4, 4 / 3)) == wanted
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 3000), (3000, 2), (3, 5)])

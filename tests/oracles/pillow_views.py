@@ -58,6 +58,7 @@ def blur(image: Image.Image, sigma: float, kernel: str) -> Image.Image:
 
 
 def normalised(image: Image.Image) -> np.ndarray:
-    """float32 [3,h,w]."""
-    pixels = np.asarray(image).astype(np.float32) / 255
-    return ((pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)).transpose(2, 0, 1)
+    """float32 [3,h,w], channels first in memory too."""
+    pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32) / 255
+    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std

@@ -1,0 +1,98 @@
+"""Where an operator's settings come from: a TOML file, the environment, flags; the later of these counts.
+
+    models = "models/"                                             a file, named by --config or DINOSCOPE_CONFIG
+    DINOSCOPE_HTTP_PORT=9000 DINOSCOPE_EVALUATION_DATA=a=/a,b=/b   the environment; several values with commas between
+    python -m server --log-level debug                             flags
+
+File and environment are turned into flags, so that every value is read and refused by the same rules.
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from sqlalchemy.engine import make_url
+
+from data.errors import InputError
+from server.config import ServerConfig
+
+PREFIX = "DINOSCOPE_"
+_FIELDS = {one.name: one for one in dataclasses.fields(ServerConfig)}
+
+
+def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> ServerConfig:
+    """The configuration of a server. Raises InputError; unknown flags end the process as tyro does it."""
+    from_environment = _environment(environment)
+    file = _named_file(argv) or from_environment.get("config")
+    values = {**({} if file is None else _file(Path(str(file)))), **from_environment}
+    flags = [word for name, value in values.items() if not _given(argv, name) for word in _flag(name, value)]
+    return tyro.cli(ServerConfig, prog="python -m server", args=[*flags, *argv])
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, text in environment.items():
+        name = key.removeprefix(PREFIX).lower()
+        if not key.startswith(PREFIX):
+            continue
+        if name not in _FIELDS:
+            raise InputError(f"{key}: there is no such setting; python -m server --help lists them")
+        found[name] = text.split(",") if _holds_several(name) else text
+    return found
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error}); wanted TOML such as http_port = 9000") from error
+    for name, value in values.items():
+        if name not in _FIELDS or name == "config":
+            raise InputError(f"--config {path}: {name!r} is no setting; python -m server --help lists them")
+        if isinstance(value, dict) or isinstance(value, list) != _holds_several(name):
+            raise InputError(
+                f"--config {path}: {name} is {value!r:.60}; wanted {'a list' if _holds_several(name) else 'one value'}"
+            )
+    return values
+
+
+def _holds_several(name: str) -> bool:
+    return isinstance(_FIELDS[name].default, tuple)
+
+
+def _named_file(argv: Sequence[str]) -> str | None:
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            return argv[at + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def _given(argv: Sequence[str], name: str) -> bool:
+    """Whether a flag of this setting is on the command line."""
+    words = {word.partition("=")[0].replace("_", "-") for word in argv}
+    flag = name.replace("_", "-")
+    return bool(words & {f"--{flag}", f"--no-{flag}"})
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(_FIELDS[name].default, bool):
+        text = str(value).lower()
+        if text not in ("true", "false", "1", "0"):
+            raise InputError(f"{name} is {value!r:.40}; wanted true or false")
+        return [f"--{flag}" if text in ("true", "1") else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}", str(value)]
+
+
+def resolved(config: ServerConfig) -> dict[str, Any]:
+    """Every setting as it counts, for the log; the password of the database is left out."""
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    if config.database is not None:
+        values["database"] = make_url(config.database).render_as_string(hide_password=True)
+    return values

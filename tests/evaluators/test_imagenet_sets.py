@@ -1,0 +1,126 @@
+"""Other test sets of an ImageNet classifier, on tiny copies of their real layouts."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from evaluators.classification import ClassificationRun
+from evaluators.imagenet_sets import ALEXNET_ERROR, open_set, parse_sets, score
+from evaluators.linear import LinearSpec, run
+from tests.evaluators.fakes import SMALL, small_checkpoint
+
+WNIDS = [f"n{number:08d}" for number in range(12)]
+
+
+def picture(path: Path, shade: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((40, 40, 3), shade, np.uint8))
+
+
+def right_logits(answers: list[int], n_classes: int = 12) -> np.ndarray:
+    return np.eye(n_classes)[answers]
+
+
+def test_v2_folders_are_places_among_the_classes_not_names_to_sort(tmp_path: Path) -> None:
+    for number in range(12):
+        picture(tmp_path / "imagenetv2-matched-frequency-format-val" / str(number) / "a.jpeg")
+    extra = open_set("v2", tmp_path, WNIDS, None)  # type: ignore[arg-type]
+    assert extra.dataset.items[2].name == "10/a.jpeg"  # the order of the folders' names
+    assert [set(one) for one in extra.answers[:4]] == [{0}, {1}, {10}, {11}]
+    numbers = [int(item.name.split("/")[0]) for item in extra.dataset.items]
+    metrics, _ = score(extra, right_logits(numbers), range(12))
+    assert metrics["v2_top1"].value == 1.0
+    with pytest.raises(InputError, match="counts to class 11, and the classifier has 3"):
+        open_set("v2", tmp_path, WNIDS[:3], None)  # type: ignore[arg-type]
+
+
+def test_any_of_the_real_labels_counts_and_images_without_one_are_skipped(tmp_path: Path) -> None:
+    from data.datasets import open_dataset
+
+    for number, wnid in ((3, WNIDS[0]), (1, WNIDS[5]), (2, WNIDS[1])):
+        picture(tmp_path / "val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG")
+    (tmp_path / "real.json").write_text(json.dumps([[5, 7], [], [2]]))
+    test = open_dataset(tmp_path / "val")
+    extra = open_set("real", tmp_path / "real.json", WNIDS, test)
+    assert [set(one) for one in extra.answers] == [{2}, set(), {5, 7}]  # by the number in the name, not by place
+    metrics, _ = score(extra, right_logits([0, 1, 7]), range(3))
+    assert (metrics["real_top1"].value, metrics["real_top1"].n) == (0.5, 2)
+    picture(tmp_path / "other" / WNIDS[0] / "x.jpeg")
+    picture(tmp_path / "other" / WNIDS[1] / "x.jpeg")
+    with pytest.raises(InputError, match=r"is none of the 3 images of real\.json"):
+        open_set("real", tmp_path / "real.json", WNIDS, open_dataset(tmp_path / "other"))
+    (tmp_path / "real.json").write_text("[[1], 3]")
+    with pytest.raises(InputError, match="not a list of label lists"):
+        open_set("real", tmp_path / "real.json", WNIDS, test)
+
+
+def test_answers_on_a_and_r_are_taken_among_their_classes(tmp_path: Path) -> None:
+    for wnid in (WNIDS[2], WNIDS[9]):
+        picture(tmp_path / wnid / "a.jpg")
+    logits = right_logits([4, 4]) * 2 + right_logits([2, 9])
+    for kind, wanted in (("a", 1.0), ("r", 1.0), ("sketch", 0.0)):
+        extra = open_set(kind, tmp_path, WNIDS, None)  # type: ignore[arg-type]
+        assert score(extra, logits, [0, 1])[0][f"{kind}_top1"].value == wanted
+    picture(tmp_path / "n99999999" / "a.jpg")
+    with pytest.raises(InputError, match="1 folders are no trained class, first 'n99999999'"):
+        open_set("a", tmp_path, WNIDS, None)  # type: ignore[arg-type]
+
+
+def test_corruption_errors_are_averaged_over_severities_and_divided_by_alexnets(tmp_path: Path) -> None:
+    for severity in range(1, 6):
+        for wnid in WNIDS[:2]:
+            picture(tmp_path / "fog" / str(severity) / wnid / "a.JPEG")
+            picture(tmp_path / "noise" / "shot_noise" / str(severity) / wnid / "a.JPEG")
+    extra = open_set("c", tmp_path, WNIDS, None)  # type: ignore[arg-type]
+    assert len(extra.dataset) == 20
+    assert extra.view(SMALL).resize_px == SMALL.size_px
+    guesses = [
+        0 if stratum.startswith("fog") else next(iter(answer))
+        for stratum, answer in zip(extra.strata, extra.answers, strict=True)
+    ]
+    metrics, errors = score(extra, right_logits(guesses), range(20))
+    assert errors == {"shot_noise": 0.0, "fog": 0.5}
+    assert metrics["c_mce"].value == pytest.approx(0.5 / ALEXNET_ERROR["fog"] / 2)
+    assert metrics["c_mce"].lower_is_better
+
+
+def test_names_of_sets_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    assert parse_sets([f"imagenet-a:{tmp_path}"]) == {"a": tmp_path}
+    for texts, message in (
+        (["imagenet-x:here"], "wanted NAME:PATH"),
+        ([str(tmp_path)], "wanted NAME:PATH"),
+        ([f"imagenet-a:{tmp_path}"] * 2, "each name once"),
+        ([f"imagenet-a:{tmp_path / 'none'}"], "nothing at"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_sets(texts)
+
+
+def test_a_probe_is_tested_on_all_of_them_in_one_run(tmp_path: Path) -> None:
+    names = WNIDS[:3]
+    for split, count in (("train", 6), ("val", 3)):
+        for number, wnid in enumerate(names):
+            for i in range(count):
+                name = f"ILSVRC2012_val_{3 * number + i + 1:08d}.JPEG" if split == "val" else f"{i}.JPEG"
+                picture(tmp_path / "data" / split / wnid / name, 60 * number + 5 * i)
+    for number, wnid in enumerate(names):
+        picture(tmp_path / "v2" / str(number) / "a.jpeg", 60 * number)
+        picture(tmp_path / "r" / wnid / "a.jpg", 60 * number)
+        picture(tmp_path / "c" / "snow" / "1" / wnid / "a.JPEG", 60 * number)
+    (tmp_path / "real.json").write_text(json.dumps([[k // 3] for k in range(9)]))
+    ckpt = small_checkpoint(tmp_path / "a.safetensors")
+    options = ClassificationRun(
+        ckpt=str(ckpt), data=str(tmp_path / "data"), cache_dir=None, threads=1, out=tmp_path / "out.json"
+    )
+    sets = [f"imagenet-{kind}:{tmp_path / kind}" for kind in ("v2", "r", "c")]
+    result = run(
+        options, LinearSpec(min_steps=30, epochs=1), test_data=[*sets, f"imagenet-real:{tmp_path / 'real.json'}"]
+    )
+    assert {"v2_top1", "r_top1", "c_mce", "real_top1"} <= set(result["metrics"])
+    assert result["metrics"]["real_top1"]["value"] == pytest.approx(result["metrics"]["top1"]["value"])
+    assert list(result["settings"]["corruption_errors"]) == ["snow"]
+    assert json.loads((tmp_path / "out.json").read_text())["metrics"]["v2_top1"]["n"] == 3

@@ -1,0 +1,67 @@
+"""The files for Docker, systemd and Kubernetes name settings, ports and folders that there are. No engine of these runs here."""
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server.config import ServerConfig
+from server.settings import read_settings
+
+DEPLOY = Path(__file__).parents[2] / "server" / "deploy"
+
+
+@pytest.fixture(scope="module")
+def manifests() -> dict[str, dict]:
+    return {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+
+
+def test_the_image_copies_every_package_and_nothing_that_is_not_there(repo_root: Path) -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    names = [name for line in copied for name in line.split()]
+    assert all((repo_root / name).exists() for name in names)
+    packages = {path.parent.name for path in repo_root.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert packages <= set(names)
+
+
+def test_the_settings_of_the_image_are_settings() -> None:
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    environment = dict(re.findall(r"(DINOSCOPE_\w+)=(\S+)", text))
+    config = read_settings([], environment)
+    assert config.models == Path("/models")
+    config.check()
+
+
+def test_the_unit_starts_the_server_and_waits_for_it_to_drain() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "dinoscope.service")
+    service = unit["Service"]
+    assert service["ExecStart"].endswith("python -m server")
+    assert {pair.split("=")[0] for pair in service["Environment"].split()} <= {
+        f"DINOSCOPE_{name.upper()}" for name in ServerConfig.__dataclass_fields__
+    }
+    assert int(service["TimeoutStopSec"]) > ServerConfig.grace_s
+
+
+def test_the_deployment_probes_what_the_server_answers(manifests: dict[str, dict]) -> None:
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert probes["readiness"] == probes["startup"] == {"path": "/v2/health/ready", "port": "http"}
+    assert probes["liveness"] == {"path": "/v2/health/live", "port": "http"}
+    given = {one["name"]: one.get("value", "postgresql://u:p@h/d") for one in container["env"]}
+    config = read_settings(["--models", "/models"], given)
+    assert pod["terminationGracePeriodSeconds"] > config.drain_delay_s + config.grace_s
+    mounts = {one["name"] for one in container["volumeMounts"]}
+    assert mounts == {one["name"] for one in pod["volumes"]}
+
+
+def test_the_service_selects_the_deployments_pods(manifests: dict[str, dict]) -> None:
+    labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert manifests["Service"]["spec"]["selector"] == labels
+    assert manifests["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels

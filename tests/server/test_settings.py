@@ -1,0 +1,73 @@
+"""Settings from a file, the environment and flags."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from server.config import ServerConfig
+from server.settings import read_settings, resolved
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "server.toml"
+    path.write_text(
+        'models = "from-file"\nhttp_port = 1111\ngrpc_port = 2222\npublic = true\nevaluation_data = ["a=/a", "b=/b"]\n'
+    )
+    return path
+
+
+def test_flags_go_before_the_environment_and_that_before_the_file(file: Path) -> None:
+    environment = {"DINOSCOPE_GRPC_PORT": "3333", "DINOSCOPE_METRICS_PORT": "4444", "OTHER": "x"}
+    found = read_settings(["--config", str(file), "--metrics-port", "5555"], environment)
+    assert (found.http_port, found.grpc_port, found.metrics_port) == (1111, 3333, 5555)
+    assert found.models == Path("from-file")
+    assert found.public
+    assert found.evaluation_data == ("a=/a", "b=/b")
+
+
+def test_a_file_may_be_named_by_the_environment_and_a_switch_be_taken_back(file: Path) -> None:
+    found = read_settings(["--no-public"], {"DINOSCOPE_CONFIG": str(file), "DINOSCOPE_EVALUATION_DATA": "c=/c"})
+    assert not found.public
+    assert found.evaluation_data == ("c=/c",)
+
+
+def test_flags_alone_are_enough() -> None:
+    assert read_settings(["--models", "m", "--http_port=7"], {}).http_port == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("http_prot = 1", "'http_prot' is no setting"),
+        ("http_port = [1]", "wanted one value"),
+        ('evaluation_data = "a=/a"', "wanted a list"),
+        ("public = 3", "wanted true or false"),
+        ("= 1", "cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_settings(["--models", "m", "--config", str(tmp_path / "s.toml")], {})
+
+
+def test_an_unknown_variable_is_refused() -> None:
+    with pytest.raises(InputError, match="DINOSCOPE_PROT: there is no such setting"):
+        read_settings(["--models", "m"], {"DINOSCOPE_PROT": "1"})
+
+
+def test_a_value_of_another_kind_is_refused_as_a_flag_would_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--models", "m"], {"DINOSCOPE_HTTP_PORT": "many"})
+    assert "http-port" in capsys.readouterr().err
+
+
+def test_what_is_printed_is_everything_but_the_password() -> None:
+    shown = resolved(ServerConfig(models=Path("m"), database="postgresql://me:secret@host/d"))
+    assert "secret" not in json.dumps(shown)
+    assert shown["database"] == "postgresql://me:***@host/d"
+    assert shown["http_port"] == 8000
