@@ -125,7 +125,7 @@ def box_view(image_HWC: np.ndarray, pre: Preprocess, box: tuple[float, float, fl
 
 def normalise(image_HWC: np.ndarray, pre: Preprocess) -> np.ndarray:
     """uint8 [H,W,3] to float32 [3,H,W]: (x / 255 - mean) / std by a table of 256 values a channel, so exactly."""
-    tables = _tables(pre.mean, pre.std)
+    tables = shade_tables(pre.mean, pre.std)
     out_CHW = np.empty((3, *image_HWC.shape[:2]), np.float32)
     for channel in range(3):
         np.take(tables[channel], image_HWC[:, :, channel], out=out_CHW[channel], mode="clip")
@@ -133,7 +133,8 @@ def normalise(image_HWC: np.ndarray, pre: Preprocess) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def shade_tables(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """What each shade of each channel is normalised to, float32 [3,256]."""
     shades = np.arange(256, dtype=np.float32) / np.float32(255)
     return np.stack([(shades - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)])
 

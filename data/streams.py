@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,10 +184,9 @@ class _Lane:
 
 def image_key(name: str) -> tuple[str, bool]:
     """Key of a WebDataset entry, and whether it is its sample's image: `a/000.jpg` is that of `a/000`, `a/000.masks.png` none."""
-    last = PurePosixPath(name).name
+    folder, slash, last = name.rpartition("/")
     stem, _, part = last.partition(".")
-    key = name[: len(name) - len(last)] + stem
-    return key.removeprefix("./"), "." not in part and is_image_name(last)
+    return f"{folder}{slash}{stem}".removeprefix("./"), "." not in part and is_image_name(last)
 
 
 class StreamDraws:
@@ -231,16 +230,18 @@ def _endless(
     while True:
         walk = Walk(stream, seed, epoch, place)
         walk.problems = problems
-        while True:
-            place = walk.place()
-            samples = list(islice(iter(walk.next_sample, None), BLOCK))
-            if not samples:
-                break
+        rest = iter(walk.next_sample, None)
+        place, samples = walk.place(), list(islice(rest, BLOCK))
+        while samples:
             marks.leave(block, place)
+            place = walk.place()
+            upcoming: list[Sample] = []
             for k in _block_order(len(samples), seed, epoch, block)[skip:]:
+                upcoming += islice(rest, 1)  # the next block on the way, so that there is no pause where it begins
                 yield samples[k]
+            upcoming += islice(rest, BLOCK - len(upcoming))
             skip = max(skip - len(samples), 0)
-            block += 1
+            samples, block = upcoming, block + 1
         if block == 0:
             raise InputError(f"{stream.name}: no images are left in its {len(stream.shards)} tar file(s)")
         block, place = 0, Place()
