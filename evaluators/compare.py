@@ -77,6 +77,10 @@ def compare(a: Scored, b: Scored) -> dict[str, Any]:
         "metrics": {name: metric_pair(a.result, b.result, name) for name in shared},
         "paired": compared,
         "n_groups": len(np.unique(groups)),
+        "score_is_headline": all(
+            math.isclose(score.mean(dtype=np.float64), one.result["metrics"][headline]["value"], abs_tol=1e-5)
+            for score, one in ((score_a, a), (score_b, b))
+        ),
         "verdict": verdict(compared["score"], lower),
     }
 
@@ -179,6 +183,8 @@ def table(found: Mapping[str, Any]) -> str:
             lines.append(
                 f"McNemar {what}: only A right {test['only_a_right']}, only B right {test['only_b_right']}, exact p {test['p']:.3g}"
             )
+    if not found["score_is_headline"]:
+        lines.append(f"note: {found['headline']} is no mean over test items; the verdict is about the mean score")
     better = {"a": "A is better", "b": "B is better", "neither": "no difference beyond chance"}[found["verdict"]]
     return "\n".join([*lines, f"verdict (95 %): {better}"])
 

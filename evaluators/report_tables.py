@@ -120,7 +120,8 @@ def paired_cell(found: Mapping[str, Any] | None) -> str:
     text = f"{score['difference']:+.4f}<br><small>{low:+.3f} to {high:+.3f}"
     if "mcnemar" in score:
         text += f"; p {score['mcnemar']['p']:.2g}"
-    return text + ("; no clear difference" if found["verdict"] == "neither" else "") + "</small>"
+    text += "; no clear difference" if found["verdict"] == "neither" else ""
+    return text + ("" if found["score_is_headline"] else "; of the mean score") + "</small>"
 
 
 def curves(group: Group) -> str:

@@ -103,6 +103,15 @@ def test_a_smaller_error_is_better(tmp_path: Path) -> None:
     assert "mcnemar" not in found["paired"]["score"], "errors are not right or wrong"
 
 
+def test_it_is_said_where_the_headline_is_no_mean_of_the_scores(
+    tmp_path: Path, scores: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pooled = {"metrics": {"ap": {"value": 0.5, "ci95": None, "n": N}}, "headline": "ap"}
+    a, b = (str(make_result(tmp_path / f"{name}.json", one, **pooled)) for name, one in zip("ab", scores, strict=True))
+    assert command(a, b) == 0
+    assert "ap is no mean over test items; the verdict is about the mean score" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -164,6 +173,7 @@ def test_the_command_prints_and_writes_what_it_found(
     said = capsys.readouterr().out
     for words in ("B is better", "only A right 0, only B right", "exact p", "95 %"):
         assert words in said
+    assert "no mean over" not in said
     assert json.loads((tmp_path / "c.json").read_text())["verdict"] == "b"
 
 
