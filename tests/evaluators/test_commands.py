@@ -161,6 +161,11 @@ def test_bad_input_ends_with_2_and_one_line(
         ("knn", ("--ckpt", ckpt, "--data", data, "--out", tmp_path / "a.txt"), "ends in .json"),
         ("linear", ("--ckpt", ckpt, "--data", data, "--seed", 10**30), f"--seed {10**30}: wanted a whole number"),
         ("depth", ("--ckpt", ckpt, "--data", data, "--lr", "nan"), "--lr nan: wanted learning rates above 0"),
+        ("knn", ("--ckpt", ckpt, "--data", data, "--n-per-class", "0"), "--n-per-class and --tries: wanted"),
+        ("logistic", ("--ckpt", ckpt, "--data", data, "--C", "0"), "--C 0.0: wanted numbers above 0"),
+        ("ridge", ("--ckpt", ckpt, "--data", one_class), "all images are of class 'blue'"),
+        ("retrieval", ("--ckpt", ckpt, "--data", unlabelled), "has no column 'label'; wanted class folders"),
+        ("copies", ("--ckpt", ckpt, "--data", data), "no column 'group'; wanted a table"),
         ("depth", ("--ckpt", ckpt, "--data", data), "not every image has a depth map"),
     ]
     for name, arguments, message in cases:
