@@ -44,7 +44,7 @@ from evaluators.results import (
     result_json,
     save_result,
 )
-from evaluators.segmentation_data import MaskedImages, Masks, open_masks
+from evaluators.segmentation_data import VOID_VALUE, MaskedImages, Masks, open_masks
 from evaluators.segmentation_pictures import masks_path, picture_path, save_masks, save_pictures
 from evaluators.segmentation_probe import SegmentationTable, TrainSpec, check_range, predict, train_head
 from evaluators.segmentation_scores import (
@@ -256,8 +256,8 @@ def open_parts(options: SegmentationRun) -> Parts:
     """Open the set. Raises InputError."""
     whole = open_masks(options.data, "classes")
     classes = whole.class_names()
-    if len(classes) < 2:
-        raise InputError(f"{options.data}: its masks tell {len(classes)} class apart; wanted at least two")
+    if not 2 <= len(classes) <= VOID_VALUE:
+        raise InputError(f"{options.data}: its masks tell {len(classes)} class apart; wanted 2 to {VOID_VALUE}")
     splits = split_dataset(whole.dataset, options.train_split, options.val_split, options.group_by)
     images = {"train": replace(whole, dataset=splits.train), "val": replace(whole, dataset=splits.val)}
     return Parts(images, splits, classes)
