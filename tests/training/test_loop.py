@@ -357,12 +357,18 @@ def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_roo
         (("--recipe", "smoke", "--data", "{folder}", "--device", "tpu"), "tpu"),
         (("--recipe", "smoke", "--data", "{folder}", "--epochs", "0"), "0 epochs"),
         (("--recipe", "smoke", "--data", "{folder}", "--seed", "99999999999999999999"), "--seed"),
+        (("--recipe", "smoke_dinov2", "--data", "{folder}", "--batch-size", "1"), "KoLeo needs at least 2 images"),
+        (
+            ("--recipe", "smoke", "--data", "{folder}", "--init", "{repo}/models/dinoscope_tiny.safetensors"),
+            "its architecture",
+        ),
+        (("--recipe", "smoke,smoke_dinov2", "--data", "{folder}"), "name it with --teacher"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
     folder: Path, tmp_path: Path, repo_root: Path, words: tuple[str, ...], said: str
 ) -> None:
-    given = [word.format(folder=folder) for word in words]
+    given = [word.format(folder=folder, repo=repo_root) for word in words]
     done = subprocess.run(
         command(*given, "--out", str(tmp_path / "run")),
         cwd=repo_root,

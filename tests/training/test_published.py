@@ -133,3 +133,16 @@ def same_method(twin: Recipe, recipe: Recipe) -> bool:
         return {k: rest(v) for k, v in value.items() if k not in sizes} if isinstance(value, dict) else value
 
     return rest(twin.to_json()) == rest(recipe.to_json())
+
+
+def test_the_page_of_recipes_lists_each_with_its_scores(repo_root: Path) -> None:
+    rows = {
+        line.split("|")[1].strip(" `"): line
+        for line in (repo_root / "docs" / "recipes.md").read_text().splitlines()
+        if line.startswith("| `dino")
+    }
+    assert rows.keys() == PUBLISHED.keys()
+    for name, recipe in PUBLISHED.items():
+        scores = " / ".join(f"{value:g}" for value in recipe.expected.values()) or "none published"
+        assert scores in rows[name]
+        assert recipe.source in rows[name]
