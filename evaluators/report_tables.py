@@ -59,6 +59,7 @@ def leaderboard(group: Group, compared: Mapping[Path, Mapping[str, Any]]) -> str
     marks = {name: " ↓" for name in names if group.best.result["metrics"].get(name, {}).get("lower_is_better")}
     head = "".join(f"<th>{html.escape(name)}{marks.get(name, '')}</th>" for name in names)
     rows, published = [], any(one.result.get("published") for one in group.found)
+    paired = len(group.found) > 1 or any(one.result["baselines"] for one in group.found)
     for one in group.found:
         cells = "".join(f"<td>{with_interval(one.result['metrics'].get(name))}</td>" for name in names)
         cells += f"<td>{published_cell(one.result)}</td>" if published else ""
@@ -72,13 +73,13 @@ def leaderboard(group: Group, compared: Mapping[Path, Mapping[str, Any]]) -> str
             rows.append(
                 f'<tr class="base"><td>&nbsp;&nbsp;{html.escape(name)}</td>{cells}<td>network above it by {gain}</td></tr>'
             )
-    extra = "<th>published</th>" if published else ""
+    extra = ("<th>published</th>" if published else "") + ("<th>compared with the best, paired</th>" if paired else "")
     n = group.best.result["metrics"][headline]["n"]
     lower = "; arrows: lower is better" if marks else ""
     return (
         f'<p class="soft">{n:,} test items; 95 % intervals below the figures{lower}</p>'
         f'<div class="scroll"><table>'
-        f"<thead><tr><th>network</th>{head}{extra}<th>compared with the best, paired</th></tr></thead>"
+        f"<thead><tr><th>network</th>{head}{extra}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
