@@ -1,1 +1,1 @@
-"""Images in, features out: the same call on torch, on ONNX Runtime and on a remote server."""
+"""Images in, features out: the same call on torch, ONNX Runtime, TensorRT and a remote server."""

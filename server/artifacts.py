@@ -19,6 +19,7 @@ from backbones.heads import HEADS, load_depth_head, load_segmentation_head
 from data.errors import InputError
 from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY, OnnxRuntime, check_one_build
 from runtimes.runtime import Runtime
+from runtimes.tensorrt_runtime import TensorRTRuntime
 from runtimes.torch_runtime import TorchRuntime
 from server.config import ServerConfig
 
@@ -69,6 +70,9 @@ def load_artifacts(config: ServerConfig) -> Loaded:
         raise InputError(
             f"--models {path}: there is no such file or folder; name a .safetensors, an .onnx or a folder of them"
         )
+    if path.suffix == ".plan":
+        plan = TensorRTRuntime(path, device=config.device)  # one engine fills its GPU
+        return Loaded((plan,), "1", *_told_by_heads(plan.heads, path))
     if path.is_file():
         return _open(path, {}, "1", config)
     files = [one for one in sorted(path.iterdir()) if one.suffix in SUFFIXES and not one.name.startswith(".")]
@@ -202,12 +206,7 @@ def _open(path: Path, heads: Mapping[str, Path], version: str, config: ServerCon
     threads = config.threads or max(1, _cores() // n)
     if path.suffix == ".onnx":
         sessions = [OnnxRuntime(path, device=config.device, threads=threads) for _ in range(n)]
-        try:
-            unit = sessions[0].heads.get("depth", {}).get("spec", {}).get("unit")
-            classes = tuple(map(str, sessions[0].heads.get("segmentation", {}).get("classes", ())))
-        except (AttributeError, TypeError) as error:
-            raise InputError(f"{path}: the manifest of its heads is damaged; export it again") from error
-        return Loaded(tuple(sessions), version, unit, classes)
+        return Loaded(tuple(sessions), version, *_told_by_heads(sessions[0].heads, path))
     backbone = load_backbone(path)
     fits = backbone.manifest.weights_sha256
     depth = load_depth_head(heads["depth"], fits) if "depth" in heads else None
@@ -217,6 +216,15 @@ def _open(path: Path, heads: Mapping[str, Path], version: str, config: ServerCon
     runtimes = [TorchRuntime(backbone, *pair, device=config.device, threads=threads) for _ in range(n)]
     unit = depth[0].spec.unit if depth else None
     return Loaded(tuple(runtimes), version, unit, segmentation[1].classes if segmentation else ())
+
+
+def _told_by_heads(heads: Mapping[str, Any], path: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The unit of depth, and the names of the classes, that an exported file states. Raises InputError."""
+    try:
+        unit = heads.get("depth", {}).get("spec", {}).get("unit")
+        return unit, tuple(map(str, heads.get("segmentation", {}).get("classes", ())))
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{path}: the manifest of its heads is damaged; export it again") from error
 
 
 def _cores() -> int:

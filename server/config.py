@@ -18,7 +18,7 @@ class ServerConfig:
     """Serve a backbone and its heads over gRPC and HTTP (KServe v2, and REST for people)."""
 
     models: Path
-    """What to serve: one artifact (.safetensors, .onnx); a folder with one backbone and heads that fit it, such as
+    """What to serve: one artifact (.safetensors, .onnx, .plan); a folder with one backbone and heads that fit it, such as
     models/ (of the same weights in both forms the .onnx is taken where it has every output); or a Triton repository
     with one NAME/VERSION/model.onnx, of whose versions the highest is taken."""
     config: Path | None = None
