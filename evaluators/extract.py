@@ -7,6 +7,7 @@ Legend: n rows kept, D feature size, N patches.
 """
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ LEFT_OUT_IF_MISSING: tuple[Column, ...] = ("patch_mean", "cls_last4")
 
 MAX_CORRUPT_SHARE = 0.05
 """More unreadable images than this share, and the figures would be about another data set."""
-SAVE_EVERY_BATCHES = 20
+SAVE_EVERY_S = 5.0
+"""What a killed extraction loses at most, and one batch."""
 GEM_POWER, GEM_FLOOR = 4.0, 1e-6
 """Of DINO's copy detection."""
 
@@ -191,12 +193,14 @@ def _fill(
     n = len(dataset.items)
     preprocess, first = runtime.manifest.preprocess, store.next_item
     batches = decoded_batches(dataset, preprocess, spec.view, spec.batch_size, first, spec.workers)
-    for number, batch in enumerate(batches, start=1):
+    saved = time.monotonic()
+    for batch in batches:
         features = _batch_features(runtime, batch, columns, spec.scales)
         _check_finite(store, features, [dataset.items[row].name for row in batch.rows])
         store.append(features, batch.stop - batch.start, batch.skipped)
-        if number % SAVE_EVERY_BATCHES == 0:
+        if time.monotonic() - saved >= SAVE_EVERY_S:
             store.save_progress()
+            saved = time.monotonic()
         if progress:
             progress(batch.stop, n)
 

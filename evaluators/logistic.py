@@ -118,6 +118,10 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: LogisticSpec = Logis
         raise InputError(
             f"{len(train)} training images are too few to choose C on a tenth of them; name one --C, or use --select-on val"
         )
+    if len(labels_n.unique()) < 2:
+        raise InputError(
+            f"all {len(train)} training images are of class {train.labels[0]!r}; wanted at least two classes"
+        )
     seen_n = ~out_n if held_out else torch.ones_like(out_n)
     fits = fit(features_nD[seen_n], labels_n[seen_n], len(classes), spec.C, spec)
     grid: list[dict[str, Any]] = []
@@ -190,7 +194,8 @@ def _notes(grid: Sequence[dict[str, Any]], chosen: dict[str, Any], winner: Fit) 
         notes.append(
             f"at the chosen C {chosen['C']:g} the fit has not converged: accuracies there depend on where a solver stops"
         )
-    notes.append(f"fit at the chosen C: relative gradient {winner.gradient:.1e} after {winner.iterations} iterations")
+    gradient = f"relative gradient {winner.gradient:.1e}" if math.isfinite(winner.gradient) else "gradient not told"
+    notes.append(f"fit at the chosen C: {gradient} after {winner.iterations} iterations")
     return notes
 
 

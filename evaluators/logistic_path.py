@@ -79,7 +79,8 @@ class Problem:
         self.penalised_D1[-1] = 0
         self.products = 0
         self._buffer_nK = torch.empty(n, n_classes)
-        self.zero_gradient = float(self.gradient(torch.full((n, n_classes), 1 / n_classes)).abs().max())
+        at_zero_DK = self.gradient(torch.full((n, n_classes), 1 / n_classes))
+        self.zero_gradient = max(float(at_zero_DK.abs().max()), 1e-12)  # all-zero features have none
 
     def logits(self, weight_DK: Tensor) -> Tensor:
         """[n, K] of a weight or a direction."""

@@ -81,6 +81,13 @@ def test_separable_classes_and_constant_features_end() -> None:
     assert ((features @ one.weight_KD.T + one.bias_K).argmax(dim=1) == labels).all()
 
 
+def test_features_without_any_information_end_at_the_classes_shares() -> None:
+    (found,) = fit_path(torch.zeros(10, 3), torch.arange(10) % 2, 2, [1.0])
+    assert found.objective == pytest.approx(math.log(2))
+    (skewed,) = fit_path(torch.zeros(10, 3), (torch.arange(10) < 3).long(), 2, [1.0])
+    assert torch.softmax(skewed.bias_K, dim=0).tolist() == pytest.approx([0.7, 0.3], abs=1e-3)
+
+
 def blobs(n: int, seed: int, groups: list[str] | None = None) -> FeatureTable:
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
@@ -129,6 +136,9 @@ def test_too_few_images_to_choose_on_are_refused_with_the_way_out() -> None:
     with pytest.raises(InputError, match=r"too few to choose C.*name one --C, or use --select-on val"):
         evaluate(tied, blobs(9, 1))
     assert evaluate(tied, blobs(9, 1), LogisticSpec(C=(1.0,))).selected_on == "nothing"
+    one_class = FeatureTable(tied.names, ("a",) * 30, tied.groups, tied.columns)
+    with pytest.raises(InputError, match="all 30 training images are of class 'a'"):
+        evaluate(one_class, blobs(9, 1), LogisticSpec(C=(1.0,)))
     for flags, message in (({"C": ()}, "--C"), ({"C": (0.0,)}, "--C"), ({"max_iterations": 0}, "--max-iterations")):
         with pytest.raises(InputError, match=message):
             LogisticSpec(**flags)
