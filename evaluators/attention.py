@@ -28,6 +28,7 @@ from evaluators.classification import (
     describe_model,
     print_result,
     progress_bar,
+    refuse_processes,
     summary,
 )
 from evaluators.extract import MAX_CORRUPT_SHARE
@@ -274,6 +275,7 @@ class Parts:
 
 def run(options: AttentionRun, spec: AttentionSpec = AttentionSpec()) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result; files are written where asked."""
+    refuse_processes(options)
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
     spec = with_preset(spec, PRESETS, options.preset)

@@ -78,6 +78,15 @@ class RunOptions:
             raise InputError("--processes: several processes meet in the feature cache; name a --cache-dir")
 
 
+def refuse_processes(options: RunOptions) -> None:
+    """Raise InputError where several processes were asked of an evaluator that runs in one."""
+    if options.processes > 1:
+        raise InputError(
+            f"--processes {options.processes}: evaluators of maps and videos run in one process; leave it out, and use "
+            "--threads and --workers"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(RunOptions):
     """Options of the evaluators that fit something to training images and test it on others."""

@@ -30,6 +30,7 @@ from evaluators.classification import (
     describe_model,
     print_result,
     progress_bar,
+    refuse_processes,
     summary,
     table_notes,
 )
@@ -223,6 +224,7 @@ def run(
     save_head_to: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result; files are written where asked."""
+    refuse_processes(options)
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
     if save_head_to is not None:

@@ -22,6 +22,7 @@ from evaluators.classification import (
     measure,
     measure_baseline,
     print_result,
+    refuse_processes,
     summary,
 )
 from evaluators.extract import ExtractSpec, FeatureTable
@@ -128,6 +129,7 @@ class VideoActionsRun(NetworkOptions):
 
 def run(options: VideoActionsRun, spec: VideoActionsSpec = VideoActionsSpec()) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
+    refuse_processes(options)
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
     dataset = open_actions(options.data, spec.frames, options.split_list)

@@ -31,6 +31,7 @@ from evaluators.classification import (
     describe_model,
     print_result,
     progress_bar,
+    refuse_processes,
     summary,
 )
 from evaluators.picture_sheet import number_colours, numbers_over, save_sheet, spread_picks
@@ -224,6 +225,7 @@ class VideoObjectsRun(RunOptions):
 
 def run(options: VideoObjectsRun, spec: VideoObjectsSpec = VideoObjectsSpec()) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result; files are written where asked."""
+    refuse_processes(options)
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
     if options.threads is not None:

@@ -199,6 +199,9 @@ class TestBadInput:
         with pytest.raises(InputError, match="--size is"):
             AttentionSpec(size=0)
 
+    def test_several_processes(self, tmp_path: Path) -> None:
+        assert "run in one process" in self.refusal(tmp_path, tmp_path, processes=2)
+
     def test_a_network_without_attention(self, tmp_path: Path) -> None:
         from tests.evaluators.fakes import MeanColourRuntime
 
