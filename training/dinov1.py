@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from training.distillation import Learner, Schedule, State, StepSpec, update_center_
-from training.losses import dino_cross_entropy, teacher_targets
+from training.losses import teacher_targets
 from training.monitors import collapse_monitors, predictions
 from training.optimizer import clip_each_, set_rates_
+from training.prototypes import pair_weights, targets_of_pairs
 from training.step import backward_, parts_of, update_, way_back
 
 
@@ -39,14 +40,15 @@ def train_step_(
 
     guesses: list[Tensor] = []  # the student's probabilities for the global views, for the monitors
 
-    def terms() -> Iterator[dict[str, Tensor]]:
+    def losses() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for part in parts:
-            logits_VBK, _ = state.student([view[part] for view in views], spec.precision)
-            if watch:
-                guesses.append(predictions(logits_VBK[:2], spec.student_temperature))
-            yield {"loss": dino_cross_entropy(logits_VBK, targets_TBK[:, part], spec.student_temperature)}
+            targets = targets_of_pairs(targets_TBK[:, part])
+            weights_R = pair_weights(len(views), targets_TBK[:, part])
+            loss, guess_RK = state.student.loss([view[part] for view in views], targets, weights_R, spec, watch)
+            guesses.append(guess_RK)
+            yield loss, {}
 
-    sums = backward_(state, terms(), accumulate)
+    sums = backward_(state, losses(), accumulate)
     frozen: list[nn.Module] = [state.student.head.last_layer] if at.freeze_last_layer else []
     frozen += [state.student.backbone] if at.freeze_backbone else []
     found, done = update_(
@@ -66,6 +68,6 @@ def train_step_(
         targets_TBK.flatten(0, 1),
         teacher_features_TBD.flatten(0, 1),
         state.centers["dino"],
-        student_RK=torch.cat(guesses),
+        student_RK=predictions(torch.cat(guesses)[None], spec.student_temperature),
     )
     return found | {"kl_nats": found["loss"] - watched["target_entropy_nats"], **watched}

@@ -15,20 +15,14 @@ from torch import Tensor, nn
 from backbones.vit import Block, ViT
 from data.errors import InputError
 from training import parallel
-from training.distillation import Schedule, State, batch_mean, move_center_, teacher_copy
-from training.losses import (
-    dino_cross_entropy,
-    ibot_loss,
-    koleo_loss,
-    row_cross_entropy,
-    sinkhorn_knopp,
-    teacher_targets,
-)
+from training.distillation import Schedule, State, move_center_, teacher_copy
+from training.losses import koleo_loss
 from training.masking import MaskSpec
 from training.monitors import collapse_monitors, predictions
 from training.optimizer import clip_together_, set_rates_
 from training.precision import Precision, narrow_products
 from training.projection_head import HeadSpec, ProjectionHead
+from training.prototypes import Scores, Targets, copied_rows, one_after_the_other, pair_weights, targets_of_pairs
 from training.step import backward_, parts_of, update_, way_back
 
 
@@ -58,6 +52,10 @@ class Dinov2Spec:
     """As in DINOv1's step."""
 
 
+MAX_WATCHED_PATCHES = 256
+"""Masked patches whose targets the monitors see; those of all would be as large as the rest of a step."""
+
+
 class Dinov2Learner(nn.Module):
     """A backbone, the head of its CLS tokens and the head of its patches, which may be the same."""
 
@@ -77,12 +75,35 @@ class Dinov2Learner(nn.Module):
             found = self.backbone.packed_features(crops, masks)
         return torch.cat([one.cls for one in found]).float(), found[0].patches.float()
 
-    def logits(self, cls_BD: Tensor, patches_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, K] of CLS tokens and [R, K'] of patches; a shared head takes both in one call."""
+    def scores(self, cls_BD: Tensor, patches_RD: Tensor) -> tuple[Scores, Scores]:
+        """Logits of CLS tokens and of patches, not multiplied out."""
         if self.ibot_head is not None:
-            return self.dino_head(cls_BD), self.ibot_head(patches_RD)
-        both = self.dino_head(torch.cat([cls_BD, patches_RD]))
-        return both[: len(cls_BD)], both[len(cls_BD) :]
+            return self.dino_head.scores(cls_BD), self.ibot_head.scores(patches_RD)
+        both = self.dino_head.scores(torch.cat([cls_BD, patches_RD]))
+        n_cls, z_RE = len(cls_BD), both.bottleneck_RE
+        return Scores(z_RE[:n_cls], both.weight_KE), Scores(z_RE[n_cls:], both.weight_KE)
+
+    def cross_entropy(
+        self,
+        cls_BD: Tensor,
+        patches_RD: Tensor,
+        targets: tuple[Targets, Targets],
+        weights: tuple[Tensor, Tensor],
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sum over all rows of CLS tokens and patches, and (without gradients) each row's own, [B] and [R].
+
+        A shared head takes both in one call.
+        """
+        if self.ibot_head is not None:
+            of_cls, rows_B = self.dino_head.cross_entropy(cls_BD, targets[0], weights[0], temperature)
+            of_patches, rows_R = self.ibot_head.cross_entropy(patches_RD, targets[1], weights[1], temperature)
+            return of_cls + of_patches, rows_B, rows_R
+        rows = torch.cat([cls_BD, patches_RD])
+        loss, losses = self.dino_head.cross_entropy(
+            rows, one_after_the_other(len(cls_BD), *targets), torch.cat(weights), temperature
+        )
+        return loss, losses[: len(cls_BD)], losses[len(cls_BD) :]
 
 
 def make_learners(backbone: ViT, head: HeadSpec, spec: Dinov2Spec) -> tuple[Dinov2Learner, Dinov2Learner]:
@@ -108,11 +129,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Targets:
+class Said:
     """What the teacher says of the global crops of a part."""
 
     cls_TBK: Tensor
-    patches_RK: Tensor
+    """Its probabilities for CLS tokens."""
+    patches: Targets
+    """And for masked patches, a few rows at a time."""
     cls_TBD: Tensor
     """Its features, for the monitors; also of the masked patches."""
     patches_RD: Tensor
@@ -141,20 +164,20 @@ def train_step_(
     ]
     hide, go_back = state.guide is None, way_back(state)
     with torch.no_grad():
-        targets, means = teacher_says(state, parts, at.teacher_temperature, spec)
+        said, means = teacher_says(state, parts, at.teacher_temperature, spec)
     seeds = torch.randint(2**62, (accumulate,)).tolist()
     koleo: list[Koleo] = [partial(koleo_of_views, spec=spec)] * accumulate
     if accumulate > 1 and spec.koleo_weight:
         koleo = koleo_across(state.student, parts, spec, hide, seeds)
 
-    guesses: list[Tensor] = []
+    guesses: list[Tensor] = []  # the student's logits of the global crops, for the monitors
 
-    def terms() -> Iterator[dict[str, Tensor]]:
-        for part, said, of_cls, seed in zip(parts, targets, koleo, seeds, strict=True):
+    def losses() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for part, of_part, of_cls, seed in zip(parts, said, koleo, seeds, strict=True):
             torch.manual_seed(seed)
-            yield loss_terms(state.student, part, said, spec, hide, of_cls, guesses if watch else None)
+            yield loss_of(state.student, part, of_part, spec, hide, of_cls, guesses if watch else None)
 
-    sums = backward_(state, terms(), accumulate)
+    sums = backward_(state, losses(), accumulate)
     frozen = [state.student.backbone] if at.freeze_backbone else []
     found, done = update_(state, sums, at.momentum, lambda student: clip_each_network_(student, spec.clip_norm), frozen)
     if not done:
@@ -164,63 +187,65 @@ def train_step_(
         move_center_(state.centers[name], mean_K, count, spec.center_momentum)
     if not watch:
         return found
-    watched = watched_of(targets, guesses, state, spec)
+    watched = watched_of(said, guesses, state, spec)
     cross_entropy = (
         (found["dino_local"] + found["dino_global"]) / spec.dino_weight if spec.dino_weight else float("nan")
     )
     return found | {"kl_nats": cross_entropy - watched["target_entropy_nats"], **watched}
 
 
-def watched_of(
-    targets: Sequence[Targets], guesses: Sequence[Tensor], state: State, spec: Dinov2Spec
-) -> dict[str, float]:
-    """What tells of collapse, of CLS tokens and, where they are compared, of masked patches."""
+def watched_of(said: Sequence[Said], guesses: Sequence[Tensor], state: State, spec: Dinov2Spec) -> dict[str, float]:
+    """What tells of collapse, of CLS tokens and, where they are compared, of (some) masked patches."""
     patches = {}
     if spec.ibot_weight:
+        some = MAX_WATCHED_PATCHES // len(said)
         patches = {
-            "patch_targets_RK": torch.cat([said.patches_RK for said in targets]),
-            "patch_features_RD": torch.cat([said.patches_RD for said in targets]),
+            "patch_targets_RK": torch.cat([one.patches(slice(0, min(some, len(one.patches_RD)))) for one in said]),
+            "patch_features_RD": torch.cat([one.patches_RD for one in said]),
             "patch_center_K": state.centers["ibot"],
         }
     return collapse_monitors(
-        torch.cat([said.cls_TBK for said in targets], dim=1).flatten(0, 1),
-        torch.cat([said.cls_TBD for said in targets], dim=1).flatten(0, 1),
+        torch.cat([one.cls_TBK for one in said], dim=1).flatten(0, 1),
+        torch.cat([one.cls_TBD for one in said], dim=1).flatten(0, 1),
         state.centers["dino"],
-        student_RK=torch.cat(list(guesses)),
+        student_RK=predictions(torch.cat(list(guesses))[None], spec.student_temperature),
         **patches,
     )
 
 
 def teacher_says(
     state: State, parts: Sequence[Part], temperature: float, spec: Dinov2Spec
-) -> tuple[list[Targets], dict[str, tuple[Tensor, Tensor]]]:
-    """The teacher's (or guide's) probabilities for CLS tokens and masked patches of each part, taken over the whole batch.
+) -> tuple[list[Said], dict[str, tuple[Tensor, Tensor]]]:
+    """What the teacher (or guide) says of CLS tokens and masked patches of each part, taken over the whole batch.
 
     With centring also what the centres move by afterwards: the mean [K] of the logits by head, and how many there are.
     """
     teacher = state.teacher if state.guide is None else state.guide
-    cls, patches, logits, patch_logits = [], [], [], []
+    cls, masked, scores = [], [], []
     for part in parts:
         cls_GD, patches_GND = teacher.encode(part.crops[:1], None, spec.precision)
-        patches.append(patches_GND[part.masks_GN])
-        cls_GK, patches_RK = teacher.logits(cls_GD, patches[-1])
         cls.append(cls_GD)
-        logits.append(cls_GK)
-        patch_logits.append(patches_RK)
-    heads = {"dino": torch.cat(logits), "ibot": torch.cat(patch_logits)}
+        masked.append(patches_GND[part.masks_GN])
+        scores.append(teacher.scores(cls_GD, masked[-1]))
+    # The weights are the same tensor for all parts, or at least have the same values.
+    dino, ibot = (
+        Scores(torch.cat([one.bottleneck_RE for one in ones]), ones[0].weight_KE) for ones in zip(*scores, strict=True)
+    )
+    n_rows = [(len(of_cls.bottleneck_RE), len(of_patches.bottleneck_RE)) for of_cls, of_patches in scores]
     if spec.targets == "sinkhorn":
-        everywhere, means = parallel.column_log_sum, {}
-        probs = {
-            name: sinkhorn_knopp(rows_RK, temperature, spec.sinkhorn_iterations, everywhere)
-            for name, rows_RK in heads.items()
-        }
+        means = {}
+        probs_GK, patch_probs_RK = (one.sinkhorn(temperature, spec.sinkhorn_iterations) for one in (dino, ibot))
+        patches = [copied_rows(rows_RK) for rows_RK in patch_probs_RK.split([n for _, n in n_rows])]
     else:
-        means = {name: batch_mean(rows_RK) for name, rows_RK in heads.items()}
-        probs = {name: teacher_targets(rows_RK, state.centers[name], temperature) for name, rows_RK in heads.items()}
-    cls_probs = probs["dino"].split([len(rows) for rows in logits])
-    patch_probs = probs["ibot"].split([len(rows) for rows in patch_logits])
-    found = zip(cls_probs, patch_probs, cls, patches, strict=True)
-    return [Targets(c.unflatten(0, (2, -1)), p, x.unflatten(0, (2, -1)), y) for c, p, x, y in found], means
+        means = {"dino": dino.batch_mean(), "ibot": ibot.batch_mean()}
+        probs_GK = dino.probs(slice(None), temperature, state.centers["dino"])
+        patches = [
+            partial(of_patches.probs, temperature=temperature, center_K=state.centers["ibot"])
+            for _, of_patches in scores
+        ]
+    cls_probs = probs_GK.split([n for n, _ in n_rows])
+    found = zip(cls_probs, patches, cls, masked, strict=True)
+    return [Said(probs.unflatten(0, (2, -1)), p, x.unflatten(0, (2, -1)), y) for probs, p, x, y in found], means
 
 
 Koleo = Callable[[Tensor], Tensor]
@@ -265,36 +290,42 @@ def koleo_across(
     return [handed_back(g) for g in gradient_2BD.split([one.shape[1] for one in found], dim=1)]
 
 
-def loss_terms(
+def loss_of(
     student: Dinov2Learner,
     part: Part,
-    targets: Targets,
+    said: Said,
     spec: Dinov2Spec,
     hide: bool,
     koleo: Koleo,
     guesses: list[Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Every weighted term of the loss; their sum is what is optimised. `guesses` takes the student's probabilities of the global crops.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a part, and the weighted terms that it is the sum of. `guesses` takes the student's logits of the global crops.
 
     DINO is the mean over all pairs of different views; `dino_global` holds the two pairs of global crops, `dino_local` the others.
     """
-    n_images, n_views, masks_GN = len(part.views[0]), len(part.views), part.masks_GN
+    n_images, masks_GN = len(part.views[0]), part.masks_GN
     cls_VD, patches_GND = student.encode(part.crops, masks_GN if hide else None, spec.precision)
-    logits_VK, patches_RK = student.logits(cls_VD, patches_GND[masks_GN])
-    logits_VBK = logits_VK.unflatten(0, (n_views, n_images))
     if guesses is not None:
-        guesses.append(predictions(logits_VBK[:2], spec.student_temperature))
-    dino = dino_cross_entropy(logits_VBK, targets.cls_TBK, spec.student_temperature)
-    across_2B = row_cross_entropy(logits_VBK[:2], targets.cls_TBK.flip(0), spec.student_temperature)
-    dino_global = 2 * across_2B.mean() / (2 * n_views - 2)
-    terms = {"dino_local": spec.dino_weight * (dino - dino_global), "dino_global": spec.dino_weight * dino_global}
+        with torch.no_grad():
+            guesses.append(student.dino_head(cls_VD[: 2 * n_images]))
+    weights_V = spec.dino_weight * pair_weights(len(part.views), said.cls_TBK)
+    # As released, the mean of iBOT is over all crops, also those without a mask, and each crop's patches weigh one together.
+    weights_G = spec.ibot_weight / (len(masks_GN) * masks_GN.sum(dim=1).clamp_min(1))
+    loss, dino_V, ibot_R = student.cross_entropy(
+        cls_VD,
+        patches_GND[masks_GN],
+        (targets_of_pairs(said.cls_TBK), said.patches),
+        (weights_V, weights_G[:, None].expand_as(masks_GN)[masks_GN]),
+        spec.student_temperature,
+    )
+    dino_global, dino_local = (rows.sum() for rows in dino_V.split([2 * n_images, len(dino_V) - 2 * n_images]))
+    terms = {"dino_local": dino_local, "dino_global": dino_global}
     if spec.koleo_weight:
         terms["koleo"] = spec.koleo_weight * koleo(cls_VD[: len(masks_GN)])
+        loss = loss + terms["koleo"]
     if spec.ibot_weight:
-        weights_R = (1 / masks_GN.sum(dim=1).clamp_min(1))[:, None].expand_as(masks_GN)[masks_GN]
-        ibot = ibot_loss(patches_RK, targets.patches_RK, weights_R, len(masks_GN), spec.student_temperature)
-        terms["ibot"] = spec.ibot_weight * ibot
-    return terms
+        terms["ibot"] = ibot_R.sum()
+    return loss, terms
 
 
 def clip_each_network_(student: nn.Module, max_norm: float) -> dict[str, Tensor]:

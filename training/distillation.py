@@ -16,6 +16,7 @@ from backbones.vit import Block, ViT
 from training import parallel
 from training.precision import Precision, narrow_products
 from training.projection_head import HeadSpec, ProjectionHead
+from training.prototypes import Targets
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -30,6 +31,12 @@ class Learner(nn.Module):
 
     def forward(self, views: Sequence[Tensor], precision: Precision = "fp32") -> tuple[Tensor, Tensor]:
         """Logits [V, B, K] and features [V, B, D] of views [B, 3, h, w], those of one size in one pass through the backbone."""
+        features_RD = self.features(views, precision)
+        shape = (len(views), len(views[0]), -1)
+        return self.head(features_RD).view(shape), features_RD.view(shape)
+
+    def features(self, views: Sequence[Tensor], precision: Precision) -> Tensor:
+        """[V * B, D], view-major, float32."""
         features: list[Tensor] = []
         start = 0
         for end in range(1, len(views) + 1):
@@ -37,9 +44,19 @@ class Learner(nn.Module):
                 with narrow_products(views[start].device, precision):
                     features.append(self.backbone(torch.cat(list(views[start:end]))).float())
                 start = end
-        features_RD = torch.cat(features)
-        shape = (len(views), len(views[0]), -1)
-        return self.head(features_RD).view(shape), features_RD.view(shape)
+        return torch.cat(features)
+
+    def loss(
+        self, views: Sequence[Tensor], targets: Targets, weights_R: Tensor, spec: "StepSpec", watch: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of cross-entropies of the views' rows [V * B] against their targets.
+
+        If `watch`, also the logits of the two global views, [2 * B, K], without gradients; else none, [0, K].
+        """
+        features_RD = self.features(views, spec.precision)
+        loss, _ = self.head.cross_entropy(features_RD, targets, weights_R, spec.student_temperature)
+        with torch.no_grad():
+            return loss, self.head(features_RD[: 2 * len(views[0]) if watch else 0])
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def train_step_(
     said = state.guide.says(views)
     features: list[Tensor] = []
 
-    def terms() -> Iterator[dict[str, Tensor]]:
+    def losses_of_parts() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for part in parts_of(len(views[0]), accumulate):
             losses = []
             for view_BCHW, all_said in zip(views, said, strict=True):
@@ -185,14 +185,15 @@ def train_step_(
                 losses.append(feature_losses(cls_BE, patches_BNE, all_said.of(part)))
                 features.append(features_BD.detach())
             cls_terms, patch_terms = zip(*losses, strict=True)
-            yield {
+            terms = {
                 "feature_cls": spec.cls_weight * torch.stack(cls_terms).mean(),
                 "feature_patches": spec.patch_weight * torch.stack(patch_terms).mean(),
             }
+            yield terms["feature_cls"] + terms["feature_patches"], terms
 
     found, done = update_(
         state,
-        backward_(state, terms(), accumulate),
+        backward_(state, losses_of_parts(), accumulate),
         at.momentum,
         lambda student: {"grad_norm": clip_together_(student.parameters(), spec.clip_norm)},
         spare=[state.student.backbone] if at.freeze_backbone else [],

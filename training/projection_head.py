@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.errors import InputError
+from training.prototypes import Scores, Targets, prototype_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,12 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(width_out, width_in))
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
+    def weight(self) -> Tensor:
+        """[K, E]"""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
     def forward(self, x_BE: Tensor) -> Tensor:
-        return F.linear(x_BE, self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True))
+        return F.linear(x_BE, self.weight())
 
 
 class ProjectionHead(nn.Module):
@@ -60,7 +65,23 @@ class ProjectionHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(features_BD), dim=-1, eps=1e-12))
+        return self.last_layer(self.bottleneck(features_BD))
+
+    def bottleneck(self, features_BD: Tensor) -> Tensor:
+        """What the prototypes are compared with, [B, E] of unit length."""
+        return F.normalize(self.mlp(features_BD), dim=-1, eps=1e-12)
+
+    def scores(self, features_BD: Tensor) -> Scores:
+        """The logits, not multiplied out; no gradient is meant to flow."""
+        return Scores(self.bottleneck(features_BD), self.last_layer.weight())
+
+    def cross_entropy(
+        self, features_BD: Tensor, targets: Targets, weights_B: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of the logits of all rows against their targets; see `prototype_cross_entropy`."""
+        return prototype_cross_entropy(
+            self.bottleneck(features_BD), self.last_layer.weight(), targets, weights_B, temperature
+        )
 
 
 def make_mlp(width_in: int, spec: HeadSpec) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from backbones.resnet import Bottleneck, ResNet
@@ -22,8 +22,8 @@ from training.sync_norm import synchronise_
 
 BLOCK_METHODS = ("forward", "packed")
 """The two ways through a block."""
-WAYS_THROUGH = ("packed", "packed_features", "encode", "logits")
-"""Of blocks, backbones and learners, beside forward."""
+WAYS_THROUGH = ("packed", "packed_features", "scores", "cross_entropy", "encode", "loss")
+"""Of blocks, backbones, heads and learners, beside forward."""
 COMPILED_VARIANTS = 256
 """Of a block: by crop size, rate of stochastic depth, student or teacher. Above it torch would fall back to eager, silently."""
 
@@ -58,7 +58,7 @@ def spread_(state: State[Any], recipe: Recipe, scale: Scale) -> None:
         return
     for network in networks:
         synchronise_(network)
-        if scale.sharding == "fsdp":
+        if scale.sharding == "fsdp" and not isinstance(network, FSDPModule):  # several students share one guide
             shard_(network)
     if scale.sharding == "fsdp":
         state.optimizer = optimizer_of(state.student, recipe)

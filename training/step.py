@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data.errors import InputError
@@ -27,15 +26,15 @@ def parts_of(n_images: int, n_parts: int) -> Iterator[slice]:
     yield from (slice(*ends) for ends in pairwise(range(0, n_images + 1, n_images // n_parts)))
 
 
-def backward_(state: State[Any], parts: Iterable[dict[str, Tensor]], n_parts: int) -> dict[str, Tensor]:
-    """The backward pass of each part, before the next part is computed. Returns the mean of each term and their sum, the `loss`.
+def backward_(state: State[Any], parts: Iterable[tuple[Tensor, dict[str, Tensor]]], n_parts: int) -> dict[str, Tensor]:
+    """The backward pass of each part, before the next part is computed. Returns the means of the `loss` and of its terms.
 
-    `parts` yields the terms of each part's loss. Gradients end as the mean over all parts and processes, times the scaler's factor.
+    `parts` yields the loss of each part and the terms it is the sum of. Gradients end as the mean over all parts and processes, times the
+    scaler's factor.
     """
     state.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    for i, terms in enumerate(parts):
-        loss = torch.stack(list(terms.values())).sum()
+    for i, (loss, terms) in enumerate(parts):
         for name, value in ({"loss": loss} | terms).items():
             sums[name] = sums.get(name, 0) + value.detach().float() / n_parts
         with parallel.averaged_gradients(state.student, state.averager, last=i == n_parts - 1):
