@@ -133,6 +133,7 @@ def train(
         for run in runs:
             leads = parallel.rank() == 0
             log = RunLog(run.folder, run.step, end, run.resolved | run.speed.describe()) if leads else NoLog()
+            open_until_done.enter_context(run.saver)
             run.begin(end, stopped, open_until_done.enter_context(log))
         march(runs, end)
     return runs[0].folder.checkpoint

@@ -122,6 +122,14 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if parallel.world_size() > 1 else None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However a run ends, a state that is being written is finished, or leaves nothing behind."""
+        if self.running is not None and self.running.exception() is not None:
+            shutil.rmtree(self.states.part, ignore_errors=True)
+
     @property
     def failed(self) -> bool:
         """Whether the last state could not be written, as far as is known by now."""

@@ -111,7 +111,7 @@ SAME = (
 
 def assert_same_runs(one: Path, other: Path, n_steps: int = 2, looser: float = 1.0) -> None:
     """The same losses and gradient norms at every step, and the same weights, centres and optimiser at the end."""
-    close = {"atol": 1e-6 * looser, "rtol": 1e-4 * looser}
+    close = {"atol": 5e-6 * looser, "rtol": 2e-4 * looser}
     logs = [read_steps(run / "log.jsonl") for run in (one, other)]
     assert len(logs[0]) == len(logs[1]) == n_steps
     for record, its in zip(*logs, strict=True):
@@ -151,7 +151,7 @@ def test_two_processes_equal_one(
 ) -> None:
     """With whole weights in each, and with shares of them."""
     # Batch norm over eight rows magnifies rounding; the test below holds it to double precision.
-    looser = 30.0 if name == "batch_norm" else 1.0
+    looser = 10.0 if name == "batch_norm" else 1.0
     assert_same_runs(alone(name), train_with_two(repo_root, name, images, tmp_path / "two", sharding), looser=looser)
     moved = load_backbone(tmp_path / "two" / "checkpoints" / "latest.safetensors").model.state_dict()
     assert not np.allclose(moved["blocks.0.mlp.fc1.weight"].numpy(), 0)
