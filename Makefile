@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-views bench-curation bench-evaluators clean
+.PHONY: help demo test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -73,6 +73,13 @@ bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's 
 
 bench-evaluators: $(TEST_STAMP)  ## evaluators beside the products they need, faiss and scikit-learn
 	$(BIN)/python -m benchmarks.evaluators
+
+bench-training-peer:  ## the environment of what training is measured beside (large)
+	$(PYTHON) -m venv benchmarks/peers/.venv
+	benchmarks/peers/.venv/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/lightly_train.txt
+
+bench-training-gpu: $(TEST_STAMP)  ## check training on a GPU, then images/s, MFU and peak memory of ViT-S, B and L
+	$(BIN)/python -m benchmarks.training_gpu
 
 bench-curation: $(TEST_STAMP)  ## near-duplicate removal beside the bare search of the same vectors, up to a million
 	$(BIN)/python -m benchmarks.curation

@@ -2,7 +2,8 @@
 
     .venv/bin/python -m benchmarks.training
 
-Each method runs in a process of its own, so that its peak memory is its own. FLOPs are counted by torch over one whole step (teacher,
+Beside them stands lightly-train's DINOv2 step, if `make bench-training-peer` has made its environment. Each runs in a process of its
+own, so that its peak memory is its own. FLOPs are counted by torch over one whole step (teacher,
 student forward and backward) and hold matrix products, convolutions and attention; the rest of the step counts as time only. Views are
 random: what is measured is the step, not the decoding. Products and steps take turns; medians are printed.
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from training.methods import make_state, take_step_
 from training.published import PUBLISHED, vit
 from training.recipe import Recipe
 
+PEERS = Path(__file__).parent / "peers"
+PEER_PYTHON = PEERS / ".venv" / "bin" / "python"
 PRODUCT = 2048
 """Side of the square matrices of the bare product."""
 _V2 = PUBLISHED["dinov2_vitl14"]
@@ -77,6 +81,7 @@ def measure(method: str, batch: int, rounds: int) -> dict[str, float]:
         shares.append(flops / seconds[-1] / bare)
     return {
         "images_per_s": batch / statistics.median(seconds),
+        "images_per_bare_tflop": batch * statistics.median(shares) / flops * 1e12,
         "share": statistics.median(shares),
         "gflop_per_image": flops / batch / 1e9,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
@@ -101,20 +106,34 @@ def main(batch: int = 8, rounds: int = 5, threads: int | None = None, method: st
         print(json.dumps(measure(method, batch, rounds)))
         return
     print(f"batch {batch}, float32, {torch.get_num_threads()} threads, median of {rounds} steps")
-    print(f"{'method':<10}{'images/s':>10}{'share of matmul rate':>22}{'GFLOP an image':>17}{'peak GB':>10}")
+    print(f"{'step':<22}{'images/s':>10}{'share of matmul rate':>22}{'GFLOP an image':>17}{'peak GB':>10}")
+    words = ["--batch", str(batch), "--rounds", str(rounds), "--threads", str(torch.get_num_threads())]
+    found = {}
     for name in RECIPES:
-        words = ["--batch", str(batch), "--rounds", str(rounds), "--threads", str(torch.get_num_threads())]
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.training", *words, "--method", name],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        found = json.loads(done.stdout)
+        found[name] = run_json([sys.executable, "-m", "benchmarks.training", *words, "--method", name])
+        one = found[name]
         print(
-            f"{name:<10}{found['images_per_s']:>10.2f}{found['share']:>22.2f}"
-            f"{found['gflop_per_image']:>17.0f}{found['peak_gb']:>10.1f}"
+            f"{name:<22}{one['images_per_s']:>10.2f}{one['share']:>22.2f}{one['gflop_per_image']:>17.0f}{one['peak_gb']:>10.1f}",
+            flush=True,
         )
+    if not PEER_PYTHON.exists():
+        print("lightly-train is not installed; make bench-training-peer does it")
+        return
+    peer = run_json([str(PEER_PYTHON), str(PEERS / "lightly_train_step.py"), *words])
+    print(f"{'lightly-train dinov2':<22}{peer['images_per_s']:>10.2f}{'':>22}{'':>17}{peer['peak_gb']:>10.1f}")
+    ours = found["dinov2"]
+    print(
+        f"dinov2 over lightly-train: {ours['images_per_s'] / peer['images_per_s']:.2f} times the images/s "
+        f"({ours['images_per_bare_tflop'] / peer['images_per_bare_tflop']:.2f} times those a bare FLOP), "
+        f"{ours['peak_gb'] / peer['peak_gb']:.2f} times the peak memory"
+    )
+
+
+def run_json(command: list[str]) -> dict[str, float]:
+    """The JSON object on the last line that a command prints."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    values: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return values
 
 
 if __name__ == "__main__":

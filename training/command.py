@@ -80,6 +80,10 @@ def start(
         ]
         if options.precision is not None:
             students = [replace(one, recipe=at_precision(one.recipe, options.precision)) for one in students]
+        if device.type == "cuda" and students[0].recipe.step.precision != "fp32":
+            torch.set_float32_matmul_precision(
+                "high"
+            )  # heads stay in float32, by TF32 where the backbone is narrower still
         train(
             students[0].recipe,
             dataset,
