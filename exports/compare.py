@@ -19,6 +19,7 @@ import tyro
 from data.decode import DecodeError
 from data.errors import InputError, run_cli
 from data.preprocess import center_view, whole_view
+from evaluators.classification import summary
 from evaluators.results import check_writable
 from exports.drift import Drift, evenly, measure_drift, open_parts
 from exports.to_onnx import output_difference
@@ -213,4 +214,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m exports.compare", description=__doc__))
+    run_cli(lambda: tyro.cli(main, prog="python -m exports.compare", description=summary(__doc__)))

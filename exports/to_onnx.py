@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
@@ -203,7 +204,7 @@ def main(
     fixed_px: tuple[int, int] | None = None,
     uint8: bool = False,
     data: str | None = None,
-    tolerance: Tolerance = USUAL_TOLERANCE,
+    tolerance: Annotated[Tolerance, tyro.conf.arg(name="")] = USUAL_TOLERANCE,
 ) -> None:
     """Export a backbone to ONNX and check it against torch.
 

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
@@ -196,7 +196,7 @@ def main(
     min_px: int | None = None,
     max_px: int | None = None,
     timing_cache: Path | None = None,
-    tolerance: Tolerance = USUAL_TOLERANCE,
+    tolerance: Annotated[Tolerance, tyro.conf.arg(name="")] = USUAL_TOLERANCE,
 ) -> None:
     """Build a TensorRT plan.
 

@@ -2,7 +2,8 @@
 
 `backbone` and the heads run on ONNX Runtime, TensorRT, or ONNX Runtime inside the python backend; `embedding`, `attention`, `depth` and
 `segmentation` are ensembles that begin with encoded images; `knn` searches collections that a server of ours has filled. Beside the
-models lie manifests for Kubernetes and for KServe, which Triton passes over. Read in this order: export_triton, Plan, the models.
+models lie
+manifests for Kubernetes and for KServe, which Triton passes over. Read in this order: export_triton, Repository.
 """
 
 import ast
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ import tyro
 from backbones.checkpoints import Backbone, load_backbone
 from backbones.vit import ViT
 from data.errors import InputError, run_cli
+from evaluators.classification import summary
 from exports.collections_file import read_collections
 from exports.graph import Value
 from exports.kubernetes import write_manifests
@@ -285,7 +288,7 @@ def main(
     segmentation_head: Path | None = None,
     collections: Path | None = None,
     plan: Path | None = None,
-    spec: TritonSpec = USUAL,
+    spec: Annotated[TritonSpec, tyro.conf.arg(name="")] = USUAL,
 ) -> None:
     """Write a Triton model repository.
 
@@ -295,7 +298,7 @@ def main(
         depth_head: A depth head trained on this backbone; adds the model `depth`.
         segmentation_head: A segmentation head trained on this backbone; adds the model `segmentation`.
         collections: Folder that a server keeps its collections in; those of this backbone become the model `knn`.
-        plan: A TensorRT plan of this backbone, for --spec.engine tensorrt.
+        plan: A TensorRT plan of this backbone, for --engine tensorrt.
         spec: How the models run inside Triton.
     """
     served = export_triton(
@@ -312,4 +315,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m exports.to_triton", description=__doc__))
+    run_cli(lambda: tyro.cli(main, prog="python -m exports.to_triton", description=summary(__doc__)))

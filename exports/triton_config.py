@@ -11,6 +11,7 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from data.errors import InputError
 from exports.graph import Value
 
 Engine = Literal["onnxruntime", "tensorrt", "python"]
@@ -45,6 +46,19 @@ class TritonSpec:
     """How long a batch may wait for more: 0 on a CPU, 1000 to 2000 on a GPU."""
     queue_size: int = 256
     """Requests that may wait; more are refused."""
+
+    def __post_init__(self) -> None:
+        least = {
+            "instances": 1,
+            "threads": 1,
+            "decode_instances": 1,
+            "max_batch": 1,
+            "batch_delay_us": 0,
+            "queue_size": 1,
+        }
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least {lowest}")
 
 
 def network_config(

@@ -249,6 +249,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path, monkey
     ):
         with pytest.raises(InputError, match=words):
             export_triton(ckpt, tmp_path / out, spec, **options)
+    for field in ("instances", "threads", "max_batch"):
+        with pytest.raises(InputError, match="0: wanted at least 1"):
+            TritonSpec(**{field: 0})
     monkeypatch.setattr(to_triton, "write_manifests", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export_triton(ckpt, tmp_path / "x")
