@@ -122,12 +122,13 @@ def train(
         known |= {"teacher": {"run": teacher, "weights_sha256": fingerprint(guide)}}
     with ExitStack() as open_until_done:
         open_until_done.enter_context(a_full_disk_named(out))
-        runs = []
+        runs: list[Run] = []
         for student in students:
             if init:
                 fitted = warming_heads(student.recipe, init, recipe.epochs * steps_per_epoch, freeze_backbone_steps)
                 student = replace(student, recipe=fitted)
-            runs.append(prepare(student, known, {"source": source, "revision": revision}, loader, guide, probe, scale))
+            origin = {"source": source, "revision": revision}
+            runs.append(prepare(student, known, origin, loader, guide, probe, scale, spread_guide=not runs))
         end = min(runs[0].plan.steps, stop_at_step or runs[0].plan.steps)
         stopped = open_until_done.enter_context(stop_signals())
         for run in runs:
@@ -164,8 +165,12 @@ def prepare(
     guide: Any,
     probe: KnnProbe | None,
     scale: Scale,
+    spread_guide: bool = True,
 ) -> "Run":
-    """A run as it begins, or as it was saved. `known` must be the same when it is resumed, `origin` is only told."""
+    """A run as it begins, or as it was saved. `known` must be the same when it is resumed, `origin` is only told.
+
+    `spread_guide` is for the first of several students, which share the teacher.
+    """
     recipe, folder, device = student.recipe, RunFolder(student.out), loader.device
     resolved = {"recipe": recipe.to_json(), "name": student.name} | known
     resuming = parallel.gathered(folder.open(resolved) if parallel.rank() == 0 else None)[0]
@@ -173,8 +178,9 @@ def prepare(
     state = make_state(recipe, device)
     if "init" in known and not resuming:
         warm_start_(state, known["init"])
-    state.guide = guide
+    state.guide = guide if spread_guide else None
     spread_(state, recipe, scale)
+    state.guide = guide
     plan = Plan(recipe, recipe.epoch_steps or len(loader))
     step = restore_(state, folder) if resuming else 0
     if parallel.rank() == 0:
