@@ -307,7 +307,7 @@ def loss_of(
     cls_VD, patches_GND = student.encode(part.crops, masks_GN if hide else None, spec.precision)
     if guesses is not None:
         with torch.no_grad():
-            guesses.append(student.dino_head(cls_VD[: 2 * n_images]))
+            guesses.append(student.dino_head(cls_VD[: 2 * n_images].detach()))
     weights_V = spec.dino_weight * pair_weights(len(part.views), said.cls_TBK)
     # As released, the mean of iBOT is over all crops, also those without a mask, and each crop's patches weigh one together.
     weights_G = spec.ibot_weight / (len(masks_GN) * masks_GN.sum(dim=1).clamp_min(1))

@@ -56,7 +56,7 @@ class Learner(nn.Module):
         features_RD = self.features(views, spec.precision)
         loss, _ = self.head.cross_entropy(features_RD, targets, weights_R, spec.student_temperature)
         with torch.no_grad():
-            return loss, self.head(features_RD[: 2 * len(views[0]) if watch else 0])
+            return loss, self.head(features_RD[: 2 * len(views[0]) if watch else 0].detach())
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 of_logits_rK = logs_rK.exp_().mul_(mass_r1 * weight_r1 / temperature)
                 of_logits_rK.addcmul_(targets_rK, weight_r1, value=-1 / temperature)
                 torch.mm(of_logits_rK, weight_KE, out=of_bottleneck_RE[rows])
-                of_weight_KE.addmm_(of_logits_rK.T, z_rE)
+                torch.addmm(of_weight_KE, of_logits_rK.T, z_rE, out=of_weight_KE)
             del targets_rK, logs_rK
         ctx.save_for_backward(of_bottleneck_RE, of_weight_KE)
         ctx.mark_non_differentiable(losses_R)
