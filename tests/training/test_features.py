@@ -112,7 +112,7 @@ def test_neighbours_of_the_student_become_those_of_the_teacher(teacher: Path, ba
     recipe = RECIPES["smoke"]
     if backbone == "resnet":
         recipe = replace(recipe, backbone=ResNetSpec())
-    recipe, guide = learn_from(str(teacher), recipe, CPU)
+    (recipe,), guide = learn_from(str(teacher), [recipe], CPU)
     assert isinstance(recipe.step, FeatureSpec)
     assert recipe.step.teacher_width == 36
     state = make_state(recipe, CPU)
