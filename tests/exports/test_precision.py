@@ -228,7 +228,7 @@ def test_the_bundled_backbone_keeps_its_accuracy_in_every_precision(
     for precision in LOW:
         out = tmp_path / f"{precision}.onnx"
         ckpt = repo_root / "models" / "dinoscope_tiny.safetensors"
-        done = export_onnx(ckpt, out, spec=OnnxSpec(precision=precision), data=str(shared_data / "clipart"))
+        done = export_onnx(ckpt, out, spec=OnnxSpec(precision=precision), data=str(shared_data / "photos"))
         assert done.drift is not None
         assert done.drift.cosine_mean >= 0.995
         assert (done.drift.knn_loss or 0) <= 0.005
