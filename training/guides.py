@@ -42,16 +42,16 @@ class Shared(nn.Module):
         self.learner = learner
         self.backbone, self.dino_head, self.ibot_head = learner.backbone, learner.dino_head, learner.ibot_head
         self.answers: dict[str, deque[tuple[tuple[Any, ...], Any]]] = {
-            name: deque(maxlen=n_parts) for name in ("encode", "logits")
+            name: deque(maxlen=n_parts) for name in ("encode", "scores")
         }
 
     def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, precision: Any) -> Any:
         """As the learner's."""
         return self._once("encode", (*crops, precision), lambda: self.learner.encode(crops, masks_GN, precision))
 
-    def logits(self, cls_BD: Tensor, patches_RD: Tensor) -> Any:
+    def scores(self, cls_BD: Tensor, patches_RD: Tensor) -> Any:
         """As the learner's."""
-        return self._once("logits", (cls_BD, patches_RD), lambda: self.learner.logits(cls_BD, patches_RD))
+        return self._once("scores", (cls_BD, patches_RD), lambda: self.learner.scores(cls_BD, patches_RD))
 
     def _once(self, name: str, question: tuple[Any, ...], ask: Callable[[], Any]) -> Any:
         for asked, answer in self.answers[name]:
