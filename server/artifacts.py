@@ -78,7 +78,7 @@ def load_artifacts(config: ServerConfig) -> Loaded:
     files = [one for one in sorted(path.iterdir()) if one.suffix in SUFFIXES and not one.name.startswith(".")]
     if files:
         return _open(*_choose([read_artifact(one) for one in files], path), "1", config)
-    exported, version = _newest(path)
+    exported, version = _version_of(path, config.version)
     return _open(exported, {}, version, config)
 
 
@@ -184,8 +184,14 @@ def _pick_form(
     return checkpoints[0].path, {kind: head.path for kind, head in heads.items()}
 
 
-def _newest(folder: Path) -> tuple[Path, str]:
-    """The model.onnx of the highest version in a Triton repository, and that version. Raises InputError."""
+def versions_in(folder: Path) -> list[str]:
+    """Versions of a Triton repository, lowest first; none for anything else."""
+    files = folder.glob("*/*/model.onnx") if folder.is_dir() else ()
+    return [str(n) for n in sorted({int(path.parent.name) for path in files if path.parent.name.isdecimal()})]
+
+
+def _version_of(folder: Path, wanted: str | None) -> tuple[Path, str]:
+    """The model.onnx of a version, or of the highest, in a Triton repository, and that version. Raises InputError."""
     versions = [path for path in sorted(folder.glob("*/*/model.onnx")) if path.parent.name.isdecimal()]
     names = sorted({path.parents[1].name for path in versions})
     if not names:
@@ -197,6 +203,11 @@ def _newest(folder: Path) -> tuple[Path, str]:
             f"--models {folder}: {names[0]} and {names[1]} both have a model.onnx, and one is served; name the file"
         )
     path = max(versions, key=lambda path: int(path.parent.name))
+    if wanted is not None:
+        named = [path for path in versions if wanted.isdecimal() and int(path.parent.name) == int(wanted)]
+        if not named:
+            raise InputError(f"--version {wanted}: {folder} has the versions {', '.join(versions_in(folder))}")
+        path = named[0]
     return path, str(int(path.parent.name))
 
 

@@ -102,6 +102,10 @@ class Collections:
         """Let go of the database."""
         self._database.close()
 
+    def bound_to(self, binding: Binding) -> "Collections":
+        """The same database as another network sees it; close one of the two."""
+        return Collections(self._database, binding)
+
     def infos(self) -> list[CollectionInfo]:
         """Every collection, by name."""
         size = select(func.count()).where(items.c.collection == collections.c.name).scalar_subquery()

@@ -21,6 +21,8 @@ class ServerConfig:
     """What to serve: one artifact (.safetensors, .onnx, .plan); a folder with one backbone and heads that fit it, such as
     models/ (of the same weights in both forms the .onnx is taken where it has every output); or a Triton repository
     with one NAME/VERSION/model.onnx, of whose versions the highest is taken."""
+    version: str | None = None
+    """Which version of a Triton repository to serve; the highest if left out."""
     config: Path | None = None
     """TOML file with any of these settings, by name with underscores; the environment (DINOSCOPE_HTTP_PORT=9000) goes before it, and flags
     before both."""

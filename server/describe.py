@@ -62,17 +62,6 @@ def model_statistics(service: Service, name: str = "", version: str = "") -> dic
     return {"model_stats": [_statistics(one, service.model_version, service.counts[one]) for one in names]}
 
 
-def repository_index(service: Service, only_ready: bool = False) -> list[dict[str, str]]:
-    """`POST v2/repository/index`, RepositoryIndex."""
-    if only_ready and not service.ready:
-        return []
-    state = "READY" if service.ready else "UNAVAILABLE"
-    return [
-        {"name": name, "version": service.model_version, "state": state, "reason": ""}
-        for name in sorted(service.models)
-    ]
-
-
 def _platform(service: Service) -> str:
     return f"{NAME}_{service.engine.name}"
 

@@ -53,6 +53,7 @@ class Engine:
         self.shapes = self._probe()
         self.batcher = Batcher([_run_with(runtime) for runtime in runtimes], spec.batching, self._most_rows)
         self._pool = ThreadPoolExecutor(spec.decode_threads, thread_name_prefix="decode")
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -161,9 +162,12 @@ class Engine:
         return answer.outputs
 
     async def close(self) -> None:
-        """Finish what runs, then free the threads and the runtimes."""
+        """Finish what runs, then free the threads and the runtimes. Once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         await self.batcher.close()
-        self._pool.shutdown()
+        await asyncio.to_thread(self._pool.shutdown)
         for runtime in self.runtimes:
             runtime.close()
 

@@ -95,6 +95,15 @@ class Evaluations:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
+    def use(self, engine: Engine) -> None:
+        """Evaluate this network from now on."""
+        self._engine = engine
+
+    @property
+    def running(self) -> bool:
+        """Whether an evaluation is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     @property
     def data_names(self) -> list[str]:
         """Names that clients may give as `data`."""

@@ -1,7 +1,7 @@
 """KServe v2 over gRPC, on the stubs that come with tritonclient.
 
 Only translation: messages to InferRequest and back, errors to codes. What is not overridden here (CUDA shared memory, trace
-and log settings, load and unload) answers UNIMPLEMENTED.
+and log settings) answers UNIMPLEMENTED.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from data.errors import InputError
 from server import describe
 from server.access import Access, RequireToken
 from server.errors import message, outcome, retry_after
+from server.repository import Repository
 from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
 from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
 from server.tensors import Tensor, from_raw, from_values
@@ -70,8 +71,8 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, request_id
 class InferenceServicer(GRPCInferenceServiceServicer):
     """The RPCs that real clients use."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, repository: Repository) -> None:
+        self.service, self.repository = service, repository
 
     @answering
     async def ServerLive(self, request: Any, context: Any) -> Any:
@@ -108,8 +109,17 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     @answering
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:
-        index = describe.repository_index(self.service, request.ready)
-        return ParseDict({"models": index}, pb.RepositoryIndexResponse())
+        return ParseDict({"models": self.repository.index(request.ready)}, pb.RepositoryIndexResponse())
+
+    @answering
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
+        await self.repository.load(request.model_name, _parameters(request.parameters))
+        return pb.RepositoryModelLoadResponse()
+
+    @answering
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:
+        await self.repository.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     @answering
     async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -258,7 +268,14 @@ class GrpcServer:
     """The gRPC listener with the inference and the health service."""
 
     def __init__(
-        self, service: Service, host: str, port: int, max_message_bytes: int, access: Access, tls: Tls | None
+        self,
+        service: Service,
+        repository: Repository,
+        host: str,
+        port: int,
+        max_message_bytes: int,
+        access: Access,
+        tls: Tls | None,
     ) -> None:
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(
@@ -269,7 +286,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service), self._server)
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service, repository), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             where = f"{f'[{host}]' if ':' in host else host}:{port}"

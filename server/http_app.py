@@ -15,6 +15,7 @@ from server.errors import ServerError
 from server.evaluations import Evaluations
 from server.http_body import Guard, error_reply
 from server.http_v2 import make_v2_routes
+from server.repository import Repository
 from server.rest import Rest, make_rest_routes
 from server.rest_collections import VectorItems, make_collection_routes
 from server.rest_evaluations import make_evaluation_routes
@@ -23,7 +24,9 @@ from server.service import VERSION, Service
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_http_app(service: Service, evaluations: Evaluations, max_body_bytes: int, access: Access) -> FastAPI:
+def make_http_app(
+    service: Service, evaluations: Evaluations, repository: Repository, max_body_bytes: int, access: Access
+) -> FastAPI:
     """The application of the HTTP port."""
     app = FastAPI(
         title="Dinoscope",
@@ -36,7 +39,7 @@ def make_http_app(service: Service, evaluations: Evaluations, max_body_bytes: in
     app.include_router(make_rest_routes(rest))
     app.include_router(make_collection_routes(rest))
     app.include_router(make_evaluation_routes(evaluations))
-    app.include_router(make_v2_routes(service, max_body_bytes))
+    app.include_router(make_v2_routes(service, repository, max_body_bytes))
     app.add_api_route("/metrics", _metrics(service), include_in_schema=False)
     app.add_api_route("/docs", _docs, include_in_schema=False)
     app.add_api_route("/", _to_docs, include_in_schema=False)

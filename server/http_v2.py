@@ -18,6 +18,7 @@ from data.errors import InputError
 from server import describe
 from server.errors import Draining
 from server.http_body import compressed, parse_json, read_body, unless_disconnected
+from server.repository import Repository
 from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
 from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
 from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
@@ -26,7 +27,7 @@ HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT_HEADER = "x-timeout-ms"
 
 
-def make_v2_routes(service: Service, max_body_bytes: int) -> APIRouter:
+def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int) -> APIRouter:
     """All routes below /v2."""
     router = APIRouter(tags=["KServe v2"])
 
@@ -53,7 +54,21 @@ def make_v2_routes(service: Service, max_body_bytes: int) -> APIRouter:
         body = await read_body(request, max_body_bytes)
         wanted = parse_json(body) if body.strip() else {}
         only_ready = _object(wanted, "the request").get("ready", False)
-        return JSONResponse(describe.repository_index(service, bool(only_ready)))
+        return JSONResponse(repository.index(bool(only_ready)))
+
+    @router.post(
+        "/v2/repository/models/{name}/load", summary="Serve what the model folder holds now, or a version of it"
+    )
+    async def load(name: str, request: Request) -> Response:
+        body = await read_body(request, max_body_bytes)
+        wanted = _object(parse_json(body) if body.strip() else {}, "the request")
+        await repository.load(name, _object(wanted.get("parameters", {}), "'parameters'"))
+        return Response()
+
+    @router.post("/v2/repository/models/{name}/unload", summary="Answer no more requests for a model")
+    async def unload(name: str) -> Response:
+        await repository.unload(name)
+        return Response()
 
     _add_model_routes(router, service, max_body_bytes)
     _add_shared_memory_routes(router, service, max_body_bytes)

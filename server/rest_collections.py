@@ -66,16 +66,16 @@ class Added(BaseModel):
 def make_collection_routes(rest: Rest) -> APIRouter:
     """All routes below /v1/collections."""
     router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=PROBLEMS)
-    engine, store = rest.service.engine, rest.service.collections
+    service = rest.service
 
     @router.get("", summary="All collections")
     async def listing() -> JSONResponse:
-        infos = await engine.off_loop(store.infos)
+        infos = await service.engine.off_loop(service.collections.infos)
         return JSONResponse({"collections": [vars(info) for info in infos]})
 
     @router.delete("/{name}", summary="Delete a collection", status_code=204)
     async def drop(name: str) -> Response:
-        await engine.off_loop(store.delete, name)
+        await service.engine.off_loop(service.collections.delete, name)
         return Response(status_code=204)
 
     @router.post("/{name}/items", openapi_extra=_ADD_BODY, summary="Add items", status_code=201, response_model=Added)
@@ -83,7 +83,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         check_name(name)
         is_json = request.headers.get("content-type", "").startswith("application/json")
         new = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
-        return {"ids": await engine.off_loop(store.add, name, new)}
+        return {"ids": await service.engine.off_loop(service.collections.add, name, new)}
 
     @router.get("/{name}/items", summary="List items in the order of adding")
     async def items(
@@ -92,18 +92,20 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
         label: str | None = None,
     ) -> JSONResponse:
-        page = await engine.off_loop(store.page, name, after, limit, label)
+        page = await service.engine.off_loop(service.collections.page, name, after, limit, label)
         following = page[-1].sequence if len(page) == limit else None
         return JSONResponse({"items": [_item_json(name, item) for item in page], "next": following})
 
     @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204)
     async def remove(name: str, item_id: str) -> Response:
-        await engine.off_loop(store.delete_item, name, item_id)
+        await service.engine.off_loop(service.collections.delete_item, name, item_id)
         return Response(status_code=204)
 
     @router.get("/{name}/items/{item_id}/thumbnail", summary="The item as a small JPEG", response_class=Response)
     async def picture(name: str, item_id: str) -> Response:
-        return Response(await engine.off_loop(store.thumbnail, name, item_id), media_type="image/jpeg")
+        return Response(
+            await service.engine.off_loop(service.collections.thumbnail, name, item_id), media_type="image/jpeg"
+        )
 
     @router.get("/{name}/export", summary="The collection as one file", response_class=Response)
     async def export(
@@ -111,7 +113,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     ) -> Response:
         check_name(name)
         check_form(form)
-        content = await engine.off_loop(lambda: write_collection(store.exported(name), form))
+        content = await service.engine.off_loop(lambda: write_collection(service.collections.exported(name), form))
         headers = {"content-disposition": f'attachment; filename="{name}.{form}"'}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
@@ -125,13 +127,15 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def take_in(name: str, request: Request) -> Any:
         check_name(name)
         content = await read_body(request, rest.max_body_bytes)
-        return {"ids": await engine.off_loop(lambda: store.imported(name, read_collection(content)))}
+        return {
+            "ids": await service.engine.off_loop(lambda: service.collections.imported(name, read_collection(content)))
+        }
 
     @router.post("/{name}/search", openapi_extra=UPLOAD_BODY, summary="The nearest items of each image")
     async def search(name: str, request: Request, k: K = None, label: Label = "") -> JSONResponse:
         upload, neighbours = await _neighbours(rest, request, name, k, label)
         wanted = sorted({one["id"] for row in neighbours for one in row})
-        details = await engine.off_loop(store.details, name, wanted)
+        details = await service.engine.off_loop(service.collections.details, name, wanted)
         results = [
             {"name": image, "neighbours": [_item_json(name, details.get(one["id"])) | one for one in row]}
             for image, row in zip(upload.names, neighbours, strict=True)

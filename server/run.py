@@ -23,15 +23,17 @@ from server.access import Access, Rates
 from server.admission import AdmissionSpec
 from server.artifacts import Loaded, load_artifacts
 from server.batcher import BatchSpec
-from server.collections import Binding, Collections
+from server.collections import Collections
 from server.config import ServerConfig, is_loopback
 from server.databases import open_database
 from server.engine import Engine, EngineSpec
 from server.evaluations import Evaluations
 from server.grpc_api import GrpcServer
 from server.http_app import make_http_app, make_metrics_app
+from server.repository import Repository, binding_of
 from server.samples import build_samples
 from server.service import Service
+from server.settings import resolved
 from server.shared_memory import SharedMemory
 from server.tls import Tls
 
@@ -56,7 +58,7 @@ class Addresses:
 
 
 @asynccontextmanager
-async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Service, Evaluations]]:
+async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Service, Evaluations, Repository]]:
     """Everything behind the wires, built from the inside out and closed in the opposite order."""
     allowed = config.allowed_data
     spec = EngineSpec(
@@ -69,27 +71,22 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
     engine = Engine(loaded.runtimes, spec)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
-        preprocess = json.dumps(engine.manifest.preprocess.to_json(), sort_keys=True)
-        binding = Binding(engine.manifest.weights_sha256, preprocess, engine.width)
-        store = Collections(open_database(config.state_folder, config.database), binding)
-        stack.callback(store.close)
+        database = open_database(config.state_folder, config.database)
+        stack.callback(database.close)
+        store = Collections(database, binding_of(engine))
         limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
-        rates = Rates(config.client_rows_per_s)
+        rates, shared_memory = Rates(config.client_rows_per_s), SharedMemory(offered=is_loopback(config.host))
         service = Service(
-            engine,
-            store,
-            limits,
-            loaded.version,
-            loaded.depth_unit,
-            loaded.classes,
-            rates,
-            SharedMemory(is_loopback(config.host)),
+            engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates, shared_memory
         )
+        stack.push_async_callback(lambda: service.engine.close())
         evaluations = Evaluations(engine, allowed, config.state_folder / "evaluations")
         stack.push_async_callback(evaluations.close)
+        repository = Repository(config, load, spec, service, evaluations)
+        stack.push_async_callback(repository.close)
         if config.sample_data is not None:
             await build_samples(engine, store, config.sample_data)
-        yield service, evaluations
+        yield service, evaluations, repository
 
 
 async def serve(
@@ -106,12 +103,12 @@ async def serve(
         metrics_socket = sockets.enter_context(_listen(config.host, config.metrics_port, "--metrics-port"))
         if config.grpc_port:  # gRPC binds its port by itself, and only after the network is loaded; look now
             _listen(config.host, config.grpc_port, "--grpc-port").close()
-        async with assembled(config, load) as (service, evaluations):
+        async with assembled(config, load) as (service, evaluations, repository):
             access = Access() if config.token_file is None else Access.from_file(config.token_file)
             tls = config.tls
-            grpc_server = GrpcServer(service, config.host, config.grpc_port, max_bytes, access, tls)
+            grpc_server = GrpcServer(service, repository, config.host, config.grpc_port, max_bytes, access, tls)
             http = [
-                _Http(make_http_app(service, evaluations, max_bytes, access), http_socket, tls),
+                _Http(make_http_app(service, evaluations, repository, max_bytes, access), http_socket, tls),
                 _Http(make_metrics_app(service), metrics_socket, tls),
             ]
             for one in http:
@@ -119,6 +116,7 @@ async def serve(
             await grpc_server.start()
             service.state = "ready"
             await grpc_server.announce(True)
+            log.info("settings", extra={"fields": resolved(config)})
             announce(_addresses(config, http_socket, metrics_socket, grpc_server.port))
             await _until_stopped(stop, http)
             await _drain(config, service, grpc_server, http)

@@ -7,6 +7,7 @@ This is the one way in. gRPC, the v2 REST routes and the routes for people all b
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -89,19 +90,40 @@ class Service:
         rates: Rates | None = None,
         shared_memory: SharedMemory | None = None,
     ) -> None:
-        self.engine = engine
-        self.collections = collections
         self.admission = Admission(admission)
-        self.models, self.absent = make_models(engine, collections)
-        self.model_version = version
-        self.depth_unit = depth_unit
         self.rates = rates or Rates(None)
         self.shared_memory = shared_memory or SharedMemory(offered=False)
-        self.classes = tuple(classes)
-        self.counts = {name: ModelCounts() for name in self.models}
+        self.counts: dict[str, ModelCounts] = {}
         self.metrics = Metrics()
+        self._running: Counter[Engine] = Counter()
+        self.use(engine, collections, version, depth_unit, classes)
         self.state: Literal["starting", "ready", "leaving", "closed"] = "starting"
         self._watch_gauges()
+
+    def use(
+        self,
+        engine: Engine,
+        collections: Collections,
+        version: str,
+        depth_unit: str | None,
+        classes: Sequence[str],
+    ) -> None:
+        """Serve this network from the next request on; those that are in finish on the one they began on."""
+        self.engine, self.collections = engine, collections
+        self.models, self.absent = make_models(engine, collections)
+        self.unloaded: dict[str, ServedModel] = {}
+        self.model_version, self.depth_unit, self.classes = version, depth_unit, tuple(classes)
+        for name in self.models:
+            self.counts.setdefault(name, ModelCounts())
+
+    def unload(self, name: str) -> None:
+        """Answer no more requests for a model; nothing for one that is not served."""
+        if name in self.models:
+            self.unloaded[name] = self.models.pop(name)
+
+    def runs_on(self, engine: Engine) -> bool:
+        """Whether a request is being answered by this network."""
+        return self._running[engine] > 0
 
     @property
     def ready(self) -> bool:
@@ -116,7 +138,13 @@ class Service:
     def model(self, name: str, version: str = "") -> ServedModel:
         """The model of this name. Raises NotFound, saying what there is."""
         if name not in self.models:
-            why = f": {self.absent[name]}" if name in self.absent else ""
+            why = (
+                f": {self.absent[name]}"
+                if name in self.absent
+                else ": it was unloaded"
+                if name in self.unloaded
+                else ""
+            )
             raise NotFound(f"model {name!r:.80} is not served here{why}; served: {', '.join(sorted(self.models))}")
         if version not in ("", self.model_version):
             raise NotFound(f"model {name!r} has no version {version!r:.20}; it has {self.model_version}")
@@ -164,6 +192,7 @@ class Service:
         counts, times = self.counts[model.name], Times()
         with self.admission.hold(rows, nbytes):
             counts.pending += 1
+            self._running[model.engine] += 1
             try:
                 async with asyncio.timeout_at(deadline_s) as limit:
                     answers = await model.infer(inputs, outputs, options, times, deadline_s)
@@ -175,6 +204,7 @@ class Service:
                 ) from error
             finally:
                 counts.pending -= 1
+                self._running[model.engine] -= 1
         total_ns = time.perf_counter_ns() - began_ns
         counts.succeed(model.name, rows, total_ns, times)
         self.admission.learn(rows, times.infer_ns)
@@ -198,13 +228,19 @@ class Service:
         return self.metrics.exposition({(name, self.model_version): counts for name, counts in self.counts.items()})
 
     def _watch_gauges(self) -> None:
-        show, batcher, admission = self.metrics.gauge, self.engine.batcher, self.admission
-        show("dinoscope_queue_rows", "Rows that wait for an instance", lambda: batcher.waiting_rows)
+        show, admission = self.metrics.gauge, self.admission
+        show("dinoscope_queue_rows", "Rows that wait for an instance", lambda: self.engine.batcher.waiting_rows)
         show("dinoscope_admitted_rows", "Rows accepted and not yet answered", lambda: admission.rows)
         show("dinoscope_admitted_bytes", "Memory reckoned for these rows", lambda: admission.bytes)
         show("dinoscope_rejected_requests", "Requests refused because of rows or bytes", lambda: admission.rejected)
-        show("dinoscope_expired_rows", "Rows dropped before compute: deadline", lambda: batcher.expired_rows)
-        show("dinoscope_cancelled_rows", "Rows dropped before compute: caller left", lambda: batcher.cancelled_rows)
+        show(
+            "dinoscope_expired_rows", "Rows dropped before compute: deadline", lambda: self.engine.batcher.expired_rows
+        )
+        show(
+            "dinoscope_cancelled_rows",
+            "Rows dropped before compute: caller left",
+            lambda: self.engine.batcher.cancelled_rows,
+        )
 
 
 async def off_loop_if_large(nbytes: int, work: Callable[..., T], *args: Any) -> T:

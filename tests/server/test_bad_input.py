@@ -226,8 +226,6 @@ def test_a_count_of_elements_beyond_all_batches_is_refused(server):
 
 
 OFFERED_ELSEWHERE = {
-    "RepositoryModelLoad": service_pb2.RepositoryModelLoadRequest(model_name="embedding"),
-    "RepositoryModelUnload": service_pb2.RepositoryModelUnloadRequest(model_name="embedding"),
     "TraceSetting": service_pb2.TraceSettingRequest(),
     "LogSettings": service_pb2.LogSettingsRequest(),
     "CudaSharedMemoryStatus": service_pb2.CudaSharedMemoryStatusRequest(),

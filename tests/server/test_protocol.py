@@ -194,7 +194,7 @@ def test_the_standard_health_service_says_serving(server):
 def test_what_is_not_offered_says_so(server):
     opened = open_wire("grpc", server.addresses)
     with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
-        opened.client.load_model("embedding")
+        opened.client.get_trace_settings()
     opened.close()
 
 

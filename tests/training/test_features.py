@@ -130,8 +130,9 @@ def test_neighbours_of_the_student_become_those_of_the_teacher(teacher: Path, ba
 
     before = closeness()
     rng = np.random.default_rng(0)
-    steps = [take_step_(state, views, AT, recipe, rng) for _ in range(80 if backbone == "vit" else 6)]
-    assert steps[-1]["loss"] < (0.6 if backbone == "vit" else 1.0) * steps[0]["loss"]
+    at = AT if backbone == "vit" else replace(AT, lr=1e-4)
+    steps = [take_step_(state, views, at, recipe, rng) for _ in range(80 if backbone == "vit" else 6)]
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
     if backbone == "vit":
         assert 1 - closeness() < 0.4 * (1 - before)
 

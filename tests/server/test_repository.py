@@ -1,0 +1,191 @@
+"""Versions, load and unload, and changing the network under way."""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+import tritonclient.grpc as triton
+from onnx import numpy_helper
+from tritonclient.utils import InferenceServerException
+
+from data.decode import decode_image
+from data.preprocess import center_view
+from exports.to_onnx import export_onnx
+from runtimes.open import open_runtime
+from server.run import Running
+from tests.server.conftest import PREPROCESS, config_of
+from tests.server.images import png
+
+
+@pytest.fixture(scope="module")
+def files(network: Path, other_network: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two networks as .onnx, and what each says of an image."""
+    folder = tmp_path_factory.mktemp("versions")
+    for name, source in (("1", network), ("2", other_network)):
+        export_onnx(source / "backbone.safetensors", folder / f"{name}.onnx", source / "depth.safetensors")
+    return {name: folder / f"{name}.onnx" for name in ("1", "2")}
+
+
+@pytest.fixture(scope="module")
+def embeddings(files: dict[str, Path]) -> dict[str, np.ndarray]:
+    pixels = center_view(decode_image(png(0)), PREPROCESS)[None]
+    found = {}
+    for name, path in files.items():
+        with open_runtime(path, device="cpu", threads=1) as runtime:
+            found[name] = runtime.run(pixels)["embedding"][0]
+    return found
+
+
+@pytest.fixture
+def models(files: dict[str, Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    (folder / "backbone" / "1").mkdir(parents=True)
+    shutil.copy(files["1"], folder / "backbone" / "1" / "model.onnx")
+    return folder
+
+
+def add_version(models: Path, version: str, file: Path) -> None:
+    (models / "backbone" / version).mkdir(parents=True)
+    shutil.copy(file, models / "backbone" / version / "model.onnx")
+
+
+@pytest.fixture
+def running(models: Path, colours: Path, tmp_path: Path) -> Iterator[Running]:
+    with Running(config_of(models, tmp_path / "state", samples=str(colours / "val"))) as server:
+        yield server
+
+
+def embed(http: httpx.Client) -> np.ndarray:
+    answer = http.post("/v1/embeddings", files={"file": ("a.png", png(0), "image/png")})
+    assert answer.status_code == 200, answer.text
+    return np.array(answer.json()["items"][0]["embedding"])
+
+
+def test_a_new_version_is_loaded_and_the_old_one_can_be_had_back(
+    running: Running, models: Path, files: dict[str, Path], embeddings: dict[str, np.ndarray]
+) -> None:
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        np.testing.assert_allclose(embed(http), embeddings["1"], atol=1e-5)
+        add_version(models, "7", files["2"])
+        index = http.post("/v2/repository/index").json()
+        assert {"name": "backbone", "version": "7", "state": "UNAVAILABLE", "reason": "not loaded"} in index
+        assert http.post("/v2/repository/models/backbone/load").status_code == 200
+        np.testing.assert_allclose(embed(http), embeddings["2"], atol=1e-5)
+        assert http.get("/v2/models/embedding").json()["versions"] == ["7"]
+        assert http.get("/v2/models/embedding/versions/1").status_code == 404
+        back = {"parameters": {"version": "1"}}
+        assert http.post("/v2/repository/models/embedding/load", json=back).status_code == 200
+        np.testing.assert_allclose(embed(http), embeddings["1"], atol=1e-5)
+
+
+def test_samples_follow_the_network_and_other_collections_stay_with_theirs(
+    running: Running, models: Path, files: dict[str, Path]
+) -> None:
+    file = {"file": ("a.png", png(0), "image/png")}
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        assert http.post("/v1/collections/mine/items", files=file).status_code == 201
+        add_version(models, "2", files["2"])
+        http.post("/v2/repository/models/backbone/load").raise_for_status()
+        assert len(http.post("/v1/collections/samples/search?k=3", files=file).json()["results"][0]["neighbours"]) == 3
+        refused = http.post("/v1/collections/mine/search", files=file)
+        assert refused.status_code == 409
+        http.post("/v2/repository/models/backbone/load", json={"parameters": {"version": "1"}}).raise_for_status()
+        assert http.post("/v1/collections/mine/search", files=file).status_code == 200
+
+
+def test_no_accepted_request_fails_while_networks_change(
+    running: Running, models: Path, files: dict[str, Path], embeddings: dict[str, np.ndarray]
+) -> None:
+    add_version(models, "2", files["2"])
+    stop, failures, answers = threading.Event(), [], []
+
+    def ask() -> None:
+        with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+            while not stop.is_set():
+                try:
+                    answers.append(embed(http))
+                except BaseException as error:
+                    failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        for number in range(6):
+            wanted = {"parameters": {"version": "21"[number % 2]}}
+            http.post("/v2/repository/models/backbone/load", json=wanted).raise_for_status()
+            time.sleep(0.1)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    apart = [min(float(np.abs(one - wanted).max()) for wanted in embeddings.values()) for one in answers]
+    assert len(answers) > 20
+    assert max(apart) < 1e-4
+
+
+def damaged(file: Path, out: Path) -> None:
+    """The same file with one weight matrix changed: its manifest still names the old weights."""
+    model: Any = onnx.load(str(file))
+    weight = max((one for one in model.graph.initializer if len(one.dims) == 2), key=lambda one: np.prod(one.dims))
+    weight.CopyFrom(numpy_helper.from_array(np.float32(3) * numpy_helper.to_array(weight)[::-1].copy(), weight.name))
+    onnx.save(model, str(out))
+
+
+def test_what_cannot_be_served_leaves_the_old_network_serving(
+    running: Running, models: Path, files: dict[str, Path], embeddings: dict[str, np.ndarray]
+) -> None:
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        add_version(models, "2", files["2"])
+        broken = models / "backbone" / "2" / "model.onnx"
+        broken.write_bytes(broken.read_bytes()[:1000])
+        assert http.post("/v2/repository/models/backbone/load").status_code == 400
+        damaged(files["1"], broken)
+        refused = http.post("/v2/repository/models/backbone/load")
+        assert refused.status_code == 400
+        assert "agree only to a cosine" in refused.json()["error"]
+        missing = http.post("/v2/repository/models/backbone/load", json={"parameters": {"version": "9"}})
+        assert missing.status_code == 404
+        assert "there are 1, 2" in missing.json()["error"]
+        config = http.post("/v2/repository/models/backbone/load", json={"parameters": {"config": "{}"}})
+        assert config.status_code == 400
+        assert http.post("/v2/repository/models/nothing/load").status_code == 404
+        np.testing.assert_allclose(embed(http), embeddings["1"], atol=1e-5)
+
+
+def test_an_unloaded_model_answers_nothing_until_it_is_loaded(running: Running) -> None:
+    with (
+        httpx.Client(base_url=running.addresses.http, timeout=60) as http,
+        triton.InferenceServerClient(running.addresses.grpc) as client,
+    ):
+        client.unload_model("attention")
+        with pytest.raises(InferenceServerException, match="unloaded"):
+            client.is_model_ready("attention")
+        refused = http.post("/v1/attention", files={"file": ("a.png", png(0), "image/png")})
+        assert refused.status_code == 404
+        assert "unloaded" in refused.json()["error"]
+        states = {one.name: one.state for one in client.get_model_repository_index().models}
+        assert (states["attention"], states["embedding"]) == ("UNAVAILABLE", "READY")
+        embed(http)
+        client.load_model("attention")
+        assert client.is_model_ready("attention")
+        with pytest.raises(InferenceServerException):
+            client.unload_model("nothing")
+
+
+def test_a_version_can_be_asked_for_at_the_start(
+    models: Path, files: dict[str, Path], embeddings: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    add_version(models, "5", files["2"])
+    with (
+        Running(config_of(models, tmp_path / "state", version="1")) as server,
+        httpx.Client(base_url=server.addresses.http, timeout=60) as http,
+    ):
+        np.testing.assert_allclose(embed(http), embeddings["1"], atol=1e-5)
