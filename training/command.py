@@ -1,6 +1,7 @@
 """What the commands of this room share: where the images lie, where the run goes, and what it runs on."""
 
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from data.streams import open_images
 from training import parallel
 from training.loop import Student, train
 from training.memory import keep_freed_memory
-from training.precision import Precision
+from training.precision import Precision, slow_here
 from training.probe import EvalEvery
 from training.recipe import Recipe
 from training.run_folder import RunFolder
@@ -80,6 +81,9 @@ def start(
         ]
         if options.precision is not None:
             students = [replace(one, recipe=at_precision(one.recipe, options.precision)) for one in students]
+        slow = slow_here(device, students[0].recipe.step.precision)
+        if slow and parallel.rank() == 0:
+            print(f"note: {slow}", file=sys.stderr)
         if device.type == "cuda" and students[0].recipe.step.precision != "fp32":
             torch.set_float32_matmul_precision(
                 "high"

@@ -48,9 +48,9 @@ def test_a_guides_student_is_compared_on_all_patches_or_on_those_the_masks_pick(
     state = make_state(recipe, CPU)
     state.guide = teacher_copy(state.student).eval()
     rows = []
-    logits = state.guide.logits
+    scores = state.guide.scores
     monkeypatch.setattr(
-        state.guide, "logits", lambda cls, patches: (rows.append(len(patches)), logits(cls, patches))[1]
+        state.guide, "scores", lambda cls, patches: (rows.append(len(patches)), scores(cls, patches))[1]
     )
     take_step_(state, views(), AT, recipe, np.random.default_rng(0))
     assert state.student.backbone.mask_token.grad is None
