@@ -29,8 +29,9 @@ from data.datasets import open_dataset
 from data.decode import decode_image
 from data.errors import InputError, run_cli
 from exports.to_onnx import export_onnx
+from runtimes.connection import split_address
 from runtimes.open import open_runtime
-from runtimes.remote import config_parameters, split_address
+from runtimes.remote import config_parameters
 from runtimes.runtime import step_px
 from server.config import ServerConfig
 from server.run import Running
@@ -55,6 +56,8 @@ class Served:
 
     def __init__(self, address: str, pictures: str | None = None) -> None:
         scheme, self.where = split_address(address)
+        if scheme not in ("grpc", "http"):
+            raise InputError(f"--server {address}: the page talks to grpc:// and http:// only")
         self.address = address
         self.pictures = pictures or (address.rstrip("/") if scheme == "http" else None)
         """Where REST gives the thumbnails of collections; None if only gRPC is known."""

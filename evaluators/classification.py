@@ -49,7 +49,7 @@ class RunOptions:
 
     ckpt: str
     """The network: a checkpoint, published weights, a Hugging Face folder, an .onnx, a TensorRT plan, a catalog name, or a
-    running server (grpc://host:port, http://host:port)."""
+    running server (grpc://host:port, http://host:port; with TLS grpcs://, https://)."""
     data: str
     """The images: a folder (train/CLASS/*, val/CLASS/*), a CSV, tar shards, or a packed set."""
     out: Path | None = None

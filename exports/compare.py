@@ -23,8 +23,8 @@ from evaluators.classification import summary
 from evaluators.results import check_writable
 from exports.drift import Drift, evenly, measure_drift, open_parts
 from exports.to_onnx import output_difference
+from runtimes.connection import REMOTE_SCHEMES
 from runtimes.open import open_runtime
-from runtimes.remote import REMOTE_SCHEMES
 from runtimes.runtime import Runtime
 
 MAP_IMAGES = 8

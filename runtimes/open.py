@@ -5,8 +5,9 @@ from pathlib import Path
 from backbones.checkpoints import load_backbone
 from backbones.heads import load_depth_head, load_segmentation_head
 from data.errors import InputError
+from runtimes.connection import REMOTE_SCHEMES
 from runtimes.onnx_runtime import OnnxRuntime, check_one_build
-from runtimes.remote import REMOTE_SCHEMES, RemoteRuntime
+from runtimes.remote import RemoteRuntime
 from runtimes.runtime import Runtime
 from runtimes.tensorrt_runtime import TensorRTRuntime
 from runtimes.torch_runtime import TorchRuntime

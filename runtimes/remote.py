@@ -2,24 +2,18 @@
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tritonclient.grpc as grpc_client
-import tritonclient.http as http_client
 from geventhttpclient.response import HTTPParseError
 from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest
 from data.errors import InputError
+from runtimes.connection import Connection
 from runtimes.runtime import Runtime, run_in_parts, step_px
 
-_HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:.]+\]")
-"""A name, an IPv4 address, or an IPv6 address in brackets."""
-REMOTE_SCHEMES = ("grpc://", "http://")
 MODEL = "backbone"
 MAX_MESSAGE_BYTES = 48 * 2**20
 """Larger batches are sent in parts; servers take 64 MB unless told otherwise."""
@@ -29,36 +23,15 @@ TIMEOUT_S = 120.0
 """For one part of a batch."""
 
 
-def split_address(address: str) -> tuple[str, str]:
-    """Scheme, and host:port, of a server's address. Raises InputError."""
-    scheme, _, where = address.partition("://")
-    where = where.rstrip("/")
-    host, _, port = where.rpartition(":")
-    if (
-        f"{scheme}://" not in REMOTE_SCHEMES
-        or not _HOST.fullmatch(host)
-        or not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65_536)
-    ):
-        raise InputError(f"{address}: wanted grpc://host:port or http://host:port")
-    return scheme, where
-
-
 class RemoteRuntime(Runtime):
-    """The network behind `grpc://host:port` or `http://host:port`. It must serve `backbone` with our manifest.
-
-    A gRPC channel is shared by all threads. Over HTTP each call has a connection of its own, since tritonclient's HTTP
-    client belongs to one thread.
-    """
+    """The network behind `grpc://host:port` or `http://host:port` (with TLS `grpcs://`, `https://`); see `runtimes.connection` for
+    tokens and certificates. It must serve `backbone` with our manifest."""
 
     def __init__(self, address: str) -> None:
-        scheme, self._where = split_address(address)
+        self._connection = Connection(address)
         self.name, self.device, self._address = "remote", "remote", address
-        self._wire: Any = grpc_client if scheme == "grpc" else http_client
-        self._channel: Any = None
         try:
-            if scheme == "grpc":
-                self._channel = grpc_client.InferenceServerClient(self._where)
-            with self._client(OPENING_TIMEOUT_S) as (client, limits):
+            with self._connection.client(OPENING_TIMEOUT_S) as (client, limits):
                 config = client.get_model_config(MODEL, **limits)
                 metadata = client.get_model_metadata(MODEL, **limits)
             self.manifest = _manifest(config, address)
@@ -86,11 +59,11 @@ class RemoteRuntime(Runtime):
         return max(1, min(self._max_rows, MAX_MESSAGE_BYTES // row_bytes))
 
     def _infer(self, pixels_NCHW: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-        tensor = self._wire.InferInput("pixels", list(pixels_NCHW.shape), "FP32")
+        tensor = self._connection.wire.InferInput("pixels", list(pixels_NCHW.shape), "FP32")
         tensor.set_data_from_numpy(pixels_NCHW)
-        wanted = [self._wire.InferRequestedOutput(name) for name in names]
+        wanted = [self._connection.wire.InferRequestedOutput(name) for name in names]
         try:
-            with self._client(TIMEOUT_S) as (client, limits):
+            with self._connection.client(TIMEOUT_S) as (client, limits):
                 answer = client.infer(MODEL, [tensor], outputs=wanted, **limits)
         except (InferenceServerException, OSError, HTTPParseError) as error:
             raise InputError(f"{self._address}: the server gave no result ({_line(error)})") from error
@@ -99,23 +72,8 @@ class RemoteRuntime(Runtime):
             raise InputError(f"{self._address}: the server's reply lacks rows of {', '.join(missing)}")
         return found
 
-    @contextmanager
-    def _client(self, timeout_s: float) -> Iterator[tuple[Any, dict[str, float]]]:
-        """A client for one exchange, and what its calls must be given so that they end after `timeout_s`."""
-        if self._wire is grpc_client:
-            yield self._channel, {"client_timeout": timeout_s}
-            return
-        client = http_client.InferenceServerClient(
-            self._where, connection_timeout=OPENING_TIMEOUT_S, network_timeout=timeout_s
-        )
-        try:
-            yield client, {}
-        finally:
-            client.close()
-
     def close(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
+        self._connection.close()
 
 
 def _line(error: Exception) -> str:

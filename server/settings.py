@@ -18,6 +18,7 @@ import tyro
 from sqlalchemy.engine import make_url
 
 from data.errors import InputError
+from runtimes.connection import CLIENT_VARIABLES
 from server.config import ServerConfig
 
 PREFIX = "DINOSCOPE_"
@@ -37,7 +38,7 @@ def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, text in environment.items():
         name = key.removeprefix(PREFIX).lower()
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) or key in CLIENT_VARIABLES:
             continue
         if name not in _FIELDS:
             raise InputError(f"{key}: there is no such setting; python -m server --help lists them")

@@ -21,8 +21,8 @@ from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
 from data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from runtimes.connection import REMOTE_SCHEMES
 from runtimes.open import open_runtime
-from runtimes.remote import REMOTE_SCHEMES
 from runtimes.runtime import Runtime, step_px
 from training import parallel
 from training.distillation import Schedule, State, teacher_copy

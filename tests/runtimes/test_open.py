@@ -254,7 +254,7 @@ def test_a_server_of_something_else_is_refused(scheme: str, chatty_port: int, mo
 )
 def test_an_address_is_a_host_and_a_port(scheme: str, where: str) -> None:
     address = f"{scheme}://{where}"
-    assert refusal(address) == f"{address}: wanted grpc://host:port or http://host:port"
+    assert refusal(address) == f"{address}: wanted grpc://host:port or http://host:port; with TLS grpcs:// or https://"
 
 
 @pytest.mark.parametrize("scheme", SERVERS)

@@ -13,7 +13,9 @@ import tritonclient.http as triton_http
 import trustme
 from tritonclient.utils import InferenceServerException
 
+import runtimes.remote
 from data.errors import InputError
+from runtimes.open import open_runtime
 from server.access import Access, Rates, needed_on_grpc, needed_on_http
 from server.errors import Forbidden, Overloaded, Unauthenticated
 from server.run import Running
@@ -222,6 +224,54 @@ def test_tls_and_client_certificates_on_both_wires(network: Path, authority: dic
             pytest.raises(InferenceServerException),
         ):
             client.is_server_ready(client_timeout=5)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_an_evaluator_brings_its_token(guarded: Running, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = guarded.addresses.http if scheme == "http" else f"grpc://{guarded.addresses.grpc}"
+    with pytest.raises(InputError, match="Bearer TOKEN"):
+        open_runtime(address)
+    monkeypatch.setenv("DINOSCOPE_TOKEN", READER)
+    with open_runtime(address) as remote:
+        assert remote.run(np.zeros((2, 3, 32, 32), np.float32))["embedding"].shape == (2, 48)
+    monkeypatch.setenv("DINOSCOPE_TOKEN", "two words")
+    with pytest.raises(InputError, match="wanted the token alone"):
+        open_runtime(address)
+
+
+@pytest.fixture(scope="module")
+def secured(
+    network: Path, authority: dict[str, Path], token_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A server that wants a token, and a certificate of its clients."""
+    files = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+    named = {flag: authority[name] for flag, name in files.items()}
+    config = config_of(network, tmp_path_factory.mktemp("secured"), token_file=token_file, **named)
+    with Running(config) as running:
+        yield running
+
+
+@pytest.mark.parametrize("scheme", ["grpcs", "https"])
+def test_an_evaluator_speaks_tls_and_shows_its_certificate(
+    secured: Running, authority: dict[str, Path], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = secured.addresses.http if scheme == "https" else f"grpcs://{secured.addresses.grpc}"
+    monkeypatch.setattr(runtimes.remote, "OPENING_TIMEOUT_S", 3.0)
+    monkeypatch.setenv("DINOSCOPE_TOKEN", READER)
+    with pytest.raises(InputError, match="no server there"):  # an authority that this machine does not know
+        open_runtime(address)
+    monkeypatch.setenv("DINOSCOPE_CA", str(authority["ca.pem"]))
+    with pytest.raises(InputError, match="no server there"):  # and no certificate of our own
+        open_runtime(address).run(np.zeros((1, 3, 32, 32), np.float32))
+    monkeypatch.setenv("DINOSCOPE_CLIENT_CERT", str(authority["client.pem"]))
+    with pytest.raises(InputError, match="go together"):
+        open_runtime(address)
+    monkeypatch.setenv("DINOSCOPE_CLIENT_KEY", str(authority["client.key"]))
+    with open_runtime(address) as remote:
+        assert remote.run(np.zeros((2, 3, 32, 32), np.float32))["embedding"].shape == (2, 48)
+    monkeypatch.setenv("DINOSCOPE_CA", str(authority["ca.pem"]) + ".gone")
+    with pytest.raises(InputError, match=r"DINOSCOPE_CA: .* is no file"):
+        open_runtime(address)
 
 
 def test_a_triton_http_client_sends_its_token(guarded: Running) -> None:

@@ -60,6 +60,10 @@ def test_an_unknown_variable_is_refused() -> None:
         read_settings(["--models", "m"], {"DINOSCOPE_PROT": "1"})
 
 
+def test_variables_for_clients_are_no_settings() -> None:
+    assert read_settings(["--models", "m"], {"DINOSCOPE_TOKEN": "t", "DINOSCOPE_CA": "ca.pem"}).token_file is None
+
+
 def test_a_value_of_another_kind_is_refused_as_a_flag_would_be(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         read_settings(["--models", "m"], {"DINOSCOPE_HTTP_PORT": "many"})
