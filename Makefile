@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators clean
+.PHONY: help demo docs test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -17,8 +17,11 @@ help:  ## this list
 demo: $(RUN_STAMP)  ## install, start the server with the bundled checkpoint and the demo page, print the URLs
 	$(BIN)/python app.py $(DEMO_ARGS)
 
-test: $(TEST_STAMP) lint types  ## install, then everything CI runs: lint, import direction, types, tests
+test: $(TEST_STAMP) lint types docs  ## install, then everything CI runs: lint, import direction, types, documentation, tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(TEST_STAMP)  ## the documentation as a site in build/site; a warning or a broken link ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test-slow: $(TEST_STAMP)  ## the long checks that `make test` leaves out
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
