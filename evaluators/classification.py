@@ -329,6 +329,15 @@ def index_groups(table: FeatureTable) -> np.ndarray:
     return np.unique(np.array(table.groups), return_inverse=True)[1].astype(np.int64)
 
 
+Watch = Callable[[str, int, int], None]
+_watchers: list[Watch] = []
+
+
+def watch_progress(watch: Watch) -> None:
+    """From now on tell `watch(title, done, total)` too, whenever a bar moves: for programs that run evaluators."""
+    _watchers.append(watch)
+
+
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal; in a log file one line every ten seconds at most."""
@@ -337,6 +346,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            for watch in _watchers:
+                watch(title, done, total)
 
         yield show
 

@@ -121,12 +121,14 @@ class Batcher:
         """Rows that no instance has begun yet."""
         return sum(entry.left for bucket in self._buckets.values() for entry in bucket)
 
-    async def submit(self, key: Hashable, rows: np.ndarray, deadline_s: float | None = None) -> Answer:
+    async def submit(
+        self, key: Hashable, rows: np.ndarray, deadline_s: float | None = None, patience_s: float = PATIENCE_S
+    ) -> Answer:
         """Queue rows [R, ...] under `key` and wait for their answer.
 
-        `deadline_s` is in the loop's own time. Raises Expired when it passes before the last row is taken, EngineFailed
-        when a batch with rows of this request fails, Draining after `close`. Cancelling the caller drops what is
-        not yet running.
+        `deadline_s` is in the loop's own time; rows without one let those pass that are due within `patience_s`. Raises Expired when
+        the deadline passes before the last row is taken, EngineFailed when a batch with rows of this request fails, Draining after
+        `close`. Cancelling the caller drops what is not yet running.
         """
         if self._closed:
             raise Draining("the server is shutting down")
@@ -134,7 +136,7 @@ class Batcher:
             raise ValueError("a request needs at least one row")
         loop = asyncio.get_running_loop()
         now = loop.time()
-        due = min(deadline_s if deadline_s is not None else math.inf, now + PATIENCE_S)
+        due = min(deadline_s if deadline_s is not None else math.inf, now + patience_s)
         entry = _Entry(rows, due, deadline_s, now, next(self._order), loop.create_future())
         self._buckets.setdefault(key, []).append(entry)
         self._dispatch()

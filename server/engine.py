@@ -17,7 +17,7 @@ from data.decode import DecodeLimits, decode_image
 from data.errors import InputError
 from data.preprocess import Preprocess, center_view, whole_view
 from runtimes.runtime import Runtime
-from server.batcher import Batcher, BatchSpec
+from server.batcher import PATIENCE_S, Batcher, BatchSpec
 from server.errors import TooLarge
 from server.statistics import Times
 
@@ -153,11 +153,16 @@ class Engine:
         return pixels
 
     async def run(
-        self, pixels: np.ndarray, outputs: Sequence[str], times: Times, deadline_s: float | None = None
+        self,
+        pixels: np.ndarray,
+        outputs: Sequence[str],
+        times: Times,
+        deadline_s: float | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> dict[str, np.ndarray]:
         """Pixels float32 [N,3,H,W] through the batcher; only the outputs that are named are computed."""
         key = (pixels.shape[2], pixels.shape[3], tuple(sorted(outputs)))
-        answer = await self.batcher.submit(key, pixels, deadline_s)
+        answer = await self.batcher.submit(key, pixels, deadline_s, patience_s)
         times.add(answer)
         return answer.outputs
 

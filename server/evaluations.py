@@ -1,46 +1,64 @@
-"""Evaluators on the served network: one at a time, in a thread beside serving, through the server's own batcher.
+"""Evaluators on the served network: one at a time, in a process of their own beside serving.
 
-Only data sets that the operator named at start can be evaluated, by their names: a client never sends a path. The same
-functions as `python -m evaluators.knn|linear` compute the figures, so they can be compared with a result file.
+The process runs what `python -m evaluators.NAME` runs, on this server (see `evaluation_wire`), at low priority: what it decodes and fits
+takes nothing from the server's interpreter, and it can be stopped at any moment. Only data sets that the operator named at start can be
+evaluated, by their names: a client never sends a path, and no path comes back. Read in this order: EVALUATORS, Evaluation, Evaluations.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
 import os
-import threading
+import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from data.errors import CheckFailed, InputError
-from evaluators import knn, linear
-from evaluators.classification import describe_data, describe_model, table_notes
-from evaluators.extract import ExtractSpec, FeatureTable, extract
-from evaluators.results import Context, Measurement, describe_environment, result_json
-from evaluators.splits import labelled, open_splits
-from runtimes.runtime import Runtime
-from server.engine import Engine
-from server.errors import Conflict, NotFound, ServerError
-from server.statistics import Times
+from server.errors import Conflict, NotFound
+from server.evaluation_process import Job
+from server.service import Service
 
 log = logging.getLogger("server")
 
-EvaluatorName = Literal["knn", "linear"]
-EVALUATORS: dict[str, Callable[[FeatureTable, FeatureTable], Measurement]] = {
-    "knn": knn.evaluate,
-    "linear": linear.evaluate,
+EvaluatorName = Literal[
+    "knn",
+    "linear",
+    "logistic",
+    "ridge",
+    "retrieval",
+    "copies",
+    "attention",
+    "segmentation",
+    "depth",
+    "video_objects",
+    "video_actions",
+]
+EVALUATORS: dict[EvaluatorName, tuple[str, tuple[str, ...], str]] = {
+    "knn": ("Weighted k-NN accuracy", ("embedding",), "images with classes"),
+    "linear": ("Accuracy of a linear classifier", ("embedding",), "images with classes"),
+    "logistic": ("Accuracy of logistic regression", ("embedding",), "images with classes"),
+    "ridge": ("Accuracy of ridge regression from few images a class", ("embedding",), "images with classes"),
+    "retrieval": ("How well images of the same thing find each other", ("embedding",), "images with classes or groups"),
+    "copies": ("How well altered copies are found", ("embedding",), "a table with a column `group`, or Copydays"),
+    "attention": ("How well the attention covers the objects", ("attention",), "images with object masks"),
+    "segmentation": ("Overlap (mIoU) of a linear probe's classes", ("patches",), "images with class masks"),
+    "depth": ("Error of a linear probe's depth", ("embedding", "patches"), "images with depth maps"),
+    "video_objects": ("How well objects are followed through videos", ("patches",), "videos with object masks"),
+    "video_actions": ("Accuracy of classes of short videos", ("embedding",), "videos with classes"),
 }
-
-
-class Stopped(Exception):
-    """Somebody cancelled the evaluation, or the server leaves."""
+"""Name: what it measures, the outputs of the network that it reads, the data that it wants."""
+INTERRUPTED = "the server ended before the evaluation did; start it again"
+FEATURES = "features"
+"""Folder of the features that evaluators of one life of the server share."""
+STOP_GRACE_S = 5.0
+ROOT = str(Path(__file__).resolve().parents[1])
 
 
 @dataclass
@@ -54,60 +72,59 @@ class Evaluation:
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float = 0.0
     part: str = "opening"
-    """What it is doing: opening, train, val (images go through the network), evaluating."""
+    """What it is doing: opening, train, val, ... (images go through the network), evaluating."""
     done: int = 0
     total: int = 0
     error: str | None = None
     result: dict[str, Any] | None = None
+    report: str | None = None
+    """Where the page of a run that is done can be read."""
 
     def to_json(self, full: bool) -> dict[str, Any]:
         """For a list without the result, for one evaluation with it."""
-        return {name: value for name, value in vars(self).items() if full or name != "result"}
-
-
-class EngineRuntime(Runtime):
-    """The engine as evaluators see a network: `run` from any thread goes through the batcher like every request."""
-
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, check: Callable[[], None]) -> None:
-        self.manifest = engine.manifest
-        self.name = engine.name
-        self.device = engine.runtimes[0].device
-        self.outputs = tuple(engine.shapes)
-        self._engine, self._loop, self._check = engine, loop, check
-
-    def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
-        """As `Runtime.run`."""
-        self._check()
-        work = self._engine.run(pixels_NCHW, outputs, Times())
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return {name: value for name, value in asdict(self).items() if full or name != "result"}
 
 
 class Evaluations:
-    """All runs of this server, those of earlier starts included; their results lie in `folder` as JSON."""
+    """All runs of this server, those of earlier starts included: each is a JSON file in `folder`, and a folder with result and report."""
 
-    def __init__(self, engine: Engine, allowed: Mapping[str, str], folder: Path) -> None:
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
-        self._allowed = dict(allowed)
-        self._folder = folder
+    def __init__(
+        self,
+        service: Service,
+        wire: Callable[[], AbstractAsyncContextManager[str]],
+        allowed: Mapping[str, str],
+        folder: Path,
+    ) -> None:
+        self._service, self._wire, self._allowed, self._folder = service, wire, dict(allowed), folder
+        shutil.rmtree(folder / FEATURES, ignore_errors=True)
         self._runs = _load(folder)
         self._number = itertools.count(1)
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
-
-    def use(self, engine: Engine) -> None:
-        """Evaluate this network from now on."""
-        self._engine = engine
+        self._task: asyncio.Task[None] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = False
 
     @property
     def running(self) -> bool:
         """Whether an evaluation is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._task is not None and not self._task.done()
 
     @property
     def data_names(self) -> list[str]:
         """Names that clients may give as `data`."""
         return sorted(self._allowed)
+
+    def evaluators(self) -> list[dict[str, Any]]:
+        """All evaluators, and why those that the served network lacks outputs for cannot run."""
+        found = []
+        for name, (summary, outputs, data) in EVALUATORS.items():
+            reason = self._missing(name)
+            one = {"name": name, "summary": summary, "data": data, "outputs": list(outputs)}
+            found.append(one | {"available": reason is None, "reason": reason})
+        return found
+
+    def _missing(self, evaluator: EvaluatorName) -> str | None:
+        lacking = [one for one in EVALUATORS[evaluator][1] if not self._service.engine.has(one)]
+        return f"the served network has no {' and no '.join(lacking)}" if lacking else None
 
     def runs(self) -> list[Evaluation]:
         """All runs, the newest first."""
@@ -119,92 +136,148 @@ class Evaluations:
             raise NotFound(f"there is no evaluation {run_id!r:.80}")
         return self._runs[run_id]
 
+    def report(self, run_id: str) -> Path:
+        """The page of a run that is done. Raises NotFound."""
+        run = self.get(run_id)
+        page = self._folder / run.id / "report.html"
+        if run.state != "done" or not page.is_file():
+            raise NotFound(f"evaluation {run_id!r:.80} is {run.state} and has no report")
+        return page
+
     def start(self, evaluator: EvaluatorName, data: str) -> Evaluation:
-        """Begin a run. Raises NotFound for data that was not allowed, Conflict while another one runs."""
+        """Begin a run. Raises NotFound for data that was not allowed, Conflict while one runs or where the network lacks outputs."""
         if data not in self._allowed:
             there = ", ".join(self.data_names) or "none; start the server with --evaluation-data NAME=PATH"
             raise NotFound(f"there is no evaluation data {data!r:.80}; there is: {there}")
+        if reason := self._missing(evaluator):
+            raise Conflict(f"{evaluator} cannot run: {reason}")
         running = next((run.id for run in self._runs.values() if run.state == "running"), None)
-        if running:
+        if running or self.running:
             raise Conflict(f"evaluation {running} is running, and there is one at a time; wait for it or cancel it")
         run = Evaluation(
             f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{next(self._number):03d}-{evaluator}-{data}", evaluator, data
         )
         self._runs[run.id] = run
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._work, args=(run,), name=f"evaluation-{run.id}", daemon=True)
-        self._thread.start()
+        self._stopping = False
+        self._task = asyncio.get_running_loop().create_task(self._work(run))
         return run
 
     def cancel(self, run_id: str) -> Evaluation:
-        """Ask a run to stop; it does so before its next batch. One that has ended stays as it is."""
+        """Stop a run. One that has ended stays as it is."""
         run = self.get(run_id)
         if run.state == "running":
-            self._stop.set()
+            self._stop()
         return run
 
     async def close(self) -> None:
         """Stop what runs, and wait for it."""
-        self._stop.set()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        self._stop()
+        if self._task is not None:
+            await self._task
 
-    def _work(self, run: Evaluation) -> None:
+    def _stop(self) -> None:
+        self._stopping = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+
+    async def _work(self, run: Evaluation) -> None:
         began = time.perf_counter()
+        ticking = asyncio.ensure_future(_tick(run, began))
         try:
-            run.result = self._evaluate(run)
-            run.state = "done"
-        except Stopped:
-            run.state = "cancelled"
-        except (InputError, CheckFailed, ServerError) as error:
-            run.error, run.state = str(error).replace(self._allowed[run.data], run.data), "failed"
+            await asyncio.to_thread(_save, self._folder, run)
+            async with self._wire() as address:
+                run.error = await self._run_process(run, address)
+            if self._stopping:
+                run.state, run.error = "cancelled", None
+            elif run.error is not None:
+                run.state = "failed"
+            else:
+                run.result = json.loads((self._folder / run.id / "result.json").read_text())
+                run.state, run.report = "done", f"/v1/evaluations/{run.id}/report"
         except Exception:
             log.exception("evaluation failed", extra={"fields": {"id": run.id}})
             run.error, run.state = "the evaluator failed; the server's log has the details", "failed"
+        finally:
+            ticking.cancel()
         run.seconds = round(time.perf_counter() - began, 3)
-        _save(self._folder, run)
+        await asyncio.to_thread(self._finish, run)
         log.info("evaluation", extra={"fields": run.to_json(full=False)})
 
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
+    def _finish(self, run: Evaluation) -> None:
+        try:
+            if run.state != "done":
+                shutil.rmtree(self._folder / run.id, ignore_errors=True)
+            _save(self._folder, run)
+        except OSError:  # a full disk; the run can still be read until the server ends
+            log.exception("evaluation not kept", extra={"fields": {"id": run.id}})
 
-    def _evaluate(self, run: Evaluation) -> dict[str, Any]:
-        """The result as `python -m evaluators.NAME` would write it, with this server as the network."""
-        splits = labelled(open_splits(self._allowed[run.data]), run.data)
-        runtime = EngineRuntime(self._engine, self._loop, self._check)
-        spec = ExtractSpec(group_column=splits.group_column, batch_size=self._engine.spec.batching.max_rows * 2)
-        tables = []
-        for part, dataset in (("train", splits.train), ("val", splits.val)):
-            run.part = part
-            tables.append(extract(runtime, dataset, spec, lambda done, total: self._show(run, done, total)))
-        run.part = "evaluating"
-        measurement = EVALUATORS[run.evaluator](*tables)
-        self._check()
-        for part, table in zip(("train", "val"), tables, strict=True):
-            measurement.notes.extend(table_notes(part, table))
-        return result_json(measurement, _context(run, runtime, splits, tables))
+    async def _run_process(self, run: Evaluation, address: str) -> str | None:
+        """Run the evaluator to its end; what it complained about, or None."""
+        folder = self._folder / run.id
+        folder.mkdir(parents=True)
+        threads = max(1, (os.cpu_count() or 1) // 2)
+        job = Job(
+            evaluator=run.evaluator,
+            address=address,
+            data=self._allowed[run.data],
+            data_name=run.data,
+            folder=str(folder),
+            cache=str(self._folder / FEATURES),
+            threads=threads,
+        )
+        with (folder / "log.txt").open("wb") as errors:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "server.evaluation_process", json.dumps(asdict(job))),
+                stdin=asyncio.subprocess.PIPE,  # its end tells the process that the server is gone
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},
+            )
+        if self._stopping:  # asked while the process was being made
+            self._stop()
+        try:
+            complaint = await _follow(run, process)
+        finally:
+            await _ended(process)
+            self._process = None
+        if complaint is None and process.returncode and not self._stopping:
+            told = (folder / "log.txt").read_text(errors="replace")[-4000:]
+            log.error("evaluator crashed", extra={"fields": {"id": run.id, "status": process.returncode, "said": told}})
+            return f"the evaluator ended with status {process.returncode}; the server's log has the details"
+        return complaint
 
-    def _show(self, run: Evaluation, done: int, total: int) -> None:
-        run.done, run.total = done, total
-        self._check()
+
+async def _follow(run: Evaluation, process: asyncio.subprocess.Process) -> str | None:
+    """Show the process's progress until it ends; what it complained about."""
+    assert process.stdout is not None
+    complaint = None
+    async for line in process.stdout:
+        said = json.loads(line)
+        complaint = said.pop("error", complaint)
+        for name, value in said.items():
+            setattr(run, name, value)
+    return complaint
 
 
-def _context(run: Evaluation, runtime: Any, splits: Any, tables: Sequence[FeatureTable]) -> Context:
-    train, val = tables
-    classes = sorted({str(label) for table in tables for label in table.labels})
-    counts = {"n_train": len(train), "n_val": len(val), "n_classes": len(classes), "classes": classes}
-    return Context(
-        model=describe_model("served", runtime),
-        data=describe_data(run.data, splits, counts),
-        preprocess=runtime.manifest.preprocess.to_json() | {"view": "center"},
-        timing={},
-        environment=describe_environment(runtime.device, None),
-    )
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def _tick(run: Evaluation, began: float) -> None:
+    while True:
+        run.seconds = round(time.perf_counter() - began, 1)
+        await asyncio.sleep(0.5)
 
 
 def _save(folder: Path, run: Evaluation) -> None:
-    """Keep a run that has ended, whole or not at all."""
+    """Keep a run, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{run.id}.tmp"
     with temporary.open("w") as file:
@@ -216,10 +289,15 @@ def _save(folder: Path, run: Evaluation) -> None:
 
 def _load(folder: Path) -> dict[str, Evaluation]:
     runs: dict[str, Evaluation] = {}
+    known = {one.name for one in fields(Evaluation)}
     for path in sorted(folder.glob("*.json")):
         try:
-            run = Evaluation(**json.loads(path.read_text()))
+            read = json.loads(path.read_text())
+            run = Evaluation(**{name: value for name, value in read.items() if name in known})
+            if run.state == "running":
+                run.state, run.error = "failed", INTERRUPTED
+                shutil.rmtree(folder / run.id, ignore_errors=True)
             runs[run.id] = run
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             log.warning("an evaluation cannot be read back", extra={"fields": {"file": path.name, "error": str(error)}})
     return runs

@@ -98,7 +98,6 @@ class Repository:
             await engine.close()
             raise
         service.use(engine, store, loaded.version, loaded.depth_unit, loaded.classes)
-        self._evaluations.use(engine)
         log.info(
             "loaded", extra={"fields": {"version": loaded.version, "weights": engine.manifest.weights_sha256[:12]}}
         )

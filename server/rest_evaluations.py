@@ -1,11 +1,17 @@
-"""REST for evaluations: start, watch, list, cancel."""
+"""REST for evaluations: start, watch, list, read, cancel."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel
-from starlette.responses import JSONResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 
 from server.evaluations import Evaluations, EvaluatorName
 from server.rest import PROBLEMS
+
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+}
+"""A report is text, pictures and style; nothing in it may run or fetch."""
 
 
 class Start(BaseModel):
@@ -25,14 +31,19 @@ def make_evaluation_routes(evaluations: Evaluations) -> APIRouter:
         run = evaluations.start(wanted.evaluator, wanted.data)
         return JSONResponse(run.to_json(full=False), 202, {"location": f"/v1/evaluations/{run.id}"})
 
-    @router.get("", summary="All evaluations, newest first, and the data there is")
+    @router.get("", summary="All evaluations, newest first; the evaluators and the data there are")
     async def listing() -> JSONResponse:
         runs = [run.to_json(full=False) for run in evaluations.runs()]
-        return JSONResponse({"evaluations": runs, "data": evaluations.data_names})
+        choices = {"evaluators": evaluations.evaluators(), "data": evaluations.data_names}
+        return JSONResponse({"evaluations": runs, **choices})
 
     @router.get("/{run_id}", summary="State, progress and, in the end, the result")
     async def watch(run_id: str) -> JSONResponse:
         return JSONResponse(evaluations.get(run_id).to_json(full=True))
+
+    @router.get("/{run_id}/report", summary="Page of an evaluation that is done", response_class=HTMLResponse)
+    async def report(run_id: str) -> FileResponse:
+        return FileResponse(evaluations.report(run_id), media_type="text/html", headers=PAGE_HEADERS)
 
     @router.delete("/{run_id}", summary="Cancel a running evaluation", status_code=202)
     async def cancel(run_id: str) -> JSONResponse:

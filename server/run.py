@@ -27,6 +27,7 @@ from server.collections import Collections
 from server.config import ServerConfig, is_loopback
 from server.databases import open_database
 from server.engine import Engine, EngineSpec
+from server.evaluation_wire import evaluation_wire
 from server.evaluations import Evaluations
 from server.grpc_api import GrpcServer
 from server.http_app import make_http_app, make_metrics_app
@@ -80,7 +81,9 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
             engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates, shared_memory
         )
         stack.push_async_callback(lambda: service.engine.close())
-        evaluations = Evaluations(engine, allowed, config.state_folder / "evaluations")
+        evaluations = Evaluations(
+            service, lambda: evaluation_wire(service), allowed, config.state_folder / "evaluations"
+        )
         stack.push_async_callback(evaluations.close)
         repository = Repository(config, load, spec, service, evaluations)
         stack.push_async_callback(repository.close)

@@ -249,18 +249,6 @@ def test_another_network_cannot_search_this_ones_collection(network, other_netwo
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
 
 
-def test_evaluations_are_remembered(network, colours, tmp_path):
-    config = config_of(network, tmp_path / "state", evaluation_data=(f"colours={colours}",))
-    with Running(config) as running, httpx.Client(base_url=running.addresses.http) as http:
-        run_id = http.post("/v1/evaluations", json={"evaluator": "knn", "data": "colours"}).json()["id"]
-        while http.get(f"/v1/evaluations/{run_id}").json()["state"] == "running":
-            pass
-        before = http.get(f"/v1/evaluations/{run_id}").json()
-    with Running(config) as running:
-        assert httpx.get(f"{running.addresses.http}/v1/evaluations/{run_id}").json() == before
-    assert before["result"]["metrics"]["top1"]["n"] == 12
-
-
 def test_samples_that_cannot_be_decoded_are_left_out(network, colours, tmp_path):
     folder = tmp_path / "samples"
     folder.mkdir()

@@ -1,7 +1,6 @@
 """The routes for people: uploads in, JSON or pictures out."""
 
 import json
-import time
 
 import cv2
 import numpy as np
@@ -182,20 +181,6 @@ def test_the_samples_cannot_be_changed(http):
     }
 
 
-@pytest.mark.parametrize("evaluator", ["knn", "linear"])
-def test_an_evaluation_is_started_watched_and_kept(http, evaluator):
-    started = http.post("/v1/evaluations", json={"evaluator": evaluator, "data": "colours"})
-    assert started.status_code == 202
-    where = started.headers["location"]
-    while http.get(where).json()["state"] == "running":
-        time.sleep(0.05)
-    found = http.get(where).json()
-    assert (found["state"], found["error"]) == ("done", None)
-    assert found["result"]["metrics"]["top1"]["n"] == 12
-    assert 0 <= found["result"]["metrics"]["top1"]["value"] <= 1
-    assert found["id"] in {one["id"] for one in http.get("/v1/evaluations").json()["evaluations"]}
-
-
 def test_only_data_that_the_operator_named_is_evaluated(http, colours):
     for data in ("nothing", str(colours), "../colours"):
         answer = http.post("/v1/evaluations", json={"evaluator": "knn", "data": data})
@@ -217,6 +202,7 @@ def test_every_route_is_described(http):
         "/v1/collections/{name}/classify",
         "/v1/evaluations",
         "/v1/evaluations/{run_id}",
+        "/v1/evaluations/{run_id}/report",
         "/v2/models/{model}/infer",
         "/v2/models/{model}/versions/{version}/infer",
     }

@@ -1,0 +1,192 @@
+"""Evaluators on the served network: what can be run, one at a time, to the figures of the command, kept over restarts."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from data.errors import InputError
+from evaluators import knn
+from evaluators.classification import ClassificationRun
+from runtimes.open import open_runtime
+from server.evaluation_process import Job, without_paths
+from server.evaluations import EVALUATORS, INTERRUPTED
+from server.run import Running
+from tests.server.conftest import config_of
+from tests.server.images import png
+
+SETS = Path(__file__).parents[3] / "shared" / "data"
+ENDS_S = 300
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluations")
+
+
+@pytest.fixture(scope="module")
+def evaluated(network: Path, colours: Path, state: Path) -> Iterator[Running]:
+    """A server that may evaluate good images, and text files with the names of images."""
+    broken = state / "broken"
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            (broken / part / label).mkdir(parents=True)
+            for number in range(3):
+                (broken / part / label / f"{number}.png").write_text("no image")
+    config = config_of(network, state / "server", evaluation_data=(f"colours={colours}", f"broken={broken}"))
+    with Running(config) as running:
+        yield running
+
+
+@pytest.fixture
+def http(evaluated: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=evaluated.addresses.http, timeout=60) as client:
+        yield client
+
+
+def start(http: httpx.Client, evaluator: str, data: str) -> str:
+    answer = http.post("/v1/evaluations", json={"evaluator": evaluator, "data": data})
+    assert answer.status_code == 202, answer.text
+    return answer.headers["location"]
+
+
+def finished(http: httpx.Client, where: str) -> dict:
+    """The run once it has ended, and every state that was seen on the way."""
+    end = time.monotonic() + ENDS_S
+    while (run := http.get(where).json())["state"] == "running":
+        assert time.monotonic() < end
+        assert run["done"] <= run["total"]
+        time.sleep(0.1)
+    return run
+
+
+def test_the_choices_are_listed_with_what_each_measures_and_reads(http: httpx.Client) -> None:
+    listing = http.get("/v1/evaluations").json()
+    assert listing["data"] == ["broken", "colours"]
+    assert {one["name"] for one in listing["evaluators"]} == set(EVALUATORS)
+    assert all(one["available"] and one["summary"] and one["data"] for one in listing["evaluators"])
+
+
+def test_an_evaluation_finds_what_the_command_finds_and_is_kept_with_its_report(
+    http: httpx.Client, evaluated: Running, network: Path, colours: Path, state: Path
+) -> None:
+    where = start(http, "knn", "colours")
+    busy = http.post("/v1/evaluations", json={"evaluator": "linear", "data": "colours"})
+    assert busy.status_code == 409
+    assert "one at a time" in busy.json()["error"]
+    image = {"file": ("a.png", png(0), "image/png")}
+    assert http.post("/v1/embeddings", files=image).status_code == 200, "serving goes on beside it"
+    run = finished(http, where)
+    assert (run["state"], run["error"]) == ("done", None)
+    options = ClassificationRun(
+        ckpt=str(network / "backbone.safetensors"), data=str(colours), cache_dir=None, device="cpu", threads=1
+    )
+    assert run["result"]["metrics"] == json.loads(json.dumps(knn.run(options)["metrics"]))
+    assert (run["result"]["model"]["ckpt"], run["result"]["data"]["source"]) == ("served", "colours")
+    page = http.get(run["report"])
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "knn on colours" in page.text
+    for text in (json.dumps(run), page.text):
+        assert str(colours) not in text
+        assert "grpc+unix" not in text
+        assert str(state) not in text
+    kept = json.loads((state / "server" / "evaluations" / f"{run['id']}.json").read_text())
+    assert kept == run
+    assert run["id"] in {one["id"] for one in http.get("/v1/evaluations").json()["evaluations"]}
+
+
+def test_a_cancelled_evaluation_ends_soon_and_makes_room(http: httpx.Client) -> None:
+    where = start(http, "linear", "colours")
+    assert http.delete(where).status_code == 202
+    run = finished(http, where)
+    assert (run["state"], run["result"], run["report"]) == ("cancelled", None, None)
+    assert http.get(f"{where}/report").status_code == 404
+    assert http.delete(where).json()["state"] == "cancelled", "once more changes nothing"
+
+
+def test_data_that_cannot_be_used_fails_with_a_line_that_shows_no_path(http: httpx.Client, state: Path) -> None:
+    run = finished(http, start(http, "retrieval", "broken"))
+    assert run["state"] == "failed"
+    assert "cannot be decoded" in run["error"]
+    assert str(state) not in json.dumps(run)
+
+
+def test_what_a_server_kept_is_there_after_a_restart_and_what_it_cut_short_says_so(
+    network: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "state" / "evaluations"
+    (folder / "1-done").mkdir(parents=True)
+    (folder / "1-done" / "report.html").write_text("<p>report</p>")
+    (folder / "2-running").mkdir()
+    done = {"id": "1-done", "evaluator": "knn", "data": "x", "state": "done", "report": "/v1/evaluations/1-done/report"}
+    (folder / "1-done.json").write_text(json.dumps(done))
+    (folder / "2-running.json").write_text(json.dumps(done | {"id": "2-running", "state": "running"}))
+    (folder / "3-cut.json").write_text('{"id": ')
+    (folder / "4-list.json").write_text("[]")
+    with Running(config_of(network, tmp_path / "state")) as running:
+        at = f"{running.addresses.http}/v1/evaluations"
+        states = {one["id"]: (one["state"], one["error"]) for one in httpx.get(at).json()["evaluations"]}
+        assert states == {"1-done": ("done", None), "2-running": ("failed", INTERRUPTED)}
+        assert httpx.get(f"{at}/1-done/report").text == "<p>report</p>"
+        assert httpx.get(f"{at}/2-running/report").status_code == 404
+        assert httpx.get(f"{at}/..%2f1-done/report").status_code == 404
+
+
+def test_an_evaluator_whose_outputs_are_missing_says_which(tmp_path: Path) -> None:
+    from tests.server.gate import GatedRuntime
+
+    gated = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", evaluation_data=("x=/nothing",))
+    with Running(config, gated.load) as running, httpx.Client(base_url=running.addresses.http) as http:
+        attention = next(one for one in http.get("/v1/evaluations").json()["evaluators"] if one["name"] == "attention")
+        assert (attention["available"], attention["reason"]) == (False, "the served network has no attention")
+        refused = http.post("/v1/evaluations", json={"evaluator": "attention", "data": "x"})
+        assert refused.status_code == 409
+        assert "has no attention" in refused.json()["error"]
+
+
+def test_paths_are_hidden_and_words_stay() -> None:
+    common = {"evaluator": "knn", "address": "grpc+unix:/tmp/x/s", "folder": "/f/1", "cache": "/f/c", "threads": 1}
+    clean = without_paths(Job(data="/srv/sets/photos.csv", data_name="mine", **common))
+    assert clean("/srv/sets/photos.csv: bad row; see /srv/sets/photos.zip") == "mine: bad row; see photos.zip"
+    assert without_paths(Job(data="voc2012:/a/voc", data_name="v", **common))("voc2012:/a/voc or /a/voc") == "v or v"
+    assert without_paths(Job(data="photos", data_name="mine", **common))("many photos") == "many photos"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("evaluator", "data"),
+    [
+        ("linear", "emoji"),
+        ("logistic", "emoji"),
+        ("ridge", "emoji"),
+        ("retrieval", "objects"),
+        ("copies", "neardup"),
+        ("attention", "stamps"),
+        ("segmentation", "stamps"),
+        ("depth", "rooms"),
+        ("video_objects", "clips"),
+    ],
+)
+def test_every_evaluator_runs_on_what_a_server_gives(network: Path, tmp_path: Path, evaluator: str, data: str) -> None:
+    sheet = SETS / f"{data}.csv"
+    if not sheet.is_file():
+        pytest.skip(f"needs {sheet}")
+    config = config_of(network, tmp_path / "state", evaluation_data=(f"{data}={sheet}",))
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        run = finished(http, start(http, evaluator, data))
+        assert (run["state"], run["error"]) == ("done", None)
+        assert run["result"]["metrics"]
+        page = http.get(run["report"]).text
+    found = re.findall(re.escape(str(sheet.parent)) + r"[^<\s]*", page + json.dumps(run))
+    assert not found
+
+
+def test_an_evaluation_wire_is_an_address_that_runtimes_open() -> None:
+    with pytest.raises(InputError, match="no server there"):
+        open_runtime("grpc+unix:/nowhere/at/all")
