@@ -28,12 +28,18 @@ CPU_ROWS = 4
 class OnnxRuntime(Runtime):
     """One session for the backbone and one for each head; shared by all threads.
 
-    `threads` bounds the threads of one call (they sleep while they wait, so that others can use the cores), `max_batch` the images
-    computed at a time; larger batches are run in parts.
+    `threads` bounds the threads of one call (they sleep while they wait, so that others can use the cores, unless `spinning`), `max_batch`
+    the images computed at a time; larger batches are run in parts.
     """
 
     def __init__(
-        self, path: str | Path, *, device: str = "auto", threads: int | None = None, max_batch: int | None = None
+        self,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        max_batch: int | None = None,
+        spinning: bool = False,
     ) -> None:
         check_one_build()
         self.name = "onnxruntime"
@@ -43,9 +49,10 @@ class OnnxRuntime(Runtime):
         self.export = read_export(metadata, path)
         self.precision = str(self.export.get("precision", "fp32"))
         self.outputs = outputs_of(model)
-        options, providers = session_options(threads), pick_providers(device)
-        if providers[0] == "CPUExecutionProvider":
-            fuse_attention(model)
+        self.threads = threads
+        options, providers = session_options(threads, spinning), pick_providers(device)
+        fused = fuse_attention(model) if providers[0] == "CPUExecutionProvider" else 0
+        self.holds_scores = not fused
         backbone, parts = split_heads(model)
         del model
         self._read = tuple(output.name for output in backbone.graph.output)
@@ -90,14 +97,14 @@ class OnnxRuntime(Runtime):
         self._heads = {}
 
 
-def session_options(threads: int | None) -> ort.SessionOptions:
-    """Sessions that share a machine: a bounded number of threads, which do not spin while they wait."""
+def session_options(threads: int | None, spinning: bool = False) -> ort.SessionOptions:
+    """Sessions that share a machine: a bounded number of threads, which do not spin while they wait unless that is asked for."""
     options = ort.SessionOptions()
     # 4: fatal only. The engine's warnings are about its own memory plan, and its errors are raised as well.
     options.log_severity_level = 4
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

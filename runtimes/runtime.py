@@ -25,6 +25,12 @@ class Runtime(ABC):
     """Names that `run` can give: `embedding`, `patches`, and where the network has them `attention`, `logits`, `depth`, `classes`."""
     precision: str = "fp32"
     """What the linear layers are computed in; features of different precisions differ."""
+    threads: int | None = None
+    """CPU threads of one call, where they were bounded."""
+    max_batch: int | None = None
+    """Images computed at a time; larger batches are run in parts, which gains nothing."""
+    holds_scores: bool = False
+    """Whether all attention scores of a block are in memory at once."""
 
     @abstractmethod
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ class TorchRuntime(Runtime):
         network = network or Network(backbone.model, depth_head, segmentation_head)  # type: ignore[arg-type]
         self._network = network.to(self.device).eval()
         self.outputs = self._network.output_names
-        self._threads = threads
+        self.threads = threads
         self._lock = threading.Lock()
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
@@ -84,8 +84,8 @@ class TorchRuntime(Runtime):
     def _turn(self) -> Iterator[None]:
         """One call at a time, with this runtime's number of threads."""
         with self._lock, torch.inference_mode():
-            if self._threads is not None and torch.get_num_threads() != self._threads:
-                torch.set_num_threads(self._threads)
+            if self.threads is not None and torch.get_num_threads() != self.threads:
+                torch.set_num_threads(self.threads)
             yield
 
     def _on_device(self, pixels_NCHW: np.ndarray) -> torch.Tensor:

@@ -4,7 +4,6 @@ Read in this order: Loaded, load_artifacts, `_choose` (folders), `_open`.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,9 @@ from data.errors import InputError
 from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY, OnnxRuntime, check_one_build
 from runtimes.runtime import Runtime
 from runtimes.tensorrt_runtime import TensorRTRuntime
-from runtimes.torch_runtime import TorchRuntime
+from runtimes.torch_runtime import TorchRuntime, pick_device
 from server.config import ServerConfig
+from server.cores import Share, share_cores, usable_cores
 
 SUFFIXES = (".safetensors", ".onnx")
 SERVED_HEADS = ("depth", "segmentation")
@@ -30,7 +30,7 @@ SERVED_HEADS = ("depth", "segmentation")
 
 @dataclass(frozen=True)
 class Loaded:
-    """Copies of one network, all alike."""
+    """Copies of one network, all alike: as many as may run at the same time; they may be one object that can be run so."""
 
     runtimes: tuple[Runtime, ...]
     version: str = "1"
@@ -212,19 +212,18 @@ def _version_of(folder: Path, wanted: str | None) -> tuple[Path, str]:
 
 
 def _open(path: Path, heads: Mapping[str, Path], version: str, config: ServerConfig) -> Loaded:
-    """`--instances` runtimes on one file, which share the machine's cores."""
-    n = config.instances
-    threads = config.threads or max(1, _cores() // n)
+    """The copies of one file that run at the same time; they share the machine's cores."""
+    share = share_cores(config.instances, config.threads, usable_cores())
     if path.suffix == ".onnx":
-        sessions = [OnnxRuntime(path, device=config.device, threads=threads) for _ in range(n)]
-        return Loaded(tuple(sessions), version, *_told_by_heads(sessions[0].heads, path))
+        return _open_exported(path, version, config, share)
     backbone = load_backbone(path)
     fits = backbone.manifest.weights_sha256
     depth = load_depth_head(heads["depth"], fits) if "depth" in heads else None
     segmentation = load_segmentation_head(heads["segmentation"], fits) if "segmentation" in heads else None
     pair = (depth[0] if depth else None, segmentation[0] if segmentation else None)
+    n = _copies(pick_device(config.device), config, share)
     # The copies share their weights, which nobody changes; each has its own lock and so its own turn.
-    runtimes = [TorchRuntime(backbone, *pair, device=config.device, threads=threads) for _ in range(n)]
+    runtimes = [TorchRuntime(backbone, *pair, device=config.device, threads=share.threads) for _ in range(n)]
     unit = depth[0].spec.unit if depth else None
     return Loaded(tuple(runtimes), version, unit, segmentation[1].classes if segmentation else ())
 
@@ -238,6 +237,18 @@ def _told_by_heads(heads: Mapping[str, Any], path: Path) -> tuple[str | None, tu
         raise InputError(f"{path}: the manifest of its heads is damaged; export it again") from error
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _open_exported(path: Path, version: str, config: ServerConfig, share: Share) -> Loaded:
+    def open_one() -> OnnxRuntime:
+        return OnnxRuntime(path, device=config.device, threads=share.threads, spinning=config.spinning)
+
+    first = open_one()
+    n = _copies(first.device, config, share)
+    # A session of one thread computes in the thread that calls it: copies can share one, and so its weights, and lose no time by it.
+    alike = first.device == "cpu" and share.threads == 1
+    runtimes = (first,) * n if alike else (first, *(open_one() for _ in range(n - 1)))
+    return Loaded(runtimes, version, *_told_by_heads(first.heads, path))
+
+
+def _copies(device: str, config: ServerConfig, share: Share) -> int:
+    """One copy fills a GPU."""
+    return 1 if device == "cuda" and config.instances is None else share.instances

@@ -213,6 +213,8 @@ class Batcher:
         bucket = sorted(self._buckets[key], key=lambda entry: (entry.due_s, entry.order))
         pieces: list[_Piece] = []
         room = self._room(key)
+        if not self.spec.max_delay_us:  # fuller batches gain little: better that nobody idles
+            room = min(room, -(-self.waiting_rows // (1 + len(self._idle))))
         for entry in bucket:
             stop = min(len(entry.rows), entry.taken + room)
             if stop > entry.taken:

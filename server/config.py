@@ -62,10 +62,13 @@ class ServerConfig:
 
     device: str = "auto"
     """Where the network runs: auto, cpu, cuda."""
-    instances: int = 1
-    """Copies of the network that run at the same time."""
+    instances: int | None = None
+    """Copies of the network that run at the same time. Left out: on a GPU one, on a CPU as many as there are cores for `--threads` each."""
     threads: int | None = None
-    """CPU threads of each copy. Left out: the cores of this machine, shared among the copies."""
+    """CPU threads of each copy. Left out: one where `--instances` is left out too, else the copies share the cores. One thread a copy
+    gives the most images a second, all cores in one copy (`--instances 1`) the shortest answer to a single request."""
+    spinning: bool = False
+    """Let the threads of a copy spin while they wait for each other: a little faster on cores of its own, slower on shared ones."""
     decode_threads: int = 2
     """Threads that decode and resize images."""
     max_batch_rows: int = 8
@@ -91,7 +94,7 @@ class ServerConfig:
 
     def check(self) -> None:
         """Raise InputError for a value that makes no sense."""
-        at_least = {"instances": 1, "decode_threads": 1, "max_batch_rows": 1, "batch_delay_us": 0, "queue_rows": 1}
+        at_least = {"decode_threads": 1, "max_batch_rows": 1, "batch_delay_us": 0, "queue_rows": 1}
         at_least |= {"queue_mb": 1, "max_message_mb": 1, "max_size_px": 1, "drain_delay_s": 0, "grace_s": 0}
         for name, lowest in at_least.items():
             if not lowest <= getattr(self, name) < math.inf:
@@ -100,8 +103,9 @@ class ServerConfig:
         for name in ("http_port", "grpc_port", "metrics_port"):
             if not 0 <= getattr(self, name) < 1 << 16:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 to 65535")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"--threads {self.threads}: wanted at least 1")
+        for name in ("instances", "threads"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise InputError(f"--{name} {given}: wanted at least 1")
         if not self.public and self.token_file is None and not is_loopback(self.host):
             raise InputError(
                 f"--host {self.host}: other machines could reach this server, which has no access control; "

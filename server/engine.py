@@ -4,9 +4,12 @@ The engine owns the instances of the network, their batcher and the decode pool.
 """
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -51,7 +54,8 @@ class Engine:
         self.preprocess: Preprocess = self.manifest.preprocess
         self.step_px = _step_px(self.manifest.architecture)
         self.shapes = self._probe()
-        self.batcher = Batcher([_run_with(runtime) for runtime in runtimes], spec.batching, self._most_rows)
+        self._memory = Budget(spec.working_bytes)
+        self.batcher = Batcher([self._run_with(runtime) for runtime in runtimes], spec.batching, self._most_rows)
         self._pool = ThreadPoolExecutor(spec.decode_threads, thread_name_prefix="decode")
         self._closed = False
 
@@ -73,7 +77,7 @@ class Engine:
         """Run every instance once at its usual size: it warms up, and says what shapes its outputs have."""
         side = self.preprocess.size_px
         blank = np.zeros((1, 3, side, side), np.float32)
-        for runtime in self.runtimes:
+        for runtime in dict.fromkeys(self.runtimes):
             shapes = {name: array.shape for name, array in runtime.run(blank, runtime.outputs).items()}
         return shapes
 
@@ -89,34 +93,35 @@ class Engine:
                     f"nearest: {' or '.join(map(str, good))}"
                 )
         needed = self._row_bytes(height_px, width_px, outputs)
-        if needed > self._instance_bytes:
+        if needed > self.spec.working_bytes:
             raise TooLarge(
                 f"{what} {max(height_px, width_px)}: one such image needs about {needed >> 20} MB inside the network, and "
-                f"{self._instance_bytes >> 20} MB are allowed; ask for a smaller size, or start the server with more --queue-mb"
+                f"{self.spec.working_bytes >> 20} MB are allowed; ask for a smaller size, or start the server with more --queue-mb"
             )
 
-    @property
-    def _instance_bytes(self) -> int:
-        return self.spec.working_bytes // len(self.runtimes)
-
     def _row_bytes(self, height_px: int, width_px: int, outputs: Sequence[str]) -> int:
-        """What one image takes inside the network at its widest, where that is much more than its pixels.
+        """What one image takes inside the network at its widest.
 
-        ONNX Runtime holds a block's attention whole, before and after softmax; torch computes it in tiles. The depth head
-        holds the enlarged logits of its bins three times, a segmentation head those of its classes twice.
+        A block holds about 16 times its tokens (measured), and where attention is no single operator its scores, before and after
+        softmax. The depth head holds the enlarged logits of its bins three times, a segmentation head those of its classes twice.
         """
         architecture = self.manifest.architecture
         patches = (height_px // self.step_px) * (width_px // self.step_px)
         tokens = 1 + int(architecture.get("registers", 0)) + patches
-        heads = int(architecture.get("heads", 0)) if self.name == "onnxruntime" else 0
+        width = int(architecture.get("width", 0))
+        heads = int(architecture.get("heads", 0)) if self.runtimes[0].holds_scores else 0
         bins = DepthHeadSpec.bins if "depth" in outputs else 0
         logits = MAX_CLASSES * height_px * width_px if "classes" in outputs else 0
-        return 4 * (2 * heads * tokens**2 + 3 * bins * DepthHead.ENLARGEMENT**2 * patches + 2 * logits)
+        return 4 * (
+            16 * width * tokens + 2 * heads * tokens**2 + 3 * bins * DepthHead.ENLARGEMENT**2 * patches + 2 * logits
+        )
 
     def _most_rows(self, key: Hashable) -> int:
-        """Rows of one batch that fit into the memory of an instance, at least one."""
+        """Rows of one batch that the network computes at a time, and that fit into an instance's share of the memory; at least one."""
         assert isinstance(key, tuple)
-        return max(1, self._instance_bytes // max(1, self._row_bytes(*key)))
+        share = self.spec.working_bytes // len(self.runtimes)
+        rows = max(1, share // max(1, self._row_bytes(*key)))
+        return min(rows, self.runtimes[0].max_batch or rows)
 
     async def off_loop(self, work: Callable[..., T], *args: Any) -> T:
         """Do CPU work in the decode pool; work that has not begun is dropped with its caller."""
@@ -176,13 +181,38 @@ class Engine:
         for runtime in self.runtimes:
             runtime.close()
 
+    def _run_with(self, runtime: Runtime) -> Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]:
+        def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
+            assert isinstance(key, tuple)
+            with self._memory.hold(len(pixels) * self._row_bytes(*key)):
+                return runtime.run(pixels, key[2])
 
-def _run_with(runtime: Runtime) -> Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]:
-    def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
-        assert isinstance(key, tuple)
-        return runtime.run(pixels, key[2])
+        return run
 
-    return run
+
+class Budget:
+    """Bytes that instances share: whoever wants more than is left waits, and nobody overtakes."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._left = total, total
+        self._turns, self._changed = deque[object](), threading.Condition()
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Have these bytes, at most all there are, for the length of the block."""
+        turn, nbytes = object(), min(nbytes, self._total)
+        with self._changed:
+            self._turns.append(turn)
+            self._changed.wait_for(lambda: self._turns[0] is turn and self._left >= nbytes)
+            self._turns.popleft()
+            self._left -= nbytes
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += nbytes
+                self._changed.notify_all()
 
 
 def _step_px(architecture: Mapping[str, Any]) -> int:

@@ -119,7 +119,7 @@ async def serve(
             await grpc_server.start()
             service.state = "ready"
             await grpc_server.announce(True)
-            log.info("settings", extra={"fields": resolved(config)})
+            log.info("settings", extra={"fields": resolved(config, service.engine.runtimes)})
             announce(_addresses(config, http_socket, metrics_socket, grpc_server.port))
             await _until_stopped(stop, http)
             await _drain(config, service, grpc_server, http)

@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 
 from data.errors import InputError
 from runtimes.connection import CLIENT_VARIABLES
+from runtimes.runtime import Runtime
 from server.config import ServerConfig
 
 PREFIX = "DINOSCOPE_"
@@ -91,9 +92,10 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}", str(value)]
 
 
-def resolved(config: ServerConfig) -> dict[str, Any]:
-    """Every setting as it counts, for the log; the password of the database is left out."""
-    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def resolved(config: ServerConfig, runtimes: Sequence[Runtime]) -> dict[str, Any]:
+    """Every setting as it counts, for the log, with what was chosen for those left out; the password of the database is not shown."""
+    chosen = {"instances": len(runtimes), "threads": runtimes[0].threads, "device": runtimes[0].device}
+    values = json.loads(json.dumps(dataclasses.asdict(config) | chosen, default=str))
     if config.database is not None:
         values["database"] = make_url(config.database).render_as_string(hide_password=True)
     return values

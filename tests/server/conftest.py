@@ -80,8 +80,9 @@ def runtime(network: Path) -> Iterator[Runtime]:
 
 
 def config_of(models: Path, state: Path, **changes: object) -> ServerConfig:
-    """A configuration for tests: free ports, one thread."""
-    fields = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "device": "cpu", "threads": 1, "samples": "none"}
+    """A configuration for tests: free ports, one copy on one thread."""
+    fields = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "device": "cpu", "samples": "none"}
+    fields |= {"instances": 1, "threads": 1}
     return ServerConfig(models=models, collections=state, **(fields | changes))  # type: ignore[arg-type]
 
 

@@ -132,10 +132,12 @@ def test_of_a_triton_repository_the_highest_version_is_taken(onnx_file, tmp_path
     assert (loaded.version, loaded.runtimes[0].name) == ("10", "onnxruntime")
 
 
-@pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_instances_are_copies_that_answer_alike(folder, onnx_file, tmp_path, form):
-    loaded = load(onnx_file if form == "onnx" else folder, tmp_path, instances=3, threads=None)
-    assert len(set(map(id, loaded.runtimes))) == 3
+@pytest.mark.parametrize(("form", "threads", "objects"), [("torch", 1, 3), ("onnx", 2, 3), ("onnx", 1, 1)])
+def test_instances_are_copies_that_answer_alike(folder, onnx_file, tmp_path, form, threads, objects):
+    """One session that computes in its caller's thread stands for all of them, and so do its weights."""
+    loaded = load(onnx_file if form == "onnx" else folder, tmp_path, instances=3, threads=threads)
+    assert (len(loaded.runtimes), len(set(map(id, loaded.runtimes)))) == (3, objects)
+    assert [one.threads for one in loaded.runtimes] == [threads] * 3
     first, *others = (one.run(PIXELS)["embedding"] for one in loaded.runtimes)
     assert all(np.array_equal(first, other) for other in others)
 

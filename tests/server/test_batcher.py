@@ -116,6 +116,23 @@ def test_a_batch_holds_no_more_rows_than_an_instance_has_memory_for():
     assert large.outputs["twice"].tolist() == small.outputs["twice"].tolist()
 
 
+def test_instances_that_idle_share_the_rows_that_wait():
+    async def scenario():
+        gates = Gate(), Gate()
+        batcher = Batcher(gates, BatchSpec(max_rows=8))
+        task = await start(batcher, "key", rows(1, 2, 3, 4, 5))
+        for gate in gates:
+            await gate.until_entered()
+            gate.open.set()
+        answer = await task
+        await batcher.close()
+        return answer
+
+    answer = asyncio.run(scenario())
+    assert answer.outputs["twice"].ravel().tolist() == [2, 4, 6, 8, 10]
+    assert sorted(one.batch_rows for one in answer.executions) == [2, 3]
+
+
 def test_a_delay_collects_rows_and_ends_when_the_batch_is_full():
     async def scenario():
         gate = Gate()

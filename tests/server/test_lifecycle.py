@@ -202,8 +202,13 @@ def test_a_client_who_leaves_amid_the_body_is_no_error(network, tmp_path):
 @pytest.mark.parametrize(
     ("model", "form", "queue_mb", "needed_mb"),
     [
-        ("attention", "onnx_file", 1, 1),  # 257 tokens squared, 3 heads, twice, in float32: 1.6 MB
-        ("depth", "network", 4, 12),  # 256 patches enlarged 16 times, 256 bins, three times, in float32: 12.6 MB
+        ("attention", "onnx_file", 1, 3),  # 1025 tokens of width 48, 16 times, in float32: 3.1 MB
+        (
+            "depth",
+            "network",
+            30,
+            51,
+        ),  # 1024 patches enlarged 16 times, 256 bins, three times, in float32: 53.5e6 bytes with the tokens
     ],
 )
 def test_an_image_that_the_network_has_no_memory_for_is_refused(request, tmp_path, model, form, queue_mb, needed_mb):
@@ -211,8 +216,8 @@ def test_an_image_that_the_network_has_no_memory_for_is_refused(request, tmp_pat
     with Running(config) as running:
         wire = open_wire("grpc", running.addresses)
         assert wire.infer(model, images(png(0)), (), {"size": 64})[model].shape[0] == 1
-        with pytest.raises(Refused, match=f"128: one such image needs about {needed_mb} MB inside the network"):
-            wire.infer(model, images(png(0)), (), {"size": 128})
+        with pytest.raises(Refused, match=f"256: one such image needs about {needed_mb} MB inside the network"):
+            wire.infer(model, images(png(0)), (), {"size": 256})
         wire.close()
 
 

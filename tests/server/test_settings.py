@@ -9,6 +9,7 @@ import pytest
 from data.errors import InputError
 from server.config import ServerConfig
 from server.settings import read_settings, resolved
+from tests.server.gate import GatedRuntime
 
 
 @pytest.fixture
@@ -71,7 +72,10 @@ def test_a_value_of_another_kind_is_refused_as_a_flag_would_be(capsys: pytest.Ca
 
 
 def test_what_is_printed_is_everything_but_the_password() -> None:
-    shown = resolved(ServerConfig(models=Path("m"), database="postgresql://me:secret@host/d"))
+    runtime = GatedRuntime()
+    runtime.threads = 3
+    shown = resolved(ServerConfig(models=Path("m"), database="postgresql://me:secret@host/d"), [runtime, runtime])
     assert "secret" not in json.dumps(shown)
+    assert (shown["instances"], shown["threads"], shown["device"], shown["spinning"]) == (2, 3, "cpu", False)
     assert shown["database"] == "postgresql://me:***@host/d"
     assert shown["http_port"] == 8000

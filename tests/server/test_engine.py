@@ -1,0 +1,62 @@
+"""How the machine is shared: cores among copies of the network, memory among batches."""
+
+import threading
+
+import pytest
+
+from server.config import ServerConfig
+from server.cores import Share, share_cores, usable_cores
+from server.engine import Budget
+from tests.server.gate import wait_for
+
+
+@pytest.mark.parametrize(
+    ("instances", "threads", "cores", "share"),
+    [
+        (None, None, 8, Share(8, 1)),
+        (None, 4, 8, Share(2, 4)),
+        (None, 16, 8, Share(1, 16)),
+        (1, None, 8, Share(1, 8)),
+        (3, None, 8, Share(3, 2)),
+        (9, None, 8, Share(9, 1)),
+        (5, 2, 8, Share(5, 2)),
+    ],
+)
+def test_cores_are_shared_one_thread_a_copy_unless_told_otherwise(instances, threads, cores, share):
+    assert share_cores(instances, threads, cores) == share
+
+
+def test_spinning_is_off_unless_asked_for(tmp_path):
+    assert not ServerConfig(models=tmp_path).spinning
+
+
+@pytest.mark.parametrize(("text", "cores"), [("50000 100000", 1), ("max 100000", None), ("", None), (None, None)])
+def test_a_container_counts_only_the_cores_that_its_quota_pays_for(tmp_path, text, cores):
+    quota = tmp_path / "cpu.max"
+    if text is not None:
+        quota.write_text(text)
+    assert usable_cores(quota) == (cores or usable_cores(tmp_path / "missing"))
+
+
+def test_batches_wait_for_memory_in_turn_and_the_largest_waits_for_all_of_it():
+    budget, order, doors = Budget(10), [], {size: threading.Event() for size in (6, 5, 99, 1)}
+
+    def take(size):
+        with budget.hold(size):
+            order.append(size)
+            assert doors[size].wait(60)
+
+    threads = [threading.Thread(target=take, args=(size,)) for size in doors]
+    for n, thread in enumerate(threads):
+        thread.start()
+        wait_for(lambda n=n: len(order) + len(budget._turns) == n + 1)
+    assert order == [6]  # 5 does not fit beside 6; 1 would, and does not overtake
+    doors[6].set()
+    wait_for(lambda: order == [6, 5])
+    doors[5].set()
+    wait_for(lambda: order == [6, 5, 99])
+    for door in doors.values():
+        door.set()
+    for thread in threads:
+        thread.join()
+    assert order == [6, 5, 99, 1]
