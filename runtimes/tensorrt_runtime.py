@@ -48,7 +48,7 @@ class TensorRTRuntime(Runtime):
         self._types = {name: _NUMPY_OF[self._engine.get_tensor_dtype(name).name] for name in self.outputs}
         least, _, most = (tuple(shape) for shape in told["profile"])
         self._least, self._most = least, most
-        self.max_batch = min(max_batch or most[0], most[0])
+        self.max_batch: int = min(max_batch or most[0], most[0])
         self._lock = threading.Lock()
 
     @staticmethod
