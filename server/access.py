@@ -4,6 +4,7 @@ Without a token file everyone may do everything, which is why the server then li
 needed_on_http, needed_on_grpc, AccessGuard, RequireToken, Rates.
 """
 
+import contextlib
 import hashlib
 import hmac
 import math
@@ -154,18 +155,31 @@ class RequireToken(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """The method's handler, behind the check."""
         handler = await continuation(details)
-        if handler is None or handler.unary_unary is None:
-            return handler
+        if handler is None or (handler.unary_unary is None and handler.stream_stream is None):
+            return handler  # the health service's Watch, which is open
         needed = needed_on_grpc(details.method.rpartition("/")[2])
         given = next((value for key, value in details.invocation_metadata if key == "authorization"), None)
 
-        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def admit(context: grpc.aio.ServicerContext) -> None:
             try:
                 client.set(self.access.check(given, needed, _host(context.peer())))
             except (Unauthenticated, Forbidden) as error:
                 await context.abort(outcome(error).grpc_code, message(error))
+
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            await admit(context)
             return await handler.unary_unary(request, context)
 
+        async def answer_stream(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            await admit(context)
+            async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
+                async for one in answers:
+                    yield one
+
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                answer_stream, handler.request_deserializer, handler.response_serializer
+            )
         return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
 
 

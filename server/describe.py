@@ -79,6 +79,12 @@ def _config_tensor(spec: TensorSpec, batched: bool) -> dict[str, Any]:
 def _config_parameters(service: Service, model: ServedModel) -> dict[str, str]:
     engine = service.engine
     parameters = {"manifest": json.dumps(engine.manifest.to_json()), "precision": engine.runtimes[0].precision}
+    for one in model.inputs:
+        if one.shades:
+            parameters[f"{one.name}.also"] = "UINT8 [-1,-1,-1,3] or [-1,3,-1,-1]: RGB shades"
+    for one in model.outputs:
+        if one.formats:
+            parameters[f"{one.name}.formats"] = ", ".join(one.formats)
     if model.name == "depth" and service.depth_unit is not None:
         parameters["unit"] = service.depth_unit
     if model.name == "segmentation":

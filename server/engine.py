@@ -18,13 +18,15 @@ import numpy as np
 from backbones.heads import DepthHead, DepthHeadSpec
 from data.decode import DecodeLimits, decode_image
 from data.errors import InputError
-from data.preprocess import Preprocess, center_view, whole_view
+from data.preprocess import Preprocess, center_view, normalise, whole_view
 from runtimes.runtime import Runtime
 from server.batcher import PATIENCE_S, Batcher, BatchSpec
 from server.errors import TooLarge
 from server.statistics import Times
 
 T = TypeVar("T")
+Images = Sequence[bytes] | np.ndarray
+"""Encoded files, or uint8 RGB [N,H,W,3]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +129,25 @@ class Engine:
         """Do CPU work in the decode pool; work that has not begun is dropped with its caller."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
-    async def center_views(self, images: Sequence[bytes], times: Times) -> np.ndarray:
+    async def center_views(self, images: Images, times: Times) -> np.ndarray:
         """Images as the evaluators see them: float32 [N,3,size,size]. Raises InputError naming the bad row."""
         return await self._views(
             images, lambda image: center_view(image, self.preprocess), self.preprocess.size_px, times
         )
 
-    async def whole_views(self, images: Sequence[bytes], size_px: int, times: Times) -> np.ndarray:
+    async def whole_views(self, images: Images, size_px: int, times: Times) -> np.ndarray:
         """Whole images, squashed to [N,3,size_px,size_px]. Raises InputError naming the bad row."""
         return await self._views(images, lambda image: whole_view(image, self.preprocess, size_px), size_px, times)
 
     async def _views(
-        self, images: Sequence[bytes], view: Callable[[np.ndarray], np.ndarray], side_px: int, times: Times
+        self, images: Images, view: Callable[[np.ndarray], np.ndarray], side_px: int, times: Times
     ) -> np.ndarray:
         began = time.perf_counter_ns()
         pixels = np.empty((len(images), 3, side_px, side_px), np.float32)
 
         def fill(row: int) -> None:
-            pixels[row] = view(decode_image(images[row], self.spec.limits))
+            image = images[row]
+            pixels[row] = view(image if isinstance(image, np.ndarray) else decode_image(image, self.spec.limits))
 
         results = await asyncio.gather(
             *(self.off_loop(fill, row) for row in range(len(images))), return_exceptions=True
@@ -156,6 +159,13 @@ class Engine:
                 raise error
         times.input_ns += time.perf_counter_ns() - began
         return pixels
+
+    async def normalised(self, shades_NHWC: np.ndarray, times: Times) -> np.ndarray:
+        """uint8 RGB [N,H,W,3] as the network wants it: float32 [N,3,H,W]."""
+        began = time.perf_counter_ns()
+        made = await self.off_loop(lambda: np.stack([normalise(image, self.preprocess) for image in shades_NHWC]))
+        times.input_ns += time.perf_counter_ns() - began
+        return made
 
     async def run(
         self,

@@ -6,7 +6,7 @@ and log settings) answers UNIMPLEMENTED.
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -24,8 +24,10 @@ from data.errors import InputError
 from server import describe
 from server.access import Access, RequireToken
 from server.errors import message, outcome, retry_after
+from server.formats import FORMAT, SCALE
 from server.repository import Repository
-from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
+from server.requests import UNSUPPORTED, InferReply, InferRequest
+from server.service import Service, off_loop_if_large
 from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
 from server.tensors import Tensor, from_raw, from_values
 from server.tls import Tls
@@ -45,6 +47,8 @@ _CONTENTS_OF = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+STREAM_DEPTH = 16
+"""Requests of one stream that are worked on at the same time."""
 Handler = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
@@ -123,6 +127,9 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     @answering
     async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        return await self._infer(request, context)
+
+    async def _infer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         given = request.id
         # Logs, and the reply to an internal error, name a request even if its client did not.
         request.id = given or uuid.uuid4().hex[:12]
@@ -148,13 +155,41 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             region.name, region.key, region.offset, region.byte_size = one.name, one.key, one.offset, one.byte_size
         return reply
 
-    async def ModelStreamInfer(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
-        """Streams are not offered."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, _not_offered("ModelStreamInfer"))
+    async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """Requests answered in their order, some worked on at a time; an error is the answer to its request, and the stream goes on."""
+        answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(STREAM_DEPTH)
+
+        async def read() -> None:
+            async for request in request_iterator:
+                await answers.put(asyncio.ensure_future(self._stream_answer(request, context)))
+            await answers.put(None)
+
+        reader, current = asyncio.ensure_future(read()), None
+        try:
+            while (current := await answers.get()) is not None:
+                yield await current
+        finally:  # of a stream that was broken off, nothing is computed any more
+            reader.cancel()
+            for task in (current, *(answers.get_nowait() for _ in range(answers.qsize()))):
+                if task is not None:
+                    task.cancel()
+
+    async def _stream_answer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if isinstance(request, InputError):
+            return pb.ModelStreamInferResponse(error_message=str(request))
+        given = request.id
+        try:
+            reply = await self._infer(request, context)
+        except Exception as error:
+            return pb.ModelStreamInferResponse(
+                error_message=message(error, request.id), infer_response=pb.ModelInferResponse(id=given)
+            )
+        reply.parameters["triton_final_response"].bool_param = True
+        return pb.ModelStreamInferResponse(infer_response=reply)
 
 
 def _not_offered(method: str) -> str:
-    return f"{method} is not offered by this server; models are called one request at a time, by ModelInfer"
+    return f"{method} is not offered by this server"
 
 
 def request_from(request: Any, timeout_s: float | None, shared: SharedMemory) -> InferRequest:
@@ -170,6 +205,11 @@ def request_from(request: Any, timeout_s: float | None, shared: SharedMemory) ->
         tensors=_tensors(request, shared),
         outputs=[output.name for output in request.outputs],
         parameters=_parameters(request.parameters),
+        formats={
+            output.name: str(chosen)
+            for output in request.outputs
+            if (chosen := _parameters(output.parameters).get(FORMAT))
+        },
         places={
             output.name: place
             for output in request.outputs
@@ -223,6 +263,8 @@ def reply_message(service: Service, request: InferRequest, reply: InferReply, re
     response = pb.ModelInferResponse(model_name=reply.model, model_version=reply.version, id=request_id)
     for spec, array in reply.outputs:
         output = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
+        if spec.name in reply.scales:
+            output.parameters[SCALE].string_param = reply.scales[spec.name]
         content = service.raw(request, spec.name, array)
         response.raw_output_contents.append(content or b"")  # clients count outputs and contents alike
         if content is not None:
@@ -240,6 +282,9 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """The method's handler, with a reader that never raises."""
         handler = await continuation(details)
+        if handler is not None and handler.stream_stream is not None:
+            reader = _reader(handler, details.method.rpartition("/")[2])
+            return grpc.stream_stream_rpc_method_handler(handler.stream_stream, reader, handler.response_serializer)
         if handler is None or handler.unary_unary is None:
             return handler
         method = details.method.rpartition("/")[2]
@@ -250,18 +295,24 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
 
             return grpc.unary_unary_rpc_method_handler(refuse, bytes, bytes)
 
-        def read(data: bytes) -> Any:
-            try:
-                return handler.request_deserializer(data)
-            except ProtobufError:
-                return InputError(f"the request's {len(data)} bytes are not a {method} message of the protocol")
-
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
             if isinstance(request, InputError):
                 await _abort(context, request, "")
             return await handler.unary_unary(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(answer, read, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(answer, _reader(handler, method), handler.response_serializer)
+
+
+def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:
+    """Bytes to a message, or to the InputError that is told instead."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except ProtobufError:
+            return InputError(f"the request's {len(data)} bytes are not a {method} message of the protocol")
+
+    return read
 
 
 class GrpcServer:

@@ -5,6 +5,7 @@ header `Inference-Header-Content-Length` says where the JSON ends, each tensor's
 long it is. (Triton, extension_binary_data.)
 """
 
+import base64
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,9 +18,11 @@ from starlette.responses import JSONResponse, Response
 from data.errors import InputError
 from server import describe
 from server.errors import Draining
+from server.formats import FORMAT, SCALE
 from server.http_body import compressed, parse_json, read_body, unless_disconnected
 from server.repository import Repository
-from server.service import UNSUPPORTED, InferReply, InferRequest, Service, off_loop_if_large
+from server.requests import UNSUPPORTED, InferReply, InferRequest
+from server.service import Service, off_loop_if_large
 from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
 from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
 
@@ -223,6 +226,9 @@ def _request(
         tensors=_tensors(_list(header, "inputs"), binary, shared),
         outputs=[_text(output, "name") for output in outputs],
         parameters=parameters,
+        formats={
+            _text(output, "name"): str(form) for output in outputs if (form := output.get("parameters", {}).get(FORMAT))
+        },
         places={
             _text(output, "name"): place
             for output in outputs
@@ -270,15 +276,21 @@ def _response(
     outputs, raw = [], []
     for spec, array in reply.outputs:
         entry: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": list(array.shape)}
+        told: dict[str, Any] = {SCALE: reply.scales[spec.name]} if spec.name in reply.scales else {}
         if spec.name in wanted.places:
             service.raw(wanted, spec.name, array)
             place = wanted.places[spec.name]
-            entry["parameters"] = {REGION: place.region, BYTE_SIZE: place.byte_size, OFFSET: place.offset}
+            told |= {REGION: place.region, BYTE_SIZE: place.byte_size, OFFSET: place.offset}
         elif asked.get(spec.name, {}).get("binary_data", everything):
             raw.append(to_raw(array))
-            entry["parameters"] = {"binary_data_size": len(raw[-1])}
+            told |= {"binary_data_size": len(raw[-1])}
+        elif spec.name in wanted.formats and spec.datatype == "BYTES":
+            entry["data"] = [base64.b64encode(file).decode() for file in array.reshape(-1)]
+            told |= {"content_type": "base64"}
         else:
             entry["data"] = to_json(array)
+        if told:
+            entry["parameters"] = told
         outputs.append(entry)
     answer: dict[str, Any] = {"model_name": reply.model, "model_version": reply.version, "outputs": outputs}
     if "id" in header:

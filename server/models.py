@@ -7,6 +7,7 @@ model, then `make_models`. Axes: N rows, D feature size, H and W pixels, h and w
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,8 +20,9 @@ from server.options import AttentionOptions, EmbeddingOptions, KnnOptions, MapOp
 from server.statistics import Times
 from server.tensors import TensorSpec, object_array
 
-IMAGE = TensorSpec("image", "BYTES", (-1,))
+IMAGE = TensorSpec("image", "BYTES", (-1,), shades=True)
 """Encoded JPEG, PNG, WebP, BMP or TIFF, one image a row."""
+FLOAT_MAP = ("fp16", "uint8", "png")
 
 
 class ServedModel(ABC):
@@ -73,19 +75,25 @@ class BackboneModel(ServedModel):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.inputs = (TensorSpec("pixels", "FP32", (-1, 3, -1, -1)),)
+        self.inputs = (TensorSpec("pixels", "FP32", (-1, 3, -1, -1), shades=True),)
         shapes = {"embedding": (-1, engine.width), "patches": (-1, -1, engine.width)}
         if engine.has("attention"):
             shapes["attention"] = (-1, engine.shapes["attention"][1], -1, -1)
-        self.outputs = tuple(TensorSpec(name, "FP32", shape) for name, shape in shapes.items())
+        forms = {"attention": FLOAT_MAP}
+        self.outputs = tuple(
+            TensorSpec(name, "FP32", shape, formats=forms.get(name, ("fp16",))) for name, shape in shapes.items()
+        )
 
     def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
-        height, width = inputs["pixels"].shape[2:]
+        pixels = inputs["pixels"]
+        height, width = pixels.shape[1:3] if pixels.dtype == np.uint8 else pixels.shape[2:]
         self.engine.check_size(height, width, "input 'pixels': side")
         return height * width
 
     async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
         pixels = inputs["pixels"]
+        if pixels.dtype == np.uint8:
+            pixels = await self.engine.normalised(pixels, times)
         finite = np.isfinite(pixels).all(axis=(1, 2, 3))
         if not finite.all():
             raise InputError(f"input 'pixels': row {int(np.argmin(finite))} holds values that are not finite")
@@ -107,7 +115,7 @@ class EmbeddingModel(ServedModel):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.inputs = (IMAGE,)
-        self.outputs = (TensorSpec("embedding", "FP32", (-1, engine.width)),)
+        self.outputs = (TensorSpec("embedding", "FP32", (-1, engine.width), formats=("fp16",)),)
 
     def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
         return self._center_pixels()
@@ -129,8 +137,8 @@ class AttentionModel(ServedModel):
         heads = engine.shapes["attention"][1]
         self.inputs = (IMAGE,)
         self.outputs = (
-            TensorSpec("attention", "FP32", (-1, heads, -1, -1)),
-            TensorSpec("mask", "UINT8", (-1, heads, -1, -1)),
+            TensorSpec("attention", "FP32", (-1, heads, -1, -1), formats=FLOAT_MAP),
+            TensorSpec("mask", "UINT8", (-1, heads, -1, -1), formats=("png",)),
         )
 
     def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
@@ -157,7 +165,7 @@ class KnnModel(ServedModel):
         super().__init__(engine)
         self.collections = collections
         self.inputs = (
-            TensorSpec("image", "BYTES", (-1,), optional=True),
+            replace(IMAGE, optional=True),
             TensorSpec("embedding", "FP32", (-1, engine.width), optional=True),
         )
         self.outputs = (
@@ -200,7 +208,7 @@ class DepthModel(ServedModel):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.inputs = (IMAGE,)
-        self.outputs = (TensorSpec("depth", "FP32", (-1, -1, -1)),)
+        self.outputs = (TensorSpec("depth", "FP32", (-1, -1, -1), formats=FLOAT_MAP),)
 
     def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
         return self._side(options) ** 2
@@ -219,7 +227,7 @@ class SegmentationModel(ServedModel):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.inputs = (IMAGE,)
-        self.outputs = (TensorSpec("classes", "INT32", (-1, -1, -1)),)
+        self.outputs = (TensorSpec("classes", "INT32", (-1, -1, -1), formats=("uint8", "png")),)
 
     def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
         return self._side(options) ** 2

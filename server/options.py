@@ -65,12 +65,16 @@ class KnnOptions:
 def read_options(kind: type[Options], parameters: Mapping[str, Any], model: str) -> Options:
     """Check names and types of a request's parameters. Numbers may also come as text. Raises InputError."""
     hints = get_type_hints(kind)
-    given = {n: v for n, v in parameters.items() if n not in PROTOCOL_PARAMETERS and not n.startswith("triton_")}
+    given = {name: value for name, value in parameters.items() if not _is_protocols(name)}
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
         known = f"it takes {', '.join(sorted(hints))}" if hints else "it takes none"
         raise InputError(f"model {model!r} has no parameter {unknown[0]!r}; {known}")
     return kind(**{name: _convert(name, hints[name], value) for name, value in given.items()})
+
+
+def _is_protocols(name: str) -> bool:
+    return name in PROTOCOL_PARAMETERS or name.startswith("triton_") or name.endswith(".format")
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:

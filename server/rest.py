@@ -18,7 +18,8 @@ from evaluators.attention_maps import top_mass
 from server.http_body import Upload, read_upload, unless_disconnected
 from server.http_v2 import timeout_of
 from server.pictures import attention_overlay, depth_picture
-from server.service import InferReply, InferRequest, Service
+from server.requests import InferReply, InferRequest
+from server.service import Service
 from server.tensors import Tensor, object_array
 
 Format = Literal["json", "png"]

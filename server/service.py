@@ -9,7 +9,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,16 +19,24 @@ from server.admission import Admission, AdmissionSpec
 from server.collections import Collections
 from server.engine import Engine
 from server.errors import Draining, EngineFailed, Expired, NotFound, ServerError, outcome
+from server.formats import Formatted, formatted
 from server.models import ServedModel, make_models
-from server.shared_memory import Place, SharedMemory
+from server.requests import (
+    InferReply,
+    InferRequest,
+    checked_inputs,
+    chosen_formats,
+    size_bytes,
+    timeout_of,
+    wanted_outputs,
+)
+from server.shared_memory import SharedMemory
 from server.statistics import Metrics, ModelCounts, Times
-from server.tensors import Tensor, TensorSpec, to_raw
+from server.tensors import TensorSpec, to_raw
 
 log = logging.getLogger("server")
 T = TypeVar("T")
 
-UNSUPPORTED = ("classification",)
-"""Parameters of inputs and outputs that ask for what this server does not have, on either wire."""
 LARGE_BYTES = 1 << 20
 """From here on a request's numbers are read off the event loop."""
 
@@ -43,37 +50,6 @@ EXTENSIONS = (
     "model_repository",
     "schedule_policy",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class InferRequest:
-    """One request for one model, off the wire but unchecked."""
-
-    model: str
-    tensors: Sequence[Tensor]
-    version: str = ""
-    outputs: Sequence[str] = ()
-    """Names of the outputs wanted; none: all of them."""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    id: str = ""
-    protocol: str = ""
-    places: Mapping[str, Place] = field(default_factory=dict)
-    """Outputs that go into shared memory instead of the reply."""
-    timeout_s: float | None = None
-    """What the wire's own deadline leaves; the parameter `timeout` (microseconds) can only shorten it."""
-
-
-@dataclass(frozen=True)
-class InferReply:
-    """The outputs in the order asked for, each with its spec."""
-
-    model: str
-    version: str
-    id: str
-    outputs: tuple[tuple[TensorSpec, np.ndarray], ...]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return next(array for spec, array in self.outputs if spec.name == name)
 
 
 class Service:
@@ -164,7 +140,7 @@ class Service:
         rows = 0
         try:
             model = self.model(request.model, request.version)
-            outputs, inputs = _wanted(model, request.outputs), _checked(model, request.tensors)
+            outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
             rows = len(next(iter(inputs.values())))
             self.rates.take(client.get(), rows)
             reply = await self._infer(model, request, inputs, outputs, rows, began_ns)
@@ -177,7 +153,7 @@ class Service:
     async def infer_aside(self, request: InferRequest, patience_s: float) -> InferReply:
         """Pixels through the network for an evaluation: no admission, no counters, and clients' rows go first."""
         model = self.model(request.model, request.version)
-        outputs, inputs = _wanted(model, request.outputs), _checked(model, request.tensors)
+        outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
         answers = await self.engine.run(inputs["pixels"], outputs, Times(), None, patience_s)
         specs = {spec.name: spec for spec in model.outputs}
         return InferReply(
@@ -196,8 +172,10 @@ class Service:
         if self.state == "closed":
             raise Draining("the server is shutting down")
         options = model.options(request.parameters)
-        nbytes = rows * 12 * model.pixel_count(inputs, options) + sum(map(_bytes, inputs.values()))
-        timeout_s = _timeout_s(request)
+        specs = {spec.name: spec for spec in model.outputs}
+        forms = chosen_formats(request, [specs[name] for name in outputs])
+        nbytes = rows * 12 * model.pixel_count(inputs, options) + sum(map(size_bytes, inputs.values()))
+        timeout_s = timeout_of(request)
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         counts, times = self.counts[model.name], Times()
         with self.admission.hold(rows, nbytes):
@@ -206,6 +184,7 @@ class Service:
             try:
                 async with asyncio.timeout_at(deadline_s) as limit:
                     answers = await model.infer(inputs, outputs, options, times, deadline_s)
+                    ready = await _formatted(model, [(specs[name], answers[name]) for name in outputs], forms, times)
             except TimeoutError as error:
                 if not limit.expired():
                     raise EngineFailed("a part of the server timed out") from error
@@ -219,9 +198,9 @@ class Service:
         counts.succeed(model.name, rows, total_ns, times)
         self.admission.learn(rows, times.infer_ns)
         self.metrics.observe(model.name, total_ns, times)
-        specs = {spec.name: spec for spec in model.outputs}
-        ordered = tuple((specs[name], answers[name]) for name in outputs)
-        return InferReply(model.name, self.model_version, request.id, ordered)
+        scales = {one.spec.name: one.scale for one in ready if one.scale is not None}
+        ordered = tuple((one.spec, one.array) for one in ready)
+        return InferReply(model.name, self.model_version, request.id, ordered, scales)
 
     def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> None:
         cancelled = isinstance(error, asyncio.CancelledError)
@@ -253,74 +232,23 @@ class Service:
         )
 
 
+async def _formatted(
+    model: ServedModel, made: Sequence[tuple[TensorSpec, np.ndarray]], forms: Mapping[str, str], times: Times
+) -> list[Formatted]:
+    """The outputs, those in `forms` in the form asked for."""
+    began, ready = time.perf_counter_ns(), []
+    for spec, array in made:
+        if spec.name in forms:
+            ready.append(await model.engine.off_loop(formatted, spec, array, forms[spec.name]))
+        else:
+            ready.append(Formatted(spec, array))
+    times.output_ns += time.perf_counter_ns() - began
+    return ready
+
+
 async def off_loop_if_large(nbytes: int, work: Callable[..., T], *args: Any) -> T:
     """Do the parsing of a request, in a thread where it is so large that other clients would have to wait for it."""
     return await asyncio.to_thread(work, *args) if nbytes > LARGE_BYTES else work(*args)
-
-
-def _wanted(model: ServedModel, names: Sequence[str]) -> tuple[str, ...]:
-    known = tuple(spec.name for spec in model.outputs)
-    for name in names:
-        if name not in known:
-            raise InputError(f"model {model.name!r} has no output {name!r:.80}; it has {', '.join(known)}")
-    if len(set(names)) != len(names):
-        raise InputError("an output is asked for twice")
-    return tuple(names) or known
-
-
-def _checked(model: ServedModel, tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """The inputs by name, each with the datatype and shape that the model declares, and equally many rows."""
-    specs = {spec.name: spec for spec in model.inputs}
-    inputs: dict[str, np.ndarray] = {}
-    for tensor in tensors:
-        spec = specs.get(tensor.name)
-        if spec is None:
-            raise InputError(f"model {model.name!r} has no input {tensor.name!r:.80}; it has {', '.join(specs)}")
-        if tensor.name in inputs:
-            raise InputError(f"input {tensor.name!r} came twice")
-        inputs[tensor.name] = _fit(spec, tensor)
-    missing = [spec.name for spec in model.inputs if not spec.optional and spec.name not in inputs]
-    if missing or not inputs:
-        wanted = missing[0] if missing else " or ".join(specs)
-        raise InputError(f"model {model.name!r} wants the input {wanted}, which did not come")
-    counts = {name: len(array) for name, array in inputs.items()}
-    if len(set(counts.values())) > 1:
-        raise InputError(f"inputs have different numbers of rows: {counts}")
-    return inputs
-
-
-def _fit(spec: TensorSpec, tensor: Tensor) -> np.ndarray:
-    array = tensor.array
-    if tensor.datatype != spec.datatype:
-        raise InputError(f"input {spec.name!r} is {tensor.datatype}; wanted {spec.datatype}")
-    if len(spec.shape) == 1 and array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    fits = array.ndim == len(spec.shape) and all(
-        wanted in (-1, came) for wanted, came in zip(spec.shape, array.shape, strict=True)
-    )
-    if not fits:
-        raise InputError(
-            f"input {spec.name!r} has the shape {list(array.shape)}; wanted {list(spec.shape)}, -1 being any"
-        )
-    if not len(array):
-        raise InputError(f"input {spec.name!r} is an empty batch; wanted at least one row")
-    return array
-
-
-def _bytes(array: np.ndarray) -> int:
-    return sum(len(element) for element in array.flat) if array.dtype == object else array.nbytes
-
-
-def _timeout_s(request: InferRequest) -> float | None:
-    """The shorter of the wire's deadline and the request parameter. Raises InputError."""
-    given = request.parameters.get("timeout")
-    if given is None:
-        return request.timeout_s
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 1 << 63:
-        raise InputError(f"parameter 'timeout' is {given!r:.40}; wanted microseconds as a whole number")
-    if given == 0:
-        return request.timeout_s
-    return given / 1e6 if request.timeout_s is None else min(given / 1e6, request.timeout_s)
 
 
 def _log_request(request: InferRequest, rows: int, code: str, total_ns: int, told: str = "") -> None:

@@ -48,6 +48,10 @@ class TensorSpec:
     shape: tuple[int, ...]
     """With the batch axis; -1 is any size."""
     optional: bool = False
+    formats: tuple[str, ...] = ()
+    """Of an output: the other forms that a request may ask for (see `formats`)."""
+    shades: bool = False
+    """Of an input: RGB images of UINT8, [N,H,W,3] or [N,3,H,W], are taken too."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,13 @@ def test_grpc_wants_the_same_token_as_metadata(guarded: Running) -> None:
         image = triton_grpc.InferInput("image", [1], "BYTES")
         image.set_data_from_numpy(np.array([png(0)], dtype=object))
         assert client.infer("embedding", [image], headers=USE).as_numpy("embedding").shape == (1, 48)
+        stream = grpc.insecure_channel(guarded.addresses.grpc).stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer", lambda _: b"", lambda answer: answer
+        )
+        with pytest.raises(grpc.RpcError) as unnamed:
+            list(stream(iter([b""]), timeout=30))
+        assert unnamed.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert len(list(stream(iter([b""]), timeout=30, metadata=[*USE.items()]))) == 1
         with pytest.raises(InferenceServerException) as refused:
             client.load_model("embedding", headers=USE)
         assert refused.value.status() == "StatusCode.PERMISSION_DENIED"

@@ -73,7 +73,7 @@ NAN[0, 1, 2, 3], INFINITE[0, 0, 0, 0] = np.nan, np.inf
 REQUESTS = {
     "empty batch": (("embedding", images()), "invalid", "empty batch"),
     "empty batch of pixels": (("backbone", {"pixels": PIXELS[:0]}), "invalid", "empty batch"),
-    "wrong dtype": (("backbone", {"pixels": PIXELS.astype(np.uint8)}), "invalid", "UINT8; wanted FP32"),
+    "wrong dtype": (("backbone", {"pixels": PIXELS.astype(np.int16)}), "invalid", "INT16; wanted FP32"),
     "pixels in the place of images": (("embedding", {"image": PIXELS}), "invalid", "FP32; wanted BYTES"),
     "two axes too few": (("backbone", {"pixels": PIXELS[0, 0]}), "invalid", r"shape [32, 32]; wanted [-1, 3, -1, -1]"),
     "four channels": (("backbone", {"pixels": np.zeros((1, 4, 32, 32), np.float32)}), "invalid", "shape [1, 4, 32, 32]"),

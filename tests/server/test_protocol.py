@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import queue
 
 import grpc
 import httpx
@@ -14,7 +15,6 @@ import tritonclient.http as http_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import InferenceServerException
 
 from backbones.checkpoints import Manifest
 from tests.server.images import png
@@ -192,10 +192,66 @@ def test_the_standard_health_service_says_serving(server):
 
 
 def test_what_is_not_offered_says_so(server):
-    opened = open_wire("grpc", server.addresses)
-    with pytest.raises(InferenceServerException, match="UNIMPLEMENTED"):
-        opened.client.get_trace_settings()
-    opened.close()
+    """Every RPC of the protocol is either answered or UNIMPLEMENTED."""
+    offered = {
+        *(
+            "ServerLive",
+            "ServerReady",
+            "ModelReady",
+            "ServerMetadata",
+            "ModelMetadata",
+            "ModelInfer",
+            "ModelStreamInfer",
+        ),
+        *("ModelConfig", "ModelStatistics", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload"),
+        *(f"SystemSharedMemory{one}" for one in ("Status", "Register", "Unregister")),
+    }
+    service = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    others = [method for method in service.methods if method.name not in offered]
+    assert len(others) + len(offered) == len(service.methods)
+    with grpc.insecure_channel(server.addresses.grpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for method in others:
+            with pytest.raises(grpc.RpcError) as refused:
+                getattr(stub, method.name)(getattr(service_pb2, method.input_type.name)())
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+            assert method.name in refused.value.details()
+
+
+def test_a_stream_answers_in_order_and_survives_a_bad_request(server):
+    replies: queue.Queue = queue.Queue()
+    with grpc_client.InferenceServerClient(server.addresses.grpc) as client:
+        client.start_stream(lambda result, error: replies.put((result, error)))
+        for number in range(30):
+            file = b"no image" if number == 7 else png(number % 3, height=20 + 30 * (number % 4))
+            tensor = grpc_client.InferInput("image", [1], "BYTES")
+            tensor.set_data_from_numpy(np.array([file], dtype=object))
+            client.async_stream_infer("embedding", [tensor], request_id=str(number))
+        found = [replies.get(timeout=60) for _ in range(30)]
+        client.stop_stream()
+    assert "image[0]" in str(found.pop(7)[1])
+    assert [error for _, error in found] == [None] * 29
+    ids = [result.get_response().id for result, _ in found]
+    assert ids == [str(number) for number in range(30) if number != 7]
+    assert all(result.get_response().parameters["triton_final_response"].bool_param for result, _ in found)
+    assert all(result.as_numpy("embedding").shape == (1, 48) for result, _ in found)
+
+
+def test_bytes_that_are_no_message_end_neither_stream_nor_server(server):
+    def sent():
+        yield b"\xff\xff\xff"
+        yield service_pb2.ModelInferRequest(model_name="nothing", id="mine").SerializeToString()
+
+    with grpc.insecure_channel(server.addresses.grpc) as channel:
+        call = channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=None,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+        first, second = call(sent(), timeout=30)
+    assert "are not a ModelStreamInfer message" in first.error_message
+    assert "model 'nothing' is not served" in second.error_message
+    assert second.infer_response.id == "mine"
 
 
 @pytest.mark.parametrize("page", ["metrics port", "http port"])

@@ -112,7 +112,9 @@ class JsonWire:
         if tensor["datatype"] == "BYTES":
             flat = np.array([text.encode() for text in tensor["data"]], object)
         else:
-            flat = np.array(tensor["data"], {"FP32": np.float32, "UINT8": np.uint8}[tensor["datatype"]])
+            flat = np.array(
+                tensor["data"], {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8}[tensor["datatype"]]
+            )
         return flat.reshape(tensor["shape"])
 
     def close(self) -> None:
