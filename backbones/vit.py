@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.attention import Attention, Shapes
 from backbones.position import resample_table
 from data.errors import InputError
 
@@ -111,10 +112,6 @@ class Features:
     """[B, T, D], before the final norm"""
 
 
-Shapes = Sequence[tuple[int, int]]
-"""Images B and tokens T of each group of equally large crops in a packed sequence."""
-
-
 class PatchEmbed(nn.Module):
     """Pixels [B, C, H, W] to patches [B, N, D]; rows and columns beyond the last whole patch are dropped."""
 
@@ -124,48 +121,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         return self.proj(pixels_BCHW).flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; `qkv` holds all of q, then k, then v, each head-major."""
-
-    def __init__(self, spec: ViTSpec) -> None:
-        super().__init__()
-        self.heads = spec.heads
-        self.scale = (spec.width // spec.heads) ** -0.5
-        self.qkv = nn.Linear(spec.width, 3 * spec.width, bias=spec.qkv_bias)
-        self.proj = nn.Linear(spec.width, spec.width)
-
-    def split(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, heads, T, D / heads]."""
-        B, T, D = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend and project: [B, T, D]."""
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.mix(*self.split(x_BTD))
-
-    def packed(self, x_SD: Tensor, shapes: Shapes) -> Tensor:
-        """Every image of a packed sequence attends to itself only: [S, D]."""
-        mixed = []
-        for (B, T), qkv in zip(shapes, self.qkv(x_SD).split([B * T for B, T in shapes]), strict=True):
-            q, k, v = qkv.reshape(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            mixed.append(F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).reshape(B * T, -1))
-        return self.proj(torch.cat(mixed))
-
-    def weights(self, x_BTD: Tensor) -> Tensor:
-        """Softmax weights of every query, [B, heads, T, T]; costs O(T^2) memory."""
-        q, k, _ = self.split(x_BTD)
-        return torch.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)
-
-    def cls_weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """Softmax weights of the CLS query over all tokens, [B, heads, T]; costs O(T)."""
-        return torch.softmax((q[:, :, :1] * self.scale) @ k.transpose(-2, -1), dim=-1).squeeze(2)
 
 
 class Mlp(nn.Module):
@@ -216,7 +171,7 @@ class Block(nn.Module):
     def __init__(self, spec: ViTSpec, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.width, eps=NORM_EPS)
-        self.attn = Attention(spec)
+        self.attn = Attention(spec.width, spec.heads, spec.qkv_bias)
         self.norm2 = nn.LayerNorm(spec.width, eps=NORM_EPS)
         self.mlp = Mlp(spec.width) if spec.ffn == "mlp" else SwiGLU(spec.width)
         scaled = spec.layer_scale is not None
@@ -227,8 +182,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.training and self.drop_path > SUBSET_ABOVE:
             return self.packed(x_BTD.flatten(0, 1), [(len(x_BTD), x_BTD.shape[1])]).view_as(x_BTD)
-        x_BTD = x_BTD + self._drop(self.ls1(self.attn(self.norm1(x_BTD))))
-        return x_BTD + self._drop(self.ls2(self.mlp(self.norm2(x_BTD))))
+        x_BTD = self._add(x_BTD, self.ls1(self.attn(self.norm1(x_BTD))))
+        return self._add(x_BTD, self.ls2(self.mlp(self.norm2(x_BTD))))
 
     def packed(self, x_SD: Tensor, shapes: Shapes) -> Tensor:
         """The same on crops of several sizes at once, [S, D]; skipped samples cost nothing (Oquab et al. 2023, section 5)."""
@@ -237,7 +192,8 @@ class Block(nn.Module):
                 x_SD = x_SD + scale(mix(norm(x_SD), shapes))
                 continue
             rows_R, gains_R1, kept = self._subset(shapes, x_SD.device)
-            branch_RD = scale(mix(norm(x_SD[rows_R]), kept))
+            # Not x_SD[rows_R], whose gradient is added row by row on one core.
+            branch_RD = scale(mix(norm(x_SD.index_select(0, rows_R)), kept))
             x_SD = x_SD.index_add(0, rows_R, (branch_RD * gains_R1).to(x_SD.dtype))
         return x_SD
 
@@ -262,13 +218,13 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.ls1(self.attn.mix(q, k, v))
         return x_BTD + self.ls2(self.mlp(self.norm2(x_BTD))), self.attn.cls_weights(q, k)
 
-    def _drop(self, branch_BTD: Tensor) -> Tensor:
-        """Stochastic depth (Huang et al. 2016): zero the branch of some samples, scale up the others."""
+    def _add(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): leave out the branch of some samples, scale up the others."""
         if not self.training or self.drop_path == 0:
-            return branch_BTD
+            return x_BTD + branch_BTD
         keep = 1 - self.drop_path
-        kept_B11 = torch.rand(len(branch_BTD), 1, 1, device=branch_BTD.device) < keep
-        return branch_BTD * kept_B11.to(branch_BTD.dtype) / keep
+        gains_B11 = (torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) < keep).to(x_BTD.dtype) / keep
+        return torch.addcmul(x_BTD, branch_BTD.to(x_BTD.dtype), gains_B11)
 
 
 class ViT(nn.Module):

@@ -3,9 +3,11 @@
     .venv/bin/python -m benchmarks.training
 
 Beside them stands lightly-train's DINOv2 step, if `make bench-training-peer` has made its environment. Each runs in a process of its
-own, so that its peak memory is its own. FLOPs are counted by torch over one whole step (teacher,
-student forward and backward) and hold matrix products, convolutions and attention; the rest of the step counts as time only. Views are
-random: what is measured is the step, not the decoding. Products and steps take turns; medians are printed.
+own, so that its peak memory is its own. FLOPs are those of `training.speed.step_flops` (teacher, student forward and backward, heads:
+matrix products, patch convolutions and attention); the rest of the step counts as time only. Views are random: what is measured is the
+step, not the decoding. A second of products comes before and after each step, and the step is set against the mean of the two, because a
+machine shared with others does not run at one speed; medians over steps are printed. The monitors of collapse, which in a run look at
+every tenth step, are left out.
 """
 
 import json
@@ -20,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
 from data.errors import InputError, run_cli
 from training.dinov2 import Dinov2Spec
@@ -29,6 +30,7 @@ from training.memory import keep_freed_memory
 from training.methods import make_state, take_step_
 from training.published import PUBLISHED, vit
 from training.recipe import Recipe
+from training.speed import step_flops
 
 PEERS = Path(__file__).parent / "peers"
 PEER_PYTHON = PEERS / ".venv" / "bin" / "python"
@@ -47,15 +49,14 @@ RECIPES: dict[str, Recipe] = {
 """ViT-S/16 by DINOv1 (2 x 224 + 8 x 96 px) and ViT-S/14 by DINOv2 (2 x 224 + 8 x 98 px), 65,536 prototypes each."""
 
 
-def product_rate(rounds: int) -> float:
-    """FLOP/s of float32 matrix products, the best of `rounds`."""
-    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    took = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        a @ b
-        took.append(time.perf_counter() - began)
-    return 2 * PRODUCT**3 / min(took)
+def product_rate(seconds: float = 1.0) -> float:
+    """FLOP/s of float32 matrix products, kept up for so long."""
+    a, out = torch.randn(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
+    n, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(a, a, out=out)
+        n += 1
+    return n * 2 * PRODUCT**3 / (time.perf_counter() - began)
 
 
 def measure(method: str, batch: int, rounds: int) -> dict[str, float]:
@@ -67,18 +68,19 @@ def measure(method: str, batch: int, rounds: int) -> dict[str, float]:
     views = [torch.randn(batch, 3, crops.view_px(i), crops.view_px(i)) for i in range(crops.n_views)]
     at = Schedule(lr=1e-5, weight_decay=0.04, momentum=0.996, teacher_temperature=0.04, freeze_last_layer=False)
 
-    def step() -> None:
-        take_step_(state, views, at, recipe, np.random.default_rng(0))
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops, shares, seconds = counter.get_total_flops(), [], []
-    for _ in range(rounds):
-        bare = product_rate(3)
+    def step() -> float:
         began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-        shares.append(flops / seconds[-1] / bare)
+        take_step_(state, views, at, recipe, np.random.default_rng(0), watch=False)
+        return time.perf_counter() - began
+
+    # The first two take memory from the system, which later ones use again.
+    step(), step()
+    flops, shares, seconds, before = step_flops(recipe), [], [], product_rate()
+    for _ in range(rounds):
+        seconds.append(step())
+        after = product_rate()
+        shares.append(flops / seconds[-1] / ((before + after) / 2))
+        before = after
     return {
         "images_per_s": batch / statistics.median(seconds),
         "images_per_bare_tflop": batch * statistics.median(shares) / flops * 1e12,

@@ -94,7 +94,8 @@ def make_optimizer(
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     if kind == "lars":
         return LARS(groups)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    # Fused: one pass over weights, gradients and moments instead of a dozen, which on a CPU is bound by memory.
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def set_rates_(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer_lr: float) -> None:

@@ -121,7 +121,8 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             z_rE, weight_r1 = bottleneck_RE[rows], weights_R[rows, None]
             targets_rK = targets(rows)
             logs_rK = ((z_rE / temperature) @ weight_KE.T).log_softmax(dim=1)
-            losses_R[rows] = -torch.linalg.vecdot(targets_rK, logs_rK) * weights_R[rows]
+            # As products of rows, for `vecdot` writes all of r x K down before it sums.
+            losses_R[rows] = -torch.bmm(targets_rK[:, None], logs_rK[:, :, None]).flatten() * weights_R[rows]
             if gradients:
                 mass_r1 = targets_rK.sum(dim=1, keepdim=True)
                 of_logits_rK = logs_rK.exp_().mul_(mass_r1 * weight_r1 / temperature)
@@ -136,4 +137,5 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_bottleneck_RE, of_weight_KE = ctx.saved_tensors
-        return of_bottleneck_RE * of_sum, of_weight_KE * of_sum, None, None, None
+        # In place: another tensor of all prototypes costs more than the product. So there is one backward pass, as everywhere here.
+        return of_bottleneck_RE.mul_(of_sum), of_weight_KE.mul_(of_sum), None, None, None

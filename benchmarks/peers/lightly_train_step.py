@@ -21,15 +21,14 @@ from PIL import Image
 PRODUCT = 2048
 
 
-def product_rate(rounds: int = 3) -> float:
-    """FLOP/s of float32 matrix products, the best of `rounds`; as in benchmarks/training.py."""
-    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    took = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        a @ b
-        took.append(time.perf_counter() - began)
-    return 2 * PRODUCT**3 / min(took)
+def product_rate(seconds: float = 1.0) -> float:
+    """FLOP/s of float32 matrix products, kept up for so long; as in benchmarks/training.py."""
+    a, out = torch.randn(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
+    n, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        torch.mm(a, a, out=out)
+        n += 1
+    return n * 2 * PRODUCT**3 / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -75,7 +74,10 @@ def main() -> None:
             precision="32-true",
         )
     seconds = [after - before for before, after in zip(starts[1:], ends[2:], strict=False)]
-    shares = [1 / took / rate for took, rate in zip(seconds, rates[1:], strict=False)]
+    # Products before and after each step.
+    shares = [
+        1 / took / ((before + after) / 2) for took, before, after in zip(seconds, rates[1:], rates[2:], strict=False)
+    ]
     print(
         json.dumps(
             {

@@ -1,0 +1,84 @@
+"""Self-attention of a ViT, on images of one size and on packed sequences of several.
+
+Axes: B images, T tokens, S all tokens of a packed sequence, D feature size, d that of a head.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shapes = Sequence[tuple[int, int]]
+"""Images B and tokens T of each group of equally large crops in a packed sequence."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `qkv` holds all of q, then k, then v, each head-major."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def split(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, heads, T, d]."""
+        B, T, _ = x_BTD.shape
+        q, k, v = _SplitHeads.apply(self.qkv(x_BTD).flatten(0, 1), [(B, T)], self.heads)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend and project: [B, T, D]."""
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.mix(*self.split(x_BTD))
+
+    def packed(self, x_SD: Tensor, shapes: Shapes) -> Tensor:
+        """Every image of a packed sequence attends to itself only: [S, D]."""
+        found, mixed = _SplitHeads.apply(self.qkv(x_SD), shapes, self.heads), []
+        for q, k, v in zip(found[0::3], found[1::3], found[2::3], strict=True):
+            mixed.append(
+                F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(0, 1).flatten(1)
+            )
+        return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
+
+    def weights(self, x_BTD: Tensor) -> Tensor:
+        """Softmax weights of every query, [B, heads, T, T]; costs O(T^2) memory."""
+        q, k, _ = self.split(x_BTD)
+        return torch.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)
+
+    def cls_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Softmax weights of the CLS query over all tokens, [B, heads, T]; costs O(T)."""
+        return torch.softmax((q[:, :, :1] * self.scale) @ k.transpose(-2, -1), dim=-1).squeeze(2)
+
+
+def _heads_of(qkv_SX: Tensor, shapes: Shapes, heads: int) -> list[Tensor]:
+    """Views q, k, v [B, heads, T, d] of each group of [S, 3 * D], one group after the other."""
+    ends = list(accumulate((B * T for B, T in shapes), initial=0))
+    found: list[Tensor] = []
+    for (B, T), start, end in zip(shapes, ends, ends[1:], strict=False):
+        found += qkv_SX[start:end].view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return found
+
+
+class _SplitHeads(torch.autograd.Function):
+    """`_heads_of`, whose gradients are gathered in one pass: stacking, permuting and joining them are three on memory-bound cores."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_SX: Tensor, shapes: Shapes, heads: int) -> tuple[Tensor, ...]:
+        ctx.shapes, ctx.heads = shapes, heads
+        return tuple(_heads_of(qkv_SX, shapes, heads))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        rows = sum(B * T for B, T in ctx.shapes)
+        gradient_SX = gradients[0].new_empty(rows, 3 * ctx.heads * gradients[0].shape[-1])
+        for place, gradient in zip(_heads_of(gradient_SX, ctx.shapes, ctx.heads), gradients, strict=True):
+            place.copy_(gradient)
+        return gradient_SX, None, None
