@@ -59,8 +59,9 @@ def save_shards(
 ) -> Path:
     """Write OUT/shards/kept-NNNNNN.tar in WebDataset form: each image's bytes, and name, label and split beside it."""
     stage = folder.stage("shards", data=fingerprint, rows=list(rows), blur=hook)
-    target = folder.path / "shards"
-    if stage.done and target.is_dir():
+    target, made_from = folder.path / "shards", folder.path / "shards" / ".made-from"
+    # Other settings may have written there since this stage was done.
+    if stage.done and made_from.is_file() and made_from.read_text() == stage.key:
         return target
     starts = range(0, len(rows), SHARD_IMAGES)
     tasks = [
@@ -72,6 +73,7 @@ def save_shards(
     for _, path in tasks:
         os.replace(path, target / path.name)
     stage.finish()
+    made_from.write_text(stage.key)
     return target
 
 
