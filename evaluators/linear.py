@@ -36,6 +36,7 @@ from evaluators.combinations import Wide, names_for, wide
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.imagenet_sets import measure_sets, parse_sets
 from evaluators.linear_grid import Heads, train_grid
+from evaluators.published_figures import published_reference
 from evaluators.results import Measurement, check_writable, metrics_json, save_result
 from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
@@ -346,6 +347,9 @@ def run(
     if extras:
         metrics, errors = measure_sets(extras, options, measurement)
         result["metrics"] |= metrics_json(metrics)
+        result["published"] = published_reference(
+            "linear", options.ckpt, options.data, result["metrics"], result["settings"]
+        )
         result["settings"] |= {"corruption_errors": errors} if errors else {}
     if options.out is not None:
         save_result(options.out, result, measurement.predictions)

@@ -1,17 +1,18 @@
-"""What the authors report for their networks, beside what is measured here, where network, benchmark and evaluator are theirs.
+"""What the authors report for their networks, beside what is measured here, where network, benchmark, evaluator and settings are theirs.
 
-Sources: DINO: Caron et al. 2021 and its repository's README; DINOv2: Oquab et al. 2023, tables 4, 7, 9, 10, 11, and its README; registers:
-Darcet et al. 2023 and the README.
+Sources: DINO: Caron et al. 2021 and its repository's README; DINOv2: Oquab et al. 2023, tables 4, 7, 9, 10, 11, its README and model cards;
+registers: Darcet et al. 2023 and the README. Figures that could not be checked against their source here say so.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from backbones.catalog import CATALOG
 
 DINO, DINOV2, REGISTERS = "Caron et al. 2021", "Oquab et al. 2023", "Darcet et al. 2023, DINOv2 README"
+UNCHECKED = ", quoted from memory"
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,18 @@ class Figure:
     metric: str
     by_network: Mapping[str, float]
     source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the evaluator must have been set to for the figures to be about the same thing."""
 
 
+def of_sizes(small: float, base: float, large: float, giant: float, suffix: str = "") -> dict[str, float]:
+    """One figure for each of DINOv2's four networks."""
+    sizes = {"s": small, "b": base, "l": large, "g": giant}
+    return {f"dinov2_vit{size}14{suffix}": value for size, value in sizes.items()}
+
+
+LINEAR = {"seen": "crops", "layers": "last"}
+MULTISCALE = {"seen": "crops", "layers": "last4", "mirror": True}
 FIGURES = (
     Figure("knn", "imagenet", "top1", {
         "dino_vits16": 0.745, "dino_vits8": 0.783, "dino_vitb16": 0.761, "dino_vitb8": 0.774, "dino_resnet50": 0.675,
@@ -33,37 +44,43 @@ FIGURES = (
     Figure("linear", "imagenet", "top1_best_on_val", {
         "dino_vits16": 0.770, "dino_vits8": 0.797, "dino_vitb16": 0.782, "dino_vitb8": 0.801, "dino_resnet50": 0.753,
     }, DINO),
-    Figure("knn", "imagenet", "top1", {
-        "dinov2_vits14": 0.790, "dinov2_vitb14": 0.821, "dinov2_vitl14": 0.835, "dinov2_vitg14": 0.835,
-    }, DINOV2),
-    Figure("linear", "imagenet", "top1_best_on_val", {
-        "dinov2_vits14": 0.811, "dinov2_vitb14": 0.845, "dinov2_vitl14": 0.863, "dinov2_vitg14": 0.865,
-    }, DINOV2),
-    Figure("knn", "imagenet", "top1", {
-        "dinov2_vits14_reg": 0.791, "dinov2_vitb14_reg": 0.820, "dinov2_vitl14_reg": 0.838, "dinov2_vitg14_reg": 0.837,
-    }, REGISTERS),
-    Figure("linear", "imagenet", "top1_best_on_val", {
-        "dinov2_vits14_reg": 0.809, "dinov2_vitb14_reg": 0.846, "dinov2_vitl14_reg": 0.867, "dinov2_vitg14_reg": 0.871,
-    }, REGISTERS),
+    Figure("knn", "imagenet", "top1", of_sizes(0.790, 0.821, 0.835, 0.835), DINOV2),
+    Figure("linear", "imagenet", "top1_best_on_val", of_sizes(0.811, 0.845, 0.863, 0.865), DINOV2),
+    Figure("knn", "imagenet", "top1", of_sizes(0.791, 0.820, 0.838, 0.837, "_reg"), REGISTERS),
+    Figure("linear", "imagenet", "top1_best_on_val", of_sizes(0.809, 0.846, 0.867, 0.871, "_reg"), REGISTERS),
     Figure("attention", "voc2012", "jaccard", {"dino_vits16": 0.459, "dino_vits8": 0.447}, DINO),
     Figure("video_objects", "davis", "jf_mean", {
         "dino_vits16": 0.618, "dino_vits8": 0.699, "dino_vitb16": 0.623, "dino_vitb8": 0.714,
     }, DINO),
-    Figure("video_actions", "ucf101", "top1_best_on_val", {
-        "dinov2_vits14": 0.870, "dinov2_vitb14": 0.891, "dinov2_vitl14": 0.905, "dinov2_vitg14": 0.912,
-    }, DINOV2),
-    Figure("retrieval", "roxford5k", "map_medium", {
-        "dinov2_vits14": 0.688, "dinov2_vitb14": 0.729, "dinov2_vitl14": 0.751, "dinov2_vitg14": 0.736,
-    }, DINOV2),
-    Figure("retrieval", "roxford5k", "map_hard", {
-        "dinov2_vits14": 0.432, "dinov2_vitb14": 0.495, "dinov2_vitl14": 0.540, "dinov2_vitg14": 0.523,
-    }, DINOV2),
-    Figure("retrieval", "rparis6k", "map_medium", {
-        "dinov2_vits14": 0.846, "dinov2_vitb14": 0.903, "dinov2_vitl14": 0.927, "dinov2_vitg14": 0.921,
-    }, DINOV2),
-    Figure("retrieval", "rparis6k", "map_hard", {
-        "dinov2_vits14": 0.685, "dinov2_vitb14": 0.786, "dinov2_vitl14": 0.835, "dinov2_vitg14": 0.826,
-    }, DINOV2),
+    Figure("video_actions", "ucf101", "top1_best_on_val", of_sizes(0.870, 0.891, 0.905, 0.912), DINOV2),
+    Figure("retrieval", "roxford5k", "map_medium", of_sizes(0.688, 0.729, 0.751, 0.736), DINOV2),
+    Figure("retrieval", "roxford5k", "map_hard", of_sizes(0.432, 0.495, 0.540, 0.523), DINOV2),
+    Figure("retrieval", "rparis6k", "map_medium", of_sizes(0.846, 0.903, 0.927, 0.921), DINOV2),
+    Figure("retrieval", "rparis6k", "map_hard", of_sizes(0.685, 0.786, 0.835, 0.826), DINOV2),
+    Figure("retrieval", "roxford5k", "map_hard", of_sizes(0.395, 0.510, 0.557, 0.582, "_reg"), REGISTERS),
+    Figure("retrieval", "roxford5k", "map_medium", {"dino_vits16": 0.418, "dino_resnet50": 0.354}, DINO + UNCHECKED),
+    Figure("retrieval", "roxford5k", "map_hard", {"dino_vits16": 0.137, "dino_resnet50": 0.111}, DINO + UNCHECKED),
+    Figure("retrieval", "rparis6k", "map_medium", {"dino_vits16": 0.631, "dino_resnet50": 0.559}, DINO + UNCHECKED),
+    Figure("retrieval", "rparis6k", "map_hard", {"dino_vits16": 0.344, "dino_resnet50": 0.275}, DINO + UNCHECKED),
+    Figure("copies", "copydays", "map_strong", {"dino_vitb8": 0.858}, DINO, {"preset": "dino"}),
+    Figure("segmentation", "ade20k", "miou", of_sizes(0.443, 0.473, 0.477, 0.490), DINOV2, LINEAR),
+    Figure("segmentation", "ade20k", "miou", of_sizes(0.472, 0.513, 0.531, 0.530), DINOV2, MULTISCALE),
+    Figure("depth", "nyud", "rmse", of_sizes(0.449, 0.399, 0.384, 0.344), DINOV2, {"head": "linear1"}),
+    Figure("depth", "nyud", "rmse", of_sizes(0.417, 0.362, 0.333, 0.298), DINOV2, {"head": "linear4"}),
+    Figure("depth", "nyud", "rmse", of_sizes(0.356, 0.317, 0.293, 0.279), DINOV2, {"head": "dpt"}),
+    Figure("depth", "nyud", "rmse", {"dino_vitb8": 0.555}, DINOV2 + UNCHECKED, {"head": "linear1"}),
+    Figure("depth", "nyud", "rmse", {"dino_vitb8": 0.539}, DINOV2 + UNCHECKED, {"head": "linear4"}),
+    Figure("depth", "nyud", "rmse", {"dino_vitb8": 0.492}, DINOV2 + UNCHECKED, {"head": "dpt"}),
+    Figure("depth", "kitti", "rmse", of_sizes(3.10, 2.90, 2.78, 2.62), DINOV2 + UNCHECKED, {"head": "linear1"}),
+    Figure("depth", "kitti", "rmse", of_sizes(2.86, 2.59, 2.50, 2.35), DINOV2, {"head": "linear4"}),
+    Figure("depth", "kitti", "rmse", of_sizes(2.34, 2.23, 2.14, 2.11), DINOV2 + UNCHECKED, {"head": "dpt"}),
+    Figure("linear", "imagenet", "v2_top1", of_sizes(0.708, 0.749, 0.776, 0.784), DINOV2),
+    Figure("linear", "imagenet", "v2_top1", of_sizes(0.710, 0.756, 0.785, 0.788, "_reg"), REGISTERS),
+    Figure("linear", "imagenet", "real_top1", of_sizes(0.866, 0.883, 0.895, 0.896), DINOV2 + UNCHECKED),
+    Figure("linear", "imagenet", "a_top1", of_sizes(0.335, 0.551, 0.713, 0.759), DINOV2),
+    Figure("linear", "imagenet", "r_top1", of_sizes(0.537, 0.633, 0.744, 0.788), DINOV2 + UNCHECKED),
+    Figure("linear", "imagenet", "c_mce", of_sizes(0.544, 0.427, 0.315, 0.282), DINOV2 + UNCHECKED),
+    Figure("linear", "imagenet", "sketch_top1", of_sizes(0.412, 0.506, 0.593, 0.625), DINOV2 + UNCHECKED),
 )  # fmt: skip
 
 
@@ -75,7 +92,11 @@ def network_name(ckpt: str) -> str | None:
 
 
 def published_reference(
-    evaluator: str, ckpt: str, data: str, metrics: Mapping[str, Mapping[str, Any]]
+    evaluator: str,
+    ckpt: str,
+    data: str,
+    metrics: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """By metric the published value, its source, and what was measured minus it; empty where nothing comparable was published."""
     network, benchmark = network_name(ckpt), data.split(":", 1)[0] if ":" in data else None
@@ -91,4 +112,5 @@ def published_reference(
         if network in figure.by_network
         and (figure.evaluator, figure.benchmark) == (evaluator, benchmark)
         and figure.metric in metrics
+        and all(settings.get(name) == value for name, value in figure.settings.items())
     }

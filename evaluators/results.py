@@ -122,7 +122,7 @@ def result_json(
         "protocol": measurement.protocol,
         "version": measurement.version,
         "metrics": metrics,
-        "published": published_reference(measurement.evaluator, ckpt, source, metrics),
+        "published": published_reference(measurement.evaluator, ckpt, source, metrics, measurement.settings),
         "headline": measurement.headline,
         "selected_on": measurement.selected_on,
         "chosen": measurement.chosen,

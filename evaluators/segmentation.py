@@ -1,10 +1,9 @@
 """Patch features in, mean IoU out: how well a linear layer on a frozen network tells what each pixel shows (Oquab et al. 2023).
 
-The probe sees whole images, squashed to a square, and is trained on cached patches; its learning rate is chosen on held-out
-training images, and the test images are looked at once, at the size of their masks. `last4` reads four layers, and several
-scales and a mirror are averaged at test time ("+ms"). The published protocol differs in one point: it trains on random
-crops and tests by a sliding window, which keeps small things larger; figures here are those of whole views.
-Read in this order: SegmentationSpec, evaluate, choose_lr, run.
+The probe is trained on cached patches, of whole images squashed to a square or, as published, of random crops; its learning rate is
+chosen on held-out training images, and the test images are looked at once, whole or by a sliding window, at the size of their masks.
+`last4` reads four layers, and several scales and a mirror are averaged at test time ("+ms").
+Read in this order: evaluate, choose_lr, run; the settings are in segmentation_protocol.
 Legend: n images, C classes, H W pixels.
 """
 
@@ -20,7 +19,6 @@ import tyro
 
 from backbones.heads import HeadManifest, SegmentationHead, SegmentationHeadSpec, save_head
 from data.errors import InputError, run_cli
-from data.preprocess import check_view_px
 from evaluators.baselines import open_baseline
 from evaluators.classification import (
     NetworkOptions,
@@ -28,13 +26,10 @@ from evaluators.classification import (
     describe_data,
     describe_model,
     print_result,
-    progress_bar,
     refuse_processes,
     summary,
-    table_notes,
 )
-from evaluators.extract import ExtractSpec, FeatureTable, extract
-from evaluators.layers import MirroredRuntime, last_layers, with_layers
+from evaluators.layers import last_layers, with_layers
 from evaluators.presets import with_preset
 from evaluators.results import (
     Context,
@@ -45,9 +40,9 @@ from evaluators.results import (
     result_json,
     save_result,
 )
-from evaluators.segmentation_data import VOID_VALUE, MaskedImages, Masks, open_masks
 from evaluators.segmentation_pictures import masks_path, picture_path, save_masks, save_pictures
-from evaluators.segmentation_probe import SegmentationTable, TrainSpec, check_range, predict, train_head
+from evaluators.segmentation_probe import SegmentationTable, TestTable, check_range, predict, train_head
+from evaluators.segmentation_protocol import FOLDS, PRESETS, Preset, SegmentationSpec
 from evaluators.segmentation_scores import (
     Counts,
     class_iou,
@@ -57,78 +52,16 @@ from evaluators.segmentation_scores import (
     miou_difference,
     segmentation_metrics,
 )
-from evaluators.splits import Splits, hash_bucket, held_out_words, parts_to_hold_out, split_dataset
-from evaluators.view_batches import ViewSpec
+from evaluators.segmentation_views import Parts, look, open_parts, view_px
+from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
 from runtimes.open import open_runtime
-from runtimes.runtime import Runtime, step_px
+from runtimes.runtime import Runtime
 from runtimes.torch_runtime import TorchRuntime
 
 VERSION = 1
 HEADLINE = "miou"
-FOLDS = 5
-"""Parts the training images are cut into by a hash; some of them choose the learning rate."""
 ON_TRAIN = f"train_held_out_{HEADLINE}"
-Layers = Literal["last", "last4"]
-Preset = Literal["dinov2", "dinov2-ms"]
 SegmentationBaseline = Literal["colour", "untrained"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentationSpec:
-    """The segmentation protocol."""
-
-    lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates tried (AdamW, warm-up, then a straight fall to 0)."""
-    weight_decay: float = 1e-4
-    """Of AdamW."""
-    steps: int = 600
-    """Training steps."""
-    batch: int = 16
-    """Images a step."""
-    held_out: int = 1
-    """How many fifths of the training images are held out in turn to choose the learning rate (1 to 5)."""
-    layers: Layers = "last"
-    """What the head reads: the last layer, or the last four side by side (a checkpoint on torch only)."""
-    size: int | None = None
-    """Side in pixels that images are squashed to, to the nearest whole patches; None: the manifest's whole view."""
-    scales: tuple[float, ...] = (1.0,)
-    """Multiples of that size at which test images are seen; class probabilities are averaged."""
-    mirror: bool = False
-    """Whether test images are seen in a mirror as well."""
-
-    def __post_init__(self) -> None:
-        if not self.lr or not all(0 < lr < 1e6 for lr in self.lr):
-            raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
-        if self.steps < 1 or self.batch < 1 or not 0 <= self.weight_decay < 1e6:
-            raise InputError("--steps and --batch: wanted at least 1 each; --weight-decay: at least 0")
-        if not 1 <= self.held_out <= FOLDS:
-            raise InputError(f"--held-out {self.held_out}: wanted 1 to {FOLDS} fifths of the training images")
-        if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
-            raise InputError(f"--scales {' '.join(map(str, self.scales)) or '(empty)'}: wanted multiples from 0.1 to 8")
-        if self.size is not None:
-            check_view_px(self.size, "--size")
-
-    def training(self, lr: float, seed: int) -> TrainSpec:
-        """One training with this learning rate."""
-        return TrainSpec(lr=lr, weight_decay=self.weight_decay, steps=self.steps, batch=self.batch, seed=seed)
-
-    def in_words(self) -> str:
-        """The protocol for a result file."""
-        seen = f"scales {' '.join(f'{scale:g}' for scale in self.scales)}" + (" and mirrored" if self.mirror else "")
-        read = "the last layer" if self.layers == "last" else "the last four layers"
-        return (
-            f"batch norm and a linear layer on patches of {read} of whole views, cross-entropy, AdamW, {self.steps} steps of "
-            f"{self.batch} images; tested at {seen}, scored at the mask's size"
-        )
-
-
-PRESETS: dict[str, SegmentationSpec] = {
-    "dinov2": SegmentationSpec(lr=(1e-3,), steps=40_000, size=518),
-    "dinov2-ms": SegmentationSpec(
-        lr=(1e-3,), steps=40_000, size=644, layers="last4", scales=(1.0, 1.32, 1.73), mirror=True
-    ),
-}
-"""Rates, decay, steps and sizes of the published heads (on ADE20K: ViT-S/14 44.3 and 47.2); views are whole here, see above."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +79,7 @@ class Evaluated:
 
 def evaluate(
     train: SegmentationTable,
-    tests: Sequence[SegmentationTable],
+    tests: Sequence[TestTable],
     classes: Sequence[str],
     spec: SegmentationSpec,
     layers: tuple[int, ...] = (),
@@ -237,38 +170,11 @@ class SegmentationRun(NetworkOptions):
     """Images with masks of classes (PNG; 255: does not count): ade20k:ROOT, voc2012:ROOT, a folder with images/ and masks/,
     or a packed set, CSV or tar shards with `sem` or `masks`."""
     preset: Preset | None = None
-    """dinov2: one layer, 518 px, 40,000 steps; dinov2-ms: four layers, 644 px, three scales and a mirror. Settings given
-    beside it win."""
+    """dinov2: crops and a sliding window of 518 px, one layer, 40,000 steps; dinov2-ms: of 644 px, four layers, three scales and a
+    mirror. Settings given beside it win."""
     baselines: tuple[SegmentationBaseline, ...] = ()
     """Measured beside the network on the same images: colour (mean and spread of colour in each patch, same probe),
     untrained (same network, random weights)."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The set, its two parts, and its classes."""
-
-    images: dict[str, MaskedImages]
-    splits: Splits
-    classes: tuple[str, ...]
-
-
-def open_parts(options: SegmentationRun) -> Parts:
-    """Open the set. Raises InputError."""
-    whole = open_masks(options.data, "classes")
-    classes = whole.class_names()
-    if not 2 <= len(classes) <= VOID_VALUE:
-        raise InputError(f"{options.data}: its masks tell {len(classes)} class apart; wanted 2 to {VOID_VALUE}")
-    splits = split_dataset(whole.dataset, options.train_split, options.val_split, options.group_by)
-    images = {"train": replace(whole, dataset=splits.train), "val": replace(whole, dataset=splits.val)}
-    return Parts(images, splits, classes)
-
-
-def view_px(runtime: Runtime, spec: SegmentationSpec, scale: float = 1.0) -> int:
-    """Side of the view in whole patches."""
-    side = (spec.size or runtime.manifest.preprocess.whole_px) * scale
-    step = step_px(runtime.manifest)
-    return check_view_px(max(1, round(side / step)) * step, "--size and --scales: a view's side")
 
 
 def measure(
@@ -279,45 +185,23 @@ def measure(
     layers = last_layers(runtime) if layered else ()
     if spec.layers == "last4" and title != "colour":
         runtime = with_layers(runtime, layers or last_layers(runtime), norm=True)
-    started, found = time.perf_counter(), []
-    for what, scale, mirrored in [
-        ("train", 1.0, False),
-        *(("val", scale, m) for scale in spec.scales for m in (False, True)[: 1 + spec.mirror]),
-    ]:
-        part = parts.images[what]
-        extraction = ExtractSpec(
-            columns=("patches",),
-            view=ViewSpec(view="whole", size_px=view_px(runtime, spec, scale)),
-            batch_size=options.batch_size,
-            workers=options.workers,
-            cache_dir=options.cache_dir,
-            group_column=parts.splits.group_column,
-        )
-        with progress_bar(f"{title}: {what}") as progress:
-            seen = MirroredRuntime(runtime) if mirrored else runtime
-            found.append((extract(seen, part.dataset, extraction, progress), part))
+    started = time.perf_counter()
+    views = look(title, runtime, parts, options, spec)
     extracted = time.perf_counter()
-    tables = [segmentation_table(features, images) for features, images in found]
-    evaluated = evaluate(tables[0], tables[1:], parts.classes, spec, layers, options.seed)
+    evaluated = evaluate(views.train, views.tests, parts.classes, spec, layers, options.seed)
     timing = {
         "extract_s": round(extracted - started, 3),
         "evaluate_s": round(time.perf_counter() - extracted, 3),
-        "features_from_cache": all(features.cached for features, _ in found),
+        "features_from_cache": views.cached,
     }
-    counts: dict[str, Any] = {"n_train": len(found[0][0]), "n_val": len(found[1][0])}
-    counts["skipped"] = dict(item for features, _ in found[:2] for item in features.skipped)
-    for what, (features, _) in zip(("train", "val"), found[:2], strict=True):
-        evaluated.measurement.notes.extend(table_notes(what, features))
-    return evaluated, timing, counts
-
-
-def segmentation_table(features: FeatureTable, images: MaskedImages) -> SegmentationTable:
-    """Features of whole views beside the masks of the same images."""
-    return SegmentationTable(features.names, features.groups, features.columns["patches"], Masks(images, features.rows))
+    evaluated.measurement.notes.extend(views.notes)
+    return evaluated, timing, views.counts
 
 
 def run(
-    options: SegmentationRun, spec: SegmentationSpec = SegmentationSpec(), save_head_to: Path | None = None
+    options: SegmentationRun,
+    spec: SegmentationSpec = SegmentationSpec(),  # noqa: B008 (frozen)
+    save_head_to: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result; files are written where asked."""
     refuse_processes(options)
@@ -337,7 +221,7 @@ def run(
             model=describe_model(options.ckpt, runtime),
             data=describe_data(options.data, parts.splits, counts)
             | {"n_classes": len(parts.classes), "classes": list(parts.classes), "truth_fingerprint": truth},
-            preprocess=manifest.preprocess.to_json() | {"view": "whole", "size_px": view_px(runtime, spec)},
+            preprocess=manifest.preprocess.to_json() | {"view": spec.seen, "size_px": view_px(runtime, spec)},
             timing=timing,
             environment=describe_environment(runtime.device, options.threads),
         )
@@ -369,7 +253,7 @@ def save_segmentation_head(path: Path, head: SegmentationHead, result: dict[str,
         kind="segmentation",
         backbone_sha256=result["model"]["weights_sha256"],
         spec={},
-        features="patches of whole views",
+        features="patches",
         classes=tuple(result["data"]["classes"]),
         source=f"evaluators.segmentation on {result['data']['source']}",
         data_fingerprint=result["data"]["fingerprint"]["train"],

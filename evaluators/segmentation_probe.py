@@ -13,6 +13,7 @@ Legend: B images, P pixels of an image, N patches (N = h * w), D feature size, C
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,9 +44,35 @@ class SegmentationTable:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across; whole views are square."""
-        side = math.isqrt(self.patches_nND.shape[1])
-        return side, side
+        """Patches down and across."""
+        return square_grid(self.patches_nND.shape[1])
+
+    def enlarged(self, head: SegmentationHead, row: int, hw: tuple[int, int]) -> Tensor:
+        """Logits of one image at the size `hw`, [C, H, W]."""
+        logits = head.logits(torch.from_numpy(np.array(self.patches_nND[row : row + 1])), self.grid)
+        return F.interpolate(logits, size=hw, mode="bilinear", align_corners=False)[0]
+
+
+def square_grid(n_patches: int) -> tuple[int, int]:
+    """Patches down and across of a square view."""
+    side = math.isqrt(n_patches)
+    return side, side
+
+
+class TestTable(Protocol):
+    """Test images that a head can be asked about, one row each: whole views, or windows over the image."""
+
+    __test__ = False
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def groups(self) -> tuple[str, ...]: ...
+    @property
+    def masks(self) -> Sequence[np.ndarray]: ...
+
+    def enlarged(self, head: SegmentationHead, row: int, hw: tuple[int, int]) -> Tensor:
+        """Logits of one image at the size `hw`, [C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +217,12 @@ def folded(head: SegmentationHead, mean_D: Tensor, spread_D: Tensor) -> Segmenta
 
 
 @torch.inference_mode()
-def predict(head: SegmentationHead, tables: Sequence[SegmentationTable], row: int, hw: tuple[int, int]) -> np.ndarray:
+def predict(head: SegmentationHead, tables: Sequence[TestTable], row: int, hw: tuple[int, int]) -> np.ndarray:
     """Class of each pixel of one image, int64 [H, W]; of several tables (scales, mirrors) the mean probability decides."""
-    total: Tensor | None = None
-    for table in tables:
-        logits = head.logits(torch.from_numpy(np.array(table.patches_nND[row : row + 1])), table.grid)
-        large_CHW = F.interpolate(logits, size=hw, mode="bilinear", align_corners=False)[0]
-        if len(tables) == 1:
-            total = large_CHW
-        else:
-            chances = torch.softmax(large_CHW, dim=0)
-            total = chances if total is None else total + chances
-    assert total is not None
+    total = tables[0].enlarged(head, row, hw)
+    if len(tables) > 1:
+        total = torch.softmax(total, dim=0)
+        for table in tables[1:]:
+            total += torch.softmax(table.enlarged(head, row, hw), dim=0)
     classes: np.ndarray = total.argmax(dim=0).numpy()
     return classes

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import asdict
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backbones.catalog import CATALOG
 from data.errors import InputError
 from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired
+from evaluators.published_figures import FIGURES, published_reference
 from evaluators.results import Context, Measurement, Metric, load_predictions, load_result, result_json, save_result
+from evaluators.segmentation_protocol import PRESETS, SegmentationSpec
 
 N = 200
 
@@ -197,3 +201,33 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
     assert of("/x/dinov2_vits14_pretrain.pth", "imagenet:/data") == wanted
     assert of("mine.safetensors", "imagenet:/data") == {}
     assert of("dinov2_vits14", "/data/photos") == {}
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "benchmark", "metric", "settings", "wanted"),
+    [
+        ("depth", "nyud", "rmse", {"head": "linear1"}, 0.449),
+        ("depth", "nyud", "rmse", {"head": "linear4"}, 0.417),
+        ("depth", "nyud", "rmse", {"head": "dpt"}, 0.356),
+        ("depth", "kitti", "rmse", {"head": "linear4"}, 2.86),
+        ("segmentation", "ade20k", "miou", asdict(PRESETS["dinov2"]), 0.443),
+        ("segmentation", "ade20k", "miou", asdict(PRESETS["dinov2-ms"]), 0.472),
+        ("segmentation", "ade20k", "miou", asdict(SegmentationSpec()), None),  # whole views are another protocol
+        ("linear", "imagenet", "v2_top1", {}, 0.708),
+    ],
+)
+def test_a_published_figure_belongs_to_one_protocol(
+    evaluator: str, benchmark: str, metric: str, settings: dict[str, Any], wanted: float | None
+) -> None:
+    found = published_reference(evaluator, "dinov2_vits14", f"{benchmark}:/data", {metric: {"value": 0.5}}, settings)
+    assert (found[metric]["value"] if found else None) == wanted
+
+
+def test_no_two_published_figures_are_of_the_same_thing() -> None:
+    keys = [
+        (one.evaluator, one.benchmark, one.metric, network, *sorted(one.settings.items()))
+        for one in FIGURES
+        for network in one.by_network
+    ]
+    assert len(set(keys)) == len(keys)
+    assert {network for *_, network in ((one, n) for one in FIGURES for n in one.by_network)} <= set(CATALOG)

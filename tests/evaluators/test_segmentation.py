@@ -1,5 +1,6 @@
 """Linear segmentation: the head it trains is the one that is served, figures by hand, benchmarks as distributed, bad masks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from backbones.checkpoints import CheckpointError
 from backbones.heads import SegmentationHead, SegmentationHeadSpec, load_segmentation_head
 from data.errors import InputError
+from data.preprocess import Preprocess
 from evaluators.layers import MirroredRuntime, with_layers
 from evaluators.results import load_result
-from evaluators.segmentation import SegmentationRun, SegmentationSpec, evaluate, main, run
-from evaluators.segmentation_data import open_masks
+from evaluators.segmentation import SegmentationRun, evaluate, main, run
+from evaluators.segmentation_cuts import Cut, CutImages, CutMasks, WindowTable, random_cuts, window_starts
+from evaluators.segmentation_data import MaskedImages, open_masks
 from evaluators.segmentation_probe import (
     SegmentationTable,
     Targets,
@@ -24,6 +27,7 @@ from evaluators.segmentation_probe import (
     folded,
     train_head,
 )
+from evaluators.segmentation_protocol import PRESETS, SegmentationSpec
 from evaluators.segmentation_scores import Counts, class_iou, count, miou_difference, segmentation_metrics
 from runtimes.open import open_runtime
 from tests.evaluators.fakes import MeanColourRuntime, small_checkpoint
@@ -268,3 +272,96 @@ def test_training_spec_makes_the_same_head_twice() -> None:
     spec = TrainSpec(lr=1e-2, weight_decay=1e-4, steps=5, batch=4, seed=3)
     one, other = (train_head(table, np.arange(8), SegmentationHeadSpec(3, 3), spec) for _ in range(2))
     assert torch.equal(one.linear.weight, other.linear.weight)
+
+
+class TestCrops:
+    SPEC = SegmentationSpec(lr=(3e-2,), steps=60, batch=8, seen="crops", size=32, crops=2)
+
+    def images(self, tmp_path: Path) -> MaskedImages:
+        return open_masks(parts_folder(tmp_path / "data"), "classes")
+
+    def test_masks_are_cut_as_their_images_are(self, tmp_path: Path) -> None:
+        """Each class has a colour of its own, which scaling, mirroring and filling must not part from it."""
+        images = self.images(tmp_path)
+        cuts = [replace(cut, recolour=None) for cut in random_cuts(images, 32, 3, (0.5, 2.0), seed=0)]
+        cut = CutImages(images, cuts, 32, Preprocess())
+        masks, mirrored = CutMasks(cut, range(len(cut))), {cut.mirrored for cut in cuts}
+        assert (len(cut), mirrored) == (3 * 16, {False, True})
+        colours = np.array([(40, 40, 200), (40, 200, 40), (200, 40, 40)])  # as cv2 wrote them: blue, green, red
+        for row in range(len(cut)):
+            image, mask = cut.image(row).astype(int), masks[row]
+            assert image.shape == (32, 32, 3)
+            nearest = np.abs(image[:, :, None] - colours).sum(axis=3).argmin(axis=2)
+            assert (nearest == mask)[mask >= 0].mean() > 0.85  # the rest lies where colours meet
+            assert mask.max() >= 0
+        small = [row for row, one in enumerate(cuts) if min(one.scaled_hw) < 32]
+        assert small
+        assert all((masks[row] == -1).any() for row in small)
+
+    def test_crops_are_the_same_each_time_and_others_for_another_seed(self, tmp_path: Path) -> None:
+        images = self.images(tmp_path)
+        first, again, other = (random_cuts(images, 32, 2, (0.5, 2.0), seed) for seed in (0, 0, 1))
+        assert first == again != other
+        prints = {CutImages(images, cuts, 32, Preprocess()).fingerprint() for cuts in (first, other)}
+        assert len(prints) == 2
+
+    def test_no_crop_that_one_class_fills_is_taken_where_others_can_be_had(self, tmp_path: Path) -> None:
+        images = self.images(tmp_path)
+        cut = CutImages(images, random_cuts(images, 32, 4, (1.5, 1.5), seed=0), 32, Preprocess())
+        filled = 0
+        for mask in CutMasks(cut, range(len(cut))):
+            counts = np.bincount(mask[mask >= 0], minlength=3)
+            filled += counts.max() > 0.75 * counts.sum()
+        assert filled < len(cut) / 3  # by chance it would be more than half
+
+    @pytest.mark.parametrize(
+        ("side", "starts"), [(512, [0]), (500, [0]), (600, [0, 88]), (853, [0, 341]), (1200, [0, 341, 682, 688])]
+    )
+    def test_windows_slide_by_the_published_stride_and_end_at_the_border(self, side: int, starts: list[int]) -> None:
+        assert window_starts(side, 512, 341) == starts
+
+    def test_a_window_over_the_whole_image_is_the_whole_view(self, tmp_path: Path) -> None:
+        """A square image at the window's size: one window, and the same logits as a whole view gives."""
+        head = SegmentationHead(SegmentationHeadSpec(n_classes=3, width_in=3))
+        table = class_table(1, 0, hw=(16, 16))
+        windows = WindowTable(
+            table.names, table.groups, table.masks, table.patches_nND, (((0, Cut(0, (32, 32), 0, 0)),),), 32
+        )
+        torch.testing.assert_close(windows.enlarged(head, 0, (32, 32)), table.enlarged(head, 0, (32, 32)))
+
+    def test_where_windows_overlap_the_mean_of_their_logits_counts(self) -> None:
+        head = SegmentationHead(SegmentationHeadSpec(n_classes=2, width_in=2))
+        with torch.no_grad():
+            head.linear.weight.copy_(torch.eye(2))
+            head.linear.bias.zero_()
+        patches = np.zeros((2, 4, 2), np.float32)
+        patches[0, :, 0], patches[1, :, 0] = 1.0, 3.0
+        cuts = ((0, Cut(0, (4, 6), 0, 0)), (1, Cut(0, (4, 6), 0, 2)))
+        table = WindowTable(("a",), ("a",), [np.zeros((4, 6), np.int32)], patches, (cuts,), 4)
+        found = table.enlarged(head, 0, (4, 6))[0]
+        assert found[0].tolist() == pytest.approx([1, 1, 2, 2, 3, 3])
+
+    def test_it_learns_from_crops_and_tests_by_windows(self, tmp_path: Path) -> None:
+        data, ckpt = parts_folder(tmp_path / "data"), small_checkpoint(tmp_path / "a.safetensors")
+        (data / "images/val/3.png").write_bytes(b"no picture")
+        options = SegmentationRun(
+            ckpt=str(ckpt), data=str(data), cache_dir=tmp_path / "cache", threads=1, baselines=("colour",)
+        )
+        spec = replace(self.SPEC, scales=(1.0, 1.5), mirror=True)
+        with pytest.raises(InputError, match="cannot be decoded"):
+            run(options, spec)
+        cv2.imwrite(str(data / "images/val/3.png"), np.full((40, 48, 3), 90, np.uint8))
+        result = run(options, spec)
+        assert result["baselines"]["colour"]["metrics"]["miou"]["value"] > 0.6
+        assert (result["data"]["n_train"], result["data"]["n_val"]) == (12, 4)
+        assert "2 random crops of each image" in result["protocol"]
+        assert "a window sliding by 0.666 of its side, at scales 1 1.5 and mirrored" in result["protocol"]
+        assert run(options, spec)["metrics"] == result["metrics"]
+
+    def test_presets_state_the_published_protocol(self) -> None:
+        for name, px, stride in (("dinov2", 512, 341), ("dinov2-ms", 640, 320)):
+            preset = PRESETS[name]
+            assert preset.seen == "crops"
+            assert preset.size == pytest.approx(px, abs=6)  # the nearest whole patches of 14 px
+            assert preset.stride == pytest.approx(stride / px)
+        assert PRESETS["dinov2-ms"].scales == (1.0, 1.32, 1.73)
