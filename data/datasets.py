@@ -21,7 +21,8 @@ import numpy as np
 from data.decode import DEFAULT_LIMITS, DecodeError, DecodeLimits, decode_image
 from data.errors import InputError
 from data.listings import IMAGE, Item, Record, scan_csv, scan_folder, split_name
-from data.members import Member, content_mark, read_bytes
+from data.marks import content_marks
+from data.members import Member, read_bytes
 from data.packs import scan_packed, scan_shards
 
 ACCEPTED_FORMS = (
@@ -41,6 +42,7 @@ class Dataset:
         labels = {item.label for item in self.items if item.label is not None}
         self.classes: list[str] = sorted(labels) if classes is None else list(classes)
         """All labels of the whole set, sorted; parts of a set (splits, subsets) share them, so indices agree."""
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -116,13 +118,15 @@ class Dataset:
         return Dataset([self._records[int(i)] for i in indices], self.classes, self.name)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over each item's name, label, split, size in bytes and checksum; see `content_mark`."""
-        digest = hashlib.sha256()
-        for item, record in zip(self.items, self._records, strict=True):
-            image = record.members[IMAGE]
-            fields = (item.name, item.label or "", item.split or "", *content_mark(image).split())
-            digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
-        return digest.hexdigest()
+        """SHA-256 (hex) over each item's name, label, split, size in bytes and checksum; see `content_mark`. Read once a data set."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            marks = content_marks([record.members[IMAGE] for record in self._records])
+            for item, mark in zip(self.items, marks, strict=True):
+                fields = (item.name, item.label or "", item.split or "", *mark.split())
+                digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
 def open_dataset(data: str | Path, split: str | None = None) -> Dataset:

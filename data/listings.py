@@ -84,7 +84,7 @@ def scan_folder(root: Path) -> list[Record]:
         with_images = [folder for folder in folders if _has_images(folder)]
         if len(with_images) >= 2:
             return [record for folder in with_images for record in _scan_class(root, folder, None)]
-    records = [_file_record(root, path, None, None) for path in images_under(root)]
+    records = _file_records(root, root, None, None)
     if not records:
         raise InputError(f"{root}: no images in this folder; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
     return records
@@ -110,7 +110,7 @@ def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
         images, classes = _entries(folder)
         _refuse_stray(folder, images, [inner for inner in classes if _has_images(inner)])
         if images:
-            records += [_file_record(root, path, None, split) for path in images_under(folder)]
+            records += _file_records(root, folder, None, split)
         else:
             records += [record for inner in classes for record in _scan_class(root, inner, split)]
     if not records:
@@ -119,26 +119,35 @@ def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
 
 
 def _scan_class(root: Path, folder: Path, split: str | None) -> list[Record]:
-    return [_file_record(root, path, folder.name, split) for path in images_under(folder)]
+    return _file_records(root, folder, folder.name, split)
 
 
-def _file_record(root: Path, path: Path, label: str | None, split: str | None) -> Record:
-    return Record(Item(path.relative_to(root).as_posix(), label, split), {IMAGE: Member(str(path))})
+def _file_records(root: Path, folder: Path, label: str | None, split: str | None) -> list[Record]:
+    """A row for each image under `folder`, named from `root` on."""
+    inside = folder.relative_to(root).parts
+    before = len(os.path.join(str(folder), "")) - sum(len(part) + 1 for part in inside)
+    return [Record(Item(path[before:], label, split), {IMAGE: Member(path)}) for path in _image_paths(str(folder))]
 
 
 def images_under(folder: Path) -> Iterator[Path]:
     """Images in a folder and below, sorted, links followed; each folder is entered once, so a loop of links ends."""
+    return map(Path, _image_paths(str(folder)))
+
+
+def _image_paths(folder: str) -> Iterator[str]:
+    """As `images_under`; text, because objects would take most of the time of listing a large set."""
     seen: set[tuple[int, int]] = set()
     stack = [folder]
     while stack:
         current = stack.pop()
-        status = current.stat()
+        status = os.stat(current)
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        images, folders = _entries(current)
-        yield from images
-        stack.extend(reversed(folders))
+        images, folders = _names(current)
+        base = os.path.join(current, "")
+        yield from [base + name for name in images]
+        stack.extend(base + name for name in reversed(folders))
 
 
 def _has_images(folder: Path) -> bool:
@@ -147,6 +156,11 @@ def _has_images(folder: Path) -> bool:
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Images and visible folders directly inside, sorted by name. Raises InputError where it may not be listed."""
+    images, folders = _names(str(folder))
+    return [folder / name for name in images], [folder / name for name in folders]
+
+
+def _names(folder: str) -> tuple[list[str], list[str]]:
     images, folders = [], []
     try:
         with os.scandir(folder) as entries:
@@ -159,7 +173,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
                     images.append(entry.name)
     except OSError as error:
         raise InputError(f"{folder}: this folder cannot be listed ({error.strerror or error})") from error
-    return [folder / name for name in sorted(images)], [folder / name for name in sorted(folders)]
+    return sorted(images), sorted(folders)
 
 
 def read_csv_rows(path: Path) -> dict[int, dict[str, str]]:
