@@ -59,10 +59,8 @@ def square_grid(n_patches: int) -> tuple[int, int]:
     return side, side
 
 
-class TestTable(Protocol):
-    """Test images that a head can be asked about, one row each: whole views, or windows over the image."""
-
-    __test__ = False
+class ImageTable(Protocol):
+    """Images that a head can be asked about, one row each: whole views, or windows over the image."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -217,7 +215,7 @@ def folded(head: SegmentationHead, mean_D: Tensor, spread_D: Tensor) -> Segmenta
 
 
 @torch.inference_mode()
-def predict(head: SegmentationHead, tables: Sequence[TestTable], row: int, hw: tuple[int, int]) -> np.ndarray:
+def predict(head: SegmentationHead, tables: Sequence[ImageTable], row: int, hw: tuple[int, int]) -> np.ndarray:
     """Class of each pixel of one image, int64 [H, W]; of several tables (scales, mirrors) the mean probability decides."""
     total = tables[0].enlarged(head, row, hw)
     if len(tables) > 1:

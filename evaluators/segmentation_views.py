@@ -16,7 +16,7 @@ from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.layers import MirroredRuntime
 from evaluators.segmentation_cuts import Cut, CutImages, CutMasks, WindowTable, random_cuts, window_cuts
 from evaluators.segmentation_data import VOID_VALUE, MaskedImages, Masks, open_masks
-from evaluators.segmentation_probe import SegmentationTable, TestTable
+from evaluators.segmentation_probe import SegmentationTable, ImageTable
 from evaluators.segmentation_protocol import SegmentationSpec
 from evaluators.splits import Splits, group_of, split_dataset
 from evaluators.view_batches import ViewSpec
@@ -55,7 +55,7 @@ class Views:
     """What was extracted."""
 
     train: SegmentationTable
-    tests: list[TestTable]
+    tests: list[ImageTable]
     """The same test images once a scale (and mirror)."""
     counts: dict[str, Any]
     """Images of each part, and those that could not be read."""
@@ -81,7 +81,7 @@ def look(title: str, runtime: Runtime, parts: Parts, options: NetworkOptions, sp
         found.append((what, table))
         return table
 
-    images, tests = parts.images["train"], []
+    images, tests = parts.images["train"], list[ImageTable]()
     if spec.seen == "whole":
         features = extracted("train", images.dataset, px)
         masks: Sequence[Any] = Masks(images, features.rows)
