@@ -41,7 +41,7 @@ from evaluators.results import (
     save_result,
 )
 from evaluators.segmentation_pictures import masks_path, picture_path, save_masks, save_pictures
-from evaluators.segmentation_probe import SegmentationTable, ImageTable, check_range, predict, train_head
+from evaluators.segmentation_probe import ImageTable, SegmentationTable, check_range, predict, train_head
 from evaluators.segmentation_protocol import FOLDS, PRESETS, Preset, SegmentationSpec
 from evaluators.segmentation_scores import (
     Counts,

@@ -16,7 +16,7 @@ from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.layers import MirroredRuntime
 from evaluators.segmentation_cuts import Cut, CutImages, CutMasks, WindowTable, random_cuts, window_cuts
 from evaluators.segmentation_data import VOID_VALUE, MaskedImages, Masks, open_masks
-from evaluators.segmentation_probe import SegmentationTable, ImageTable
+from evaluators.segmentation_probe import ImageTable, SegmentationTable
 from evaluators.segmentation_protocol import SegmentationSpec
 from evaluators.splits import Splits, group_of, split_dataset
 from evaluators.view_batches import ViewSpec
