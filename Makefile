@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-slow test-triton test-tensorrt bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators clean
+.PHONY: help demo docs test test-slow test-triton test-tensorrt test-perf-analyzer bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -36,6 +36,12 @@ test-triton: $(TEST_STAMP) $(VENVS)/triton/.installed  ## exported repositories 
 
 test-tensorrt: $(TEST_STAMP) $(VENVS)/trtx/.installed  ## exported graphs through TensorRT-RTX's parser and builder (downloads it once, 95 MB)
 	$(BIN)/python -m pytest -m tensorrt $(PYTEST_ARGS)
+
+test-perf-analyzer: $(TEST_STAMP) $(VENVS)/perf_analyzer/perf_analyzer  ## NVIDIA's load generator on our server (downloads it once, 14 MB)
+	$(BIN)/python -m pytest -m perf_analyzer $(PYTEST_ARGS)
+
+$(VENVS)/perf_analyzer/perf_analyzer: tests/server/install_perf_analyzer.sh
+	tests/server/install_perf_analyzer.sh $(BIN)/python $(VENVS)/perf_analyzer
 
 # OpenCV 5 asks for NumPy 2 and runs with 1.26, which this server's wheel pins; equal decoders are the point of the test.
 $(VENVS)/triton/.installed: Makefile

@@ -23,7 +23,7 @@ from server.http_body import compressed, parse_json, read_body, unless_disconnec
 from server.repository import Repository
 from server.requests import UNSUPPORTED, InferReply, InferRequest
 from server.service import Service, off_loop_if_large
-from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
+from server.shared_memory import Place, SharedMemory
 from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -278,9 +278,9 @@ def _response(
         entry: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": list(array.shape)}
         told: dict[str, Any] = {SCALE: reply.scales[spec.name]} if spec.name in reply.scales else {}
         if spec.name in wanted.places:
-            service.raw(wanted, spec.name, array)
-            place = wanted.places[spec.name]
-            told |= {REGION: place.region, BYTE_SIZE: place.byte_size, OFFSET: place.offset}
+            service.raw(
+                wanted, spec.name, array
+            )  # and no parameters: Triton's own C++ client takes any for binary data
         elif asked.get(spec.name, {}).get("binary_data", everything):
             raw.append(to_raw(array))
             told |= {"binary_data_size": len(raw[-1])}
@@ -295,7 +295,10 @@ def _response(
     answer: dict[str, Any] = {"model_name": reply.model, "model_version": reply.version, "outputs": outputs}
     if "id" in header:
         answer["id"] = header["id"]
-    text = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+    except ValueError as error:
+        raise InputError("an output is not finite, which JSON has no words for; ask for binary tensors") from error
     headers = {HEADER_LENGTH: str(len(text))} if raw else {}
     body, coding = compressed(request, b"".join([text, *raw]))
     return Response(

@@ -9,7 +9,7 @@ from data.decode import decode_image
 from data.preprocess import center_view, whole_view
 from tests.server.conftest import PREPROCESS
 from tests.server.images import encode, jpeg, picture, png
-from tests.server.wires import images
+from tests.server.wires import images, open_wire
 
 FILES = (
     png(0),
@@ -148,3 +148,13 @@ def test_knn_searches_the_collection_that_is_named(wire, http):
 def test_images_of_any_size_share_a_request(wire, runtime):
     files = [png(seed, 20 + 13 * seed, 150 - 11 * seed) for seed in range(9)]
     same(wire.infer("embedding", images(*files))["embedding"], runtime.run(center(*files))["embedding"])
+
+
+@pytest.mark.parametrize("name", ["grpc", "http"])
+def test_random_bits_of_a_load_generator_are_answered(server, name):
+    """perf_analyzer fills tensors with random bits, of which one value in 256 is infinite or no number."""
+    bits = np.random.default_rng(0).integers(0, 1 << 32, (2, 3, 32, 32), dtype=np.uint32).view(np.float32)
+    assert not np.isfinite(bits).all()
+    opened = open_wire(name, server.addresses)
+    assert opened.infer("backbone", {"pixels": bits}, ["embedding"])["embedding"].shape == (2, 48)
+    opened.close()
