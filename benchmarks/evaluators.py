@@ -25,6 +25,7 @@ import torch
 import tyro
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from data.errors import run_cli
@@ -206,6 +207,7 @@ def main(sizes: Sizes) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
+    threadpool_limits(1)  # of NumPy's and SciPy's products, in which scikit-learn spends its time
     if sizes.measure_memory:
         print_memory(sizes)
         return

@@ -139,7 +139,11 @@ def few_shot_voters(labels_n: np.ndarray, n_per_class: int, tries: int, spec_ks:
     """Random training sets of `n_per_class` images a class (all of a class that has fewer), one a try.
 
     As DINOv2 draws them: a fresh generator with seed t, one permutation a class in order; k is cut to `n_per_class`.
+    Raises InputError where no class has so many.
     """
+    largest = int(np.bincount(labels_n).max())
+    if n_per_class > largest:
+        raise InputError(f"--n-per-class {n_per_class}: the largest class has {largest} training images; name fewer")
     ks = tuple(sorted({k for k in spec_ks if k <= n_per_class} | {n_per_class}))
     members = [torch.from_numpy(np.flatnonzero(labels_n == label)) for label in np.unique(labels_n)]
     voters = []

@@ -74,6 +74,10 @@ def evaluate(
     """
     check_tables(table)
     keys = np.unique(np.asarray(keys_n), return_inverse=True)[1]
+    if not keys.any():
+        raise InputError(
+            f"all {len(table)} images share one value, so that any order is right; is --by the right column?"
+        )
     sides = None if sides_n is None else np.unique(np.asarray(sides_n), return_inverse=True)[1]
     bank_nD, n = unit_rows(table.features), len(table)
     figures: dict[str, list[np.ndarray]] = {"map": [], "top1": [], "p5": [], "p10": []}

@@ -146,7 +146,7 @@ def named_split(
 def labelled(splits: Splits, data: str) -> Splits:
     """Keep rows with a label and check that a classifier can be judged on them.
 
-    Raises InputError without labels, with one class, or with fewer training images than classes.
+    Raises InputError without labels, with one class, with fewer training images than classes, or where no class is in both parts.
     """
     notes = list(splits.notes)
     parts = []
@@ -172,6 +172,11 @@ def labelled(splits: Splits, data: str) -> Splits:
             "Is the label column the right one?"
         )
     unseen = Counter(str(item.label) for item in val.items if item.label not in seen)
+    if unseen.total() == len(val.items):
+        raise InputError(
+            f"{data}: no test image is of a class that has training images ({', '.join(sorted(unseen)[:3])} against "
+            f"{', '.join(sorted(map(str, seen))[:3])}); wanted the same class names in both parts"
+        )
     if unseen:
         names = ", ".join(sorted(unseen)[:5]) + (", ..." if len(unseen) > 5 else "")
         notes.append(f"{unseen.total()} test images are of classes without training images ({names}): always errors")

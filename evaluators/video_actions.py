@@ -38,7 +38,7 @@ from evaluators.splits import labelled, split_dataset
 from evaluators.video_frames import CLIP, open_actions
 from runtimes.open import open_runtime
 
-VERSION = 1
+VERSION = 2
 FEATURES = ExtractSpec(columns=("embedding", "patch_mean"))
 Pool = Literal["mean", "concat"]
 Classifier = Literal["linear", "knn"]

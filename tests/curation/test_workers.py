@@ -1,11 +1,16 @@
 """The same tasks here and on a Ray cluster, of which a worker is killed: the same result."""
 
+import contextlib
+import csv
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -91,3 +96,72 @@ def _killed_once(function, mark: Path, *arguments: object) -> None:  # type: ign
         mark.write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
     function(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("deduplicate", ["--evaluation", "{heap}/0_evaluation", "--threshold", "0.9", "--eval-threshold", "0.95"]),
+        ("retrieve", ["--queries", "samples/samples.csv", "--k", "1"]),
+        ("balance", ["--keep", "1000"]),
+    ],
+)
+def test_a_command_on_a_local_cluster_of_which_a_worker_is_killed_gives_the_same_list(
+    command: str, words: list[str], tmp_path: Path
+) -> None:
+    """The commands themselves, as processes; the worker that is killed is whichever first does anything."""
+    heap = many_images(tmp_path / "heap", 2500)
+    said, kept = {}, {}
+    for name in ("here", "ray"):
+        out = tmp_path / name
+        argv = ["--ckpt", "models/dinoscope_tiny.safetensors", "--data", str(heap), "--out", str(out), "--threads", "1"]
+        argv += [word.format(heap=heap) for word in words] + ["--ray", "local"] * (name == "ray")
+        # the mark by which workers of this very command are known
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"curation.{command}", *argv],
+            stderr=subprocess.PIPE,
+            env=os.environ | {"CURATION_TEST": str(tmp_path)},
+        )
+        killed = kill_a_worker(process, out) if name == "ray" else None
+        _, stderr = process.communicate(timeout=900)
+        assert process.returncode == 0, stderr.decode()[-2000:]
+        assert name == "here" or killed
+        kept[name] = (out / "kept.csv").read_bytes()
+        said[name] = decisions_of(out / "decisions.csv")
+    assert 0 < len(kept["here"].splitlines()) - 1 < 2500
+    assert kept["ray"] == kept["here"]
+    assert [row[:-1] for row in said["ray"]] == [row[:-1] for row in said["here"]]
+    scores = np.array([[float(row[-1] or 0) for row in said[name]] for name in ("ray", "here")])
+    np.testing.assert_allclose(scores[0], scores[1], atol=2e-4)
+
+
+def many_images(root: Path, n: int) -> Path:
+    """Pictures of random blocks in three blocks of work, a fifth of them recompressed copies; the first hundred are in a folder."""
+    rng = np.random.default_rng(0)
+    root.mkdir()
+    (root / "0_evaluation").mkdir()
+    for i in range(n):
+        if i % 5 or i == 0:
+            picture = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((12, 12, 1))).astype(np.uint8)
+        folder = root / "0_evaluation" if i < 100 else root
+        cv2.imwrite(str(folder / f"{i:05d}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 90 - 30 * (i % 5 == 0)])
+    return root
+
+
+def kill_a_worker(process: "subprocess.Popen[bytes]", out: Path) -> bool:
+    """Kill a worker of the cluster that a command started, while it is at a task; its command line then names the task (Linux)."""
+    while process.poll() is None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                at_work = b"ray::_nothing_back" in (folder / "cmdline").read_bytes()
+                if at_work and str(out.parent).encode() in (folder / "environ").read_bytes():
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    return True
+        time.sleep(0.02)
+    return False
+
+
+def decisions_of(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]

@@ -180,15 +180,17 @@ def test_few_shot_figures_are_means_over_tries_and_stand_beside_the_full_set() -
     labels = [str(i % 3) for i in range(90)]
     features = np.eye(3)[[int(label) for label in labels]] + rng.normal(scale=0.8, size=(90, 3))
     train, test = table(features[:60], labels[:60]), table(features[60:], labels[60:])
-    found = evaluate(train, test, KnnSpec(k=(1, 5, 20), n_per_class=(2, 30), tries=4))
+    found = evaluate(train, test, KnnSpec(k=(1, 5, 20), n_per_class=(2, 20), tries=4))
     few = [entry for entry in found.grid if entry.get("n_per_class") == 2]
     assert [entry["k"] for entry in few] == [1, 2]
     assert found.metrics["top1_2_per_class"].value == pytest.approx(few[-1]["top1"])
     assert few[-1]["top1_std"] > 0
     whole = next(entry for entry in found.grid if entry["k"] == 20 and "n_per_class" not in entry)
-    capped = next(entry for entry in found.grid if entry["k"] == 20 and entry.get("n_per_class") == 30)
-    assert capped["top1"] == pytest.approx(whole["top1"])  # no class has 30: every try is the whole set
+    capped = next(entry for entry in found.grid if entry["k"] == 20 and entry.get("n_per_class") == 20)
+    assert capped["top1"] == pytest.approx(whole["top1"])  # every class has 20: every try is the whole set
     assert found.metrics["top1"] == evaluate(train, test, KnnSpec(k=(1, 5, 20))).metrics["top1"]
+    with pytest.raises(InputError, match="--n-per-class 30: the largest class has 20 training images"):
+        evaluate(train, test, KnnSpec(k=(1, 5, 20), n_per_class=(30,)))
 
 
 def test_both_presets_elect_the_same_classes() -> None:

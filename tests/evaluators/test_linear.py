@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from data.errors import CheckFailed, InputError
 from evaluators.classification import ClassificationRun
 from evaluators.combinations import combinations, names_for, wide
 from evaluators.extract import FeatureTable, extract
-from evaluators.linear import FOLDS, LinearSpec, evaluate, held_out_scores, run
+from evaluators.linear import FOLDS, LinearSpec, choose, evaluate, held_out_scores, run
 from evaluators.linear_grid import train_heads
 from evaluators.splits import hash_bucket, open_splits
 from runtimes.open import open_runtime
@@ -53,13 +54,26 @@ def test_a_head_of_the_grid_is_the_head_trained_alone() -> None:
             assert {**same} == pytest.approx(entry)
 
 
+def entry(top1: float, loss: float | None, diverged: bool = False) -> dict[str, Any]:
+    return {"train_held_out_top1": top1, "train_held_out_loss": loss, "diverged": diverged}
+
+
+def test_among_heads_of_like_accuracy_the_one_of_least_loss_is_chosen() -> None:
+    """0.40 of 100 has a standard error of 0.049: 0.36 is as good and 0.34 is not. Of a million it is 0.0005."""
+    grid = [entry(0.34, 1.0), entry(0.36, 1.5), entry(0.40, 2.0), entry(0.40, None), entry(0.9, 0.1, diverged=True)]
+    assert choose(grid, 100) == 1
+    assert choose(grid, 1_000_000) == 2
+    assert choose([entry(0.5, 1.0), entry(0.5, 0.9)], 1_000_000) == 1
+    assert choose([entry(1.0, 0.2), entry(1.0, 0.1), entry(0.99, 0.0)], 10) == 1
+
+
 def test_the_head_is_chosen_on_training_images_it_did_not_see() -> None:
     train, test = blobs(150, 0), blobs(90, 1)
     found = evaluate(train, test, QUICK, seed=0)
     assert found.chosen["features"] == "cls+patch_mean"
     assert found.selected_on.startswith("train")
     by_train = {(e["features"], e["lr_per_256"]): e["train_held_out_top1"] for e in found.grid}
-    assert by_train[found.chosen["features"], found.chosen["lr_per_256"]] == max(by_train.values())
+    assert by_train[found.chosen["features"], found.chosen["lr_per_256"]] > max(by_train.values()) - 0.1
     shuffled = FeatureTable(test.names, test.labels[1:] + test.labels[:1], test.groups, test.columns)
     assert evaluate(train, shuffled, QUICK, seed=0).chosen == found.chosen  # test labels have no say
     published = evaluate(train, test, LinearSpec(lr=QUICK.lr, min_steps=40, epochs=1, select_on="val"), seed=0)

@@ -60,6 +60,8 @@ def test_perfect_features_find_everything_and_shared_values_are_needed() -> None
     assert {name: metric.value for name, metric in found.metrics.items()} == {"map": 1, "top1": 1, "p5": 1, "p10": 1}
     with pytest.raises(InputError, match="none of the 20 images shares its value"):
         evaluate(table(features), [str(i) for i in range(20)])
+    with pytest.raises(InputError, match="all 20 images share one value, so that any order is right"):
+        evaluate(table(features), ["same"] * 20)
     spoilt = features.copy()
     spoilt[3, 0] = np.inf
     with pytest.raises(CheckFailed, match="image3"):

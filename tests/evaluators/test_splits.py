@@ -110,6 +110,14 @@ def test_labels_no_classifier_can_be_judged_on_are_refused(tmp_path: Path, label
         labelled(open_splits(data), data)
 
 
+def test_test_labels_of_which_none_was_trained_on_are_refused(tmp_path: Path) -> None:
+    data = csv_set(tmp_path, plain_rows(9, label=["cat", "dog", "n001"], split=["train", "train", "val"]))
+    with pytest.raises(
+        InputError, match=r"no test image is of a class that has training images \(n001 against cat, dog\)"
+    ):
+        labelled(open_splits(data), data)
+
+
 def test_unseen_test_classes_and_images_without_label_are_told(tmp_path: Path) -> None:
     rows = plain_rows(9, label=["a", "b", "a"], split=["train", "train", "val"])
     rows[8]["label"], rows[0]["label"] = "only here", ""
