@@ -15,7 +15,7 @@ from backbones.checkpoints import MANIFEST_KEY, CheckpointError, Manifest
 from data.errors import InputError
 from data.preprocess import Preprocess
 from runtimes.onnx_graph import fuse_attention, outputs_of, split_heads
-from runtimes.runtime import Runtime, run_in_parts
+from runtimes.runtime import Runtime, gpu_number, run_in_parts
 
 HEADS_KEY = "dinoscope_heads"
 """Metadata key of the heads' manifests: a JSON object from the head's kind to its manifest."""
@@ -59,10 +59,11 @@ class OnnxRuntime(Runtime):
         self._backbone: ort.InferenceSession | None = open_session(backbone, options, providers, path)
         del backbone
         self._heads = {part.output: (open_session(part.model, options, providers, path), part.inputs) for part in parts}
-        self.device = "cuda" if self._backbone.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        if device == "cuda" and self.device != "cuda":  # the engine falls back without a word
+        started = self._backbone.get_providers()[0] == "CUDAExecutionProvider"
+        self.device = (device if device.startswith("cuda") else "cuda") if started else "cpu"
+        if device.startswith("cuda") and not started:  # the engine falls back without a word
             raise InputError(
-                "--device cuda: ONNX Runtime could not start CUDA here; check the driver, or use --device cpu"
+                f"--device {device}: ONNX Runtime could not start CUDA here; check the driver, or use --device cpu"
             )
         self.max_batch = max_batch or (CPU_ROWS if self.device == "cpu" else None)
 
@@ -165,7 +166,7 @@ def load_model(path: Path) -> onnx.ModelProto:
 
 
 def open_session(
-    model: onnx.ModelProto, options: ort.SessionOptions, providers: list[str], path: str | Path
+    model: onnx.ModelProto, options: ort.SessionOptions, providers: list[Any], path: str | Path
 ) -> ort.InferenceSession:
     """A session on a model. Raises CheckpointError where the engine refuses it."""
     try:
@@ -175,13 +176,16 @@ def open_session(
         raise CheckpointError(f"{path}: ONNX Runtime cannot load it ({reason}); was it cut short?") from error
 
 
-def pick_providers(device: str) -> list[str]:
+def pick_providers(device: str) -> list[Any]:
     """Execution providers for `--device`. Raises InputError for one that this build does not have."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device!r} is unknown; want auto, cpu or cuda")
+    number = gpu_number(device)
     gpu = "CUDAExecutionProvider" in ort.get_available_providers()
-    if device == "cuda" and not gpu:
-        raise InputError("--device cuda: this onnxruntime has no CUDA; install with `make GPU=1`, or use --device cpu")
+    if device.startswith("cuda") and not gpu:
+        raise InputError(
+            f"--device {device}: this onnxruntime has no CUDA; install with `make GPU=1`, or use --device cpu"
+        )
+    if number is not None:
+        return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and device != "cpu" else ["CPUExecutionProvider"]
 
 

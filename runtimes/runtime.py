@@ -1,5 +1,6 @@
 """The one call that evaluators and servers know: normalised pixels in, named arrays out, whatever computes them."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -82,3 +83,11 @@ def run_in_parts(
     """What `run` makes of at most `rows` images at a time, put together again."""
     parts = [run(pixels_NCHW[start : start + rows]) for start in range(0, len(pixels_NCHW), rows)]
     return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def gpu_number(device: str) -> int | None:
+    """N of `cuda:N`, None for auto, cpu and cuda. Raises InputError for any other word."""
+    found = re.fullmatch("cuda:([0-9]{1,3})", device)
+    if device not in ("auto", "cpu", "cuda") and not found:
+        raise InputError(f"--device {device!r} is unknown; want auto, cpu or cuda")
+    return int(found[1]) if found else None

@@ -12,7 +12,7 @@ from backbones.heads import AnyDepthHead, SegmentationHead
 from backbones.network import Network
 from backbones.vit import ViT
 from data.errors import InputError
-from runtimes.runtime import BACKBONE_OUTPUTS, Runtime
+from runtimes.runtime import BACKBONE_OUTPUTS, Runtime, gpu_number
 
 
 class TorchRuntime(Runtime):
@@ -101,9 +101,12 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 def pick_device(name: str) -> str:
     """cpu or cuda, as `--device` asks. Raises InputError for a device that is not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name!r} is unknown; want auto, cpu or cuda")
+    number = gpu_number(name)
     found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if name.startswith("cuda") and not found:
+        raise InputError(f"--device {name}: torch sees no GPU here; use --device cpu or auto")
+    if number is not None and number >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are the GPUs 0 to {torch.cuda.device_count() - 1} here")
+    if number is not None:
+        return name
     return "cuda" if found and name != "cpu" else "cpu"

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from data.errors import InputError
 from server.errors import Forbidden, Overloaded, Unauthenticated, message, outcome
 from server.http_body import error_reply
+from server.tracing import parent
 
 Role = Literal["use", "admin"]
 MIN_TOKEN = 16
@@ -143,6 +144,7 @@ class AccessGuard:
             await reply(scope, receive, send)
             return
         client.set(name)
+        parent.set(headers.get(b"traceparent", b"").decode("latin-1"))
         await self.app(scope, receive, send)
 
 
@@ -158,11 +160,12 @@ class RequireToken(grpc.aio.ServerInterceptor):
         if handler is None or (handler.unary_unary is None and handler.stream_stream is None):
             return handler  # the health service's Watch, which is open
         needed = needed_on_grpc(details.method.rpartition("/")[2])
-        given = next((value for key, value in details.invocation_metadata if key == "authorization"), None)
+        given = _value(details, "authorization")
 
         async def admit(context: grpc.aio.ServicerContext) -> None:
             try:
                 client.set(self.access.check(given, needed, _host(context.peer())))
+                parent.set(_value(details, "traceparent") or "")
             except (Unauthenticated, Forbidden) as error:
                 await context.abort(outcome(error).grpc_code, message(error))
 
@@ -181,6 +184,10 @@ class RequireToken(grpc.aio.ServerInterceptor):
                 answer_stream, handler.request_deserializer, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
+
+
+def _value(details: grpc.HandlerCallDetails, wanted: str) -> str | None:
+    return next((value for key, value in details.invocation_metadata if key == wanted), None)
 
 
 def _host(peer: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from server.errors import Overloaded, TooLarge
+from server.errors import Overloaded, OverloadedLikeTriton, TooLarge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,8 @@ class AdmissionSpec:
     """Rows that may be decoded, queued or running at once; also the largest request."""
     max_bytes: int = 1 << 30
     """Bytes of encoded images, pixels and outputs that those rows may take."""
+    triton_codes: bool = False
+    """Refuse with Triton's codes, UNAVAILABLE and 503, instead of RESOURCE_EXHAUSTED and 429."""
 
 
 class Admission:
@@ -40,7 +42,8 @@ class Admission:
             )
         if self.rows + rows > spec.max_rows or self.bytes + nbytes > spec.max_bytes:
             self.rejected += 1
-            raise Overloaded(
+            kind = OverloadedLikeTriton if spec.triton_codes else Overloaded
+            raise kind(
                 f"the queue is full: {self.rows} of {spec.max_rows} rows, {self.bytes >> 20} of "
                 f"{spec.max_bytes >> 20} MB; try again later",
                 self.retry_after_s(),

@@ -5,7 +5,7 @@ Read in this order: Loaded, load_artifacts, `_choose` (folders), `_open`.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,23 @@ class Artifact:
 
 
 def load_artifacts(config: ServerConfig) -> Loaded:
-    """Bring up what `--models` names, `--instances` times. Raises InputError for what is missing or does not fit."""
+    """Bring up what `--models` names, `--instances` times on each device. Raises InputError for what is missing or does not fit."""
     check_one_build()
+    devices = config.device.split(",")
+    if len(devices) == 1:
+        return _load(config)
+    if config.models.suffix == ".plan":
+        raise InputError(f"--device {config.device}: a TensorRT plan runs on one device; start a server for each")
+    threads = config.threads or max(1, usable_cores() // len(devices))
+    loaded = [
+        _load(replace(config, device=device.strip(), instances=config.instances or 1, threads=threads))
+        for device in devices
+    ]
+    return replace(loaded[0], runtimes=tuple(runtime for one in loaded for runtime in one.runtimes))
+
+
+def _load(config: ServerConfig) -> Loaded:
+    """The copies on one device."""
     path = config.models
     if not path.exists():
         raise InputError(
@@ -251,4 +266,4 @@ def _open_exported(path: Path, version: str, config: ServerConfig, share: Share)
 
 def _copies(device: str, config: ServerConfig, share: Share) -> int:
     """One copy fills a GPU."""
-    return 1 if device == "cuda" and config.instances is None else share.instances
+    return 1 if device.startswith("cuda") and config.instances is None else share.instances

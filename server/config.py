@@ -61,7 +61,7 @@ class ServerConfig:
     """Data sets that clients may evaluate the served network on, each as NAME=PATH."""
 
     device: str = "auto"
-    """Where the network runs: auto, cpu, cuda."""
+    """Where the network runs: auto, cpu, cuda, cuda:1; or several (cuda:0,cuda:1) with `--instances` copies on each."""
     instances: int | None = None
     """Copies of the network that run at the same time. Left out: on a GPU one, on a CPU as many as there are cores for `--threads` each."""
     threads: int | None = None
@@ -84,6 +84,11 @@ class ServerConfig:
     """Largest request and reply."""
     max_size_px: int = 1024
     """Largest side that a request may ask the network to see."""
+
+    triton_codes: bool = False
+    """Refuse what does not fit with the codes of Triton, UNAVAILABLE and 503, for clients and load balancers that wait for these."""
+    traces: bool = False
+    """Send each request's times as OpenTelemetry spans (OTLP over HTTP, to OTEL_EXPORTER_OTLP_ENDPOINT); needs the extra `otel`."""
 
     drain_delay_s: float = 0.0
     """After SIGTERM: how long to go on serving while readiness already says no."""

@@ -48,6 +48,10 @@ class Overloaded(ServerError):
         self.retry_after_s = retry_after_s
 
 
+class OverloadedLikeTriton(Overloaded):
+    """The same in the codes that Triton uses, for clients and load balancers made for it."""
+
+
 class Expired(ServerError):
     """The deadline that the client gave has passed."""
 
@@ -84,6 +88,7 @@ _TABLE: tuple[tuple[type[BaseException], Outcome], ...] = (
     (Forbidden, Outcome(grpc.StatusCode.PERMISSION_DENIED, 403, "REJECTED")),
     (Conflict, Outcome(grpc.StatusCode.FAILED_PRECONDITION, 409, "OTHER")),
     (TooLarge, Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, 413, "REJECTED")),
+    (OverloadedLikeTriton, Outcome(grpc.StatusCode.UNAVAILABLE, 503, "REJECTED")),
     (Overloaded, Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "REJECTED")),
     (Expired, Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "CANCELED")),
     (Disconnected, Outcome(grpc.StatusCode.CANCELLED, 499, "CANCELED")),

@@ -62,7 +62,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         409: "In the way: other weights, a taken id, a busy slot",
         413: "Larger than this server ever takes",
         429: "The queue is full; see Retry-After",
-        503: "The server is about to exit",
+        503: "The server is about to exit (with --triton-codes: or its queue is full)",
         504: "The deadline passed (X-Timeout-Ms)",
     }.items()
 }

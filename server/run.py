@@ -37,9 +37,11 @@ from server.service import Service
 from server.settings import resolved
 from server.shared_memory import SharedMemory
 from server.tls import Tls
+from server.tracing import open_tracing
 
 log = logging.getLogger("server")
 
+LAG_EVERY_S = 0.5
 LAST_REPLIES_S = 2.0
 """How long a reply that is ready may take to reach its client when the server leaves."""
 
@@ -75,10 +77,15 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         database = open_database(config.state_folder, config.database)
         stack.callback(database.close)
         store = Collections(database, binding_of(engine))
-        limits = AdmissionSpec(max_rows=config.queue_rows, max_bytes=config.queue_mb << 20)
+        limits = AdmissionSpec(
+            max_rows=config.queue_rows, max_bytes=config.queue_mb << 20, triton_codes=config.triton_codes
+        )
         rates, shared_memory = Rates(config.client_rows_per_s), SharedMemory(offered=is_loopback(config.host))
+        tracing = open_tracing() if config.traces else None
+        if tracing is not None:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
         service = Service(
-            engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates, shared_memory
+            engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates, shared_memory, tracing
         )
         stack.push_async_callback(lambda: service.engine.close())
         evaluations = Evaluations(
@@ -89,6 +96,8 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         stack.push_async_callback(repository.close)
         if config.sample_data is not None:
             await build_samples(engine, store, config.sample_data)
+        lag = asyncio.ensure_future(_watch_loop(service))
+        stack.callback(lag.cancel)
         yield service, evaluations, repository
 
 
@@ -123,6 +132,15 @@ async def serve(
             announce(_addresses(config, http_socket, metrics_socket, grpc_server.port))
             await _until_stopped(stop, http)
             await _drain(config, service, grpc_server, http)
+
+
+async def _watch_loop(service: Service) -> None:
+    """Measure by how much the event loop is late: what every client waits for, whatever it asked."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_s = loop.time() + LAG_EVERY_S
+        await asyncio.sleep(LAG_EVERY_S)
+        service.metrics.loop_lag_s.observe(max(0.0, loop.time() - due_s))
 
 
 async def _until_stopped(stop: asyncio.Event, http: "list[_Http]") -> None:

@@ -33,6 +33,7 @@ from server.requests import (
 from server.shared_memory import SharedMemory
 from server.statistics import Metrics, ModelCounts, Times
 from server.tensors import TensorSpec, to_raw
+from server.tracing import Tracing
 
 log = logging.getLogger("server")
 T = TypeVar("T")
@@ -65,12 +66,14 @@ class Service:
         classes: Sequence[str] = (),
         rates: Rates | None = None,
         shared_memory: SharedMemory | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.admission = Admission(admission)
         self.rates = rates or Rates(None)
         self.shared_memory = shared_memory or SharedMemory(offered=False)
         self.counts: dict[str, ModelCounts] = {}
         self.metrics = Metrics()
+        self.tracing = tracing
         self._running: Counter[Engine] = Counter()
         self.use(engine, collections, version, depth_unit, classes)
         self.state: Literal["starting", "ready", "leaving", "closed"] = "starting"
@@ -137,17 +140,23 @@ class Service:
     async def infer(self, request: InferRequest) -> InferReply:
         """Answer one request. Raises InputError and the errors of `server.errors`, all of them counted and logged."""
         began_ns = time.perf_counter_ns()
-        rows = 0
+        rows, times = 0, Times()
         try:
             model = self.model(request.model, request.version)
             outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
             rows = len(next(iter(inputs.values())))
             self.rates.take(client.get(), rows)
-            reply = await self._infer(model, request, inputs, outputs, rows, began_ns)
+            reply = await self._infer(model, request, inputs, outputs, rows, began_ns, times)
         except BaseException as error:
-            self._failed(request, rows, error, time.perf_counter_ns() - began_ns)
+            total_ns = time.perf_counter_ns() - began_ns
+            code = self._failed(request, rows, error, total_ns)
+            if self.tracing is not None:
+                self.tracing.record(request, rows, code, time.time_ns(), total_ns, times)
             raise
-        _log_request(request, rows, "OK", time.perf_counter_ns() - began_ns)
+        total_ns = time.perf_counter_ns() - began_ns
+        _log_request(request, rows, "OK", total_ns)
+        if self.tracing is not None:
+            self.tracing.record(request, rows, "OK", time.time_ns(), total_ns, times)
         return reply
 
     async def infer_aside(self, request: InferRequest, patience_s: float) -> InferReply:
@@ -168,6 +177,7 @@ class Service:
         outputs: tuple[str, ...],
         rows: int,
         began_ns: int,
+        times: Times,
     ) -> InferReply:
         if self.state == "closed":
             raise Draining("the server is shutting down")
@@ -177,7 +187,7 @@ class Service:
         nbytes = rows * 12 * model.pixel_count(inputs, options) + sum(map(size_bytes, inputs.values()))
         timeout_s = timeout_of(request)
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        counts, times = self.counts[model.name], Times()
+        counts = self.counts[model.name]
         with self.admission.hold(rows, nbytes):
             counts.pending += 1
             self._running[model.engine] += 1
@@ -202,7 +212,8 @@ class Service:
         ordered = tuple((one.spec, one.array) for one in ready)
         return InferReply(model.name, self.model_version, request.id, ordered, scales)
 
-    def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> None:
+    def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> str:
+        """Count and log; gives the code that the client gets."""
         cancelled = isinstance(error, asyncio.CancelledError)
         code = "CANCELLED" if cancelled else outcome(error).grpc_code.name
         known = request.model in self.counts
@@ -211,6 +222,7 @@ class Service:
         self.metrics.errors.labels(request.model if known else "unknown", code).inc()
         told = str(error) if isinstance(error, InputError | ServerError) else type(error).__name__
         _log_request(request, rows, code, total_ns, told)
+        return code
 
     def exposition(self) -> bytes:
         """The Prometheus page."""

@@ -105,6 +105,9 @@ class Metrics:
             registry=self.registry,
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
+        self.loop_lag_s = Histogram(
+            "dinoscope_event_loop_lag_seconds", "How late the event loop was", registry=self.registry, buckets=seconds
+        )
         self.errors = Counter(
             "dinoscope_errors",
             "Requests that were not answered",

@@ -212,3 +212,36 @@ def test_a_stranger_in_the_folder_is_an_error(folder, tmp_path):
 
     safetensors.numpy.save_file({"x": np.zeros(1, np.float32)}, folder / "x.safetensors")
     assert "x.safetensors: has no manifest of ours" in refused(folder, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "onnx"])
+def test_several_devices_hold_a_copy_each_and_share_the_work(network, onnx_file, tmp_path, runtime, form):
+    """Two CPUs stand in for two GPUs."""
+    config = config_of(network if form == "checkpoint" else onnx_file, tmp_path, device="cpu,cpu", instances=2)
+    loaded = load_artifacts(config)
+    assert [one.device for one in loaded.runtimes] == ["cpu"] * 4
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
+    wanted = runtime.run(pixels)["embedding"]
+    for one in loaded.runtimes:
+        np.testing.assert_allclose(one.run(pixels)["embedding"], wanted, atol=1e-5)
+    for one in loaded.runtimes:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cpu,tpu", "'tpu' is unknown"),
+        ("cuda:0,cuda:1", "--device cuda:0: "),
+        ("cuda:", "'cuda:' is unknown"),
+        ("cpu,", "'' is unknown"),
+    ],
+)
+def test_a_device_that_is_not_there_ends_the_start_and_is_named(
+    network, onnx_file, tmp_path, device, words, monkeypatch
+):
+    """No silent fall to the CPU, on either engine."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for models in (network, onnx_file):
+        with pytest.raises(InputError, match=words):
+            load_artifacts(config_of(models, tmp_path, device=device))

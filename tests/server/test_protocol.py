@@ -264,6 +264,7 @@ def test_metrics_are_a_page_that_prometheus_can_read(server, http, page):
     assert success["embedding"] >= 1
     assert families["dinoscope_queue_rows"].samples[0].value == 0
     assert {"dinoscope_request_seconds", "dinoscope_batch_rows", "nv_inference_exec_count"} <= set(families)
+    assert {"dinoscope_decode_seconds", "dinoscope_queue_seconds", "dinoscope_event_loop_lag_seconds"} <= set(families)
 
 
 def test_a_gzipped_json_request_is_read(http):

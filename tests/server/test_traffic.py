@@ -121,6 +121,29 @@ def test_beyond_the_queue_clients_are_told_when_to_come_back(gated):
     assert ask(running, 2) < 1e-6
 
 
+def test_a_full_queue_may_speak_as_triton_does_and_liveness_never_waits_in_it(tmp_path):
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", queue_rows=1, triton_codes=True)
+    with Running(config, runtime.load) as running, ThreadPoolExecutor(1) as pool:
+        runtime.gate.clear()
+        answer = pool.submit(ask, running, 0)
+        wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 1)
+        body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0.0] * 192}]}
+        refused = httpx.post(f"{running.addresses.http}/v2/models/backbone/infer", json=body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        tensor = grpc_client.InferInput("pixels", [1, 3, 8, 8], "FP32")
+        tensor.set_data_from_numpy(pixels(1))
+        with grpc_client.InferenceServerClient(running.addresses.grpc) as client:
+            with pytest.raises(InferenceServerException, match="the queue is full") as unavailable:
+                client.infer("backbone", [tensor])
+            assert unavailable.value.status() == "StatusCode.UNAVAILABLE"
+            assert client.is_server_live()
+            assert client.is_server_ready()
+        assert httpx.get(f"{running.addresses.http}/v2/health/live", timeout=5).status_code == 200
+        runtime.gate.set()
+        assert answer.result() < 1e-6
+
+
 @pytest.mark.parametrize("how", ["client", "parameter", "header"])
 def test_a_late_request_ends_and_its_waiting_rows_are_never_computed(gated, how):
     running, runtime = gated
