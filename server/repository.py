@@ -78,8 +78,7 @@ class Repository:
             there = ", ".join(versions_in(self._config.models)) or "none: --models is no repository of versions"
             raise NotFound(f"there is no version {str(version)!r:.20}; there are {there}")
         async with self._changing:
-            if self._evaluations.running:
-                raise Conflict("an evaluation of the served network is running; wait for it, or cancel it")
+            self._refuse_while_evaluating()
             config = self._config if version is None else replace(self._config, version=str(version))
             loaded = await asyncio.to_thread(self._load, config)
             await self._change(loaded)
@@ -94,6 +93,7 @@ class Repository:
             store = service.collections.bound_to(binding_of(engine))
             if self._config.sample_data is not None:
                 await build_samples(engine, store, self._config.sample_data)
+            self._refuse_while_evaluating()  # once more: one may have begun while the network was brought up
         except BaseException:
             await engine.close()
             raise
@@ -104,6 +104,10 @@ class Repository:
         task = asyncio.ensure_future(self._close_when_idle(old))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _refuse_while_evaluating(self) -> None:
+        if self._evaluations.running:
+            raise Conflict("an evaluation of the served network is running; wait for it, or cancel it")
 
     async def _close_when_idle(self, engine: Engine) -> None:
         while self._service.runs_on(engine):

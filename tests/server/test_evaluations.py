@@ -2,8 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -13,6 +17,8 @@ from data.errors import InputError
 from evaluators import knn
 from evaluators.classification import ClassificationRun
 from runtimes.open import open_runtime
+from server.artifacts import Loaded, load_artifacts
+from server.config import ServerConfig
 from server.evaluation_process import Job, without_paths
 from server.evaluations import EVALUATORS, INTERRUPTED
 from server.run import Running
@@ -20,7 +26,7 @@ from tests.server.conftest import config_of
 from tests.server.images import png
 
 SETS = Path(__file__).parents[3] / "shared" / "data"
-ENDS_S = 300
+ENDS_S = 1200
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,60 @@ def test_what_a_server_kept_is_there_after_a_restart_and_what_it_cut_short_says_
         assert httpx.get(f"{at}/..%2f1-done/report").status_code == 404
 
 
+def test_a_network_that_is_brought_up_does_not_replace_one_that_is_evaluated_meanwhile(
+    network: Path, colours: Path, tmp_path: Path
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def load(config: ServerConfig) -> Loaded:
+        if begun.is_set():
+            raise AssertionError("a third time")
+        if started.is_set():
+            begun.set()
+            assert go_on.wait(60)
+        return load_artifacts(config)
+
+    started = threading.Event()
+    config = config_of(network, tmp_path / "state", evaluation_data=(f"colours={colours}",))
+    with Running(config, load) as running, httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        started.set()
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(http.post, "/v2/repository/models/embedding/load")
+            assert begun.wait(60)
+            where = start(http, "linear", "colours")
+            go_on.set()
+            assert loading.result().status_code == 409
+        http.delete(where)
+        assert finished(http, where)["state"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_an_evaluation_ends_with_a_server_that_is_killed(network: Path, colours: Path, tmp_path: Path) -> None:
+    """The operating system tells the process; nothing is left to run on for hours."""
+    words = ["--models", network, "--collections", tmp_path, "--samples", "none", "--evaluation-data", f"c={colours}"]
+    ports = [word for kind in ("http", "grpc", "metrics") for word in (f"--{kind}-port", "0")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "server", *map(str, words), *ports], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert server.stdout is not None
+    ready = next(json.loads(line) for line in server.stdout if line.startswith(b"{"))
+    httpx.post(f"{ready['http']}/v1/evaluations", json={"evaluator": "linear", "data": "c"}).raise_for_status()
+    end = time.monotonic() + 60
+    while not (children := Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.5)  # long enough for its main to begin
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    while (
+        Path(f"/proc/{children[0]}/stat").exists()
+        and "Z" not in Path(f"/proc/{children[0]}/stat").read_text().split()[2]
+    ):
+        assert time.monotonic() < end + 60
+        time.sleep(0.05)
+
+
 def test_an_evaluator_whose_outputs_are_missing_says_which(tmp_path: Path) -> None:
     from tests.server.gate import GatedRuntime
 
@@ -168,7 +228,7 @@ def test_paths_are_hidden_and_words_stay() -> None:
         ("retrieval", "objects"),
         ("copies", "neardup"),
         ("attention", "stamps"),
-        ("segmentation", "stamps"),
+        ("segmentation", "rooms"),
         ("depth", "rooms"),
         ("video_objects", "clips"),
     ],
