@@ -1,5 +1,7 @@
 """A backbone with its heads as one network: what is served and what is exported."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -8,8 +10,26 @@ from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
 
-LINEAR_FEATURES = {"cls": 1, "cls+patch_mean": 2}
-"""What a linear head may read, and how often the backbone's width that is: CLS, and behind it the mean of the patches."""
+
+class LinearFeatures(NamedTuple):
+    """What a linear head reads, all of it after the final norm."""
+
+    blocks: int
+    """CLS of so many of the last blocks, oldest first."""
+    patch_mean: bool
+    """Behind them the mean patch of the last block."""
+    alternating: bool = False
+    """CLS and mean patch in turn, feature by feature."""
+
+
+LINEAR_FEATURES = {
+    "cls": LinearFeatures(1, False),
+    "cls+patch_mean": LinearFeatures(1, True),
+    "cls_last4": LinearFeatures(4, False),
+    "cls_last4+patch_mean": LinearFeatures(4, True),
+    "cls*patch_mean": LinearFeatures(1, True, alternating=True),
+}
+"""By the name in a linear head's manifest, see `evaluators.combinations`."""
 
 
 class Network(nn.Module):
@@ -50,12 +70,11 @@ class Network(nn.Module):
         `depth` [B, H, W] and `classes` int32 [B, H, W]."""
         H, W = pixels_BCHW.shape[2:]
         grid = (H // self.backbone.patch_px, W // self.backbone.patch_px)
-        layers = sorted({n for head in (self.depth_head, self.segmentation_head) if head for n in head.spec.layers})
+        layers = self.layers_read
         made = self.backbone.outputs(pixels_BCHW, layers) if layers else self.backbone.outputs(pixels_BCHW)  # type: ignore[call-arg]
         outputs = {name: made[name] for name in self.output_names if name in made}
         if self.linear_head is not None:
-            parts = [made["embedding"], made["patches"].mean(dim=1)][: LINEAR_FEATURES[self.linear_features]]
-            outputs["logits"] = self.linear_head(torch.cat(parts, dim=1))
+            outputs["logits"] = self.linear_head(self._linear_input(made))
         if self.depth_head is not None:
             patches_BND, cls_BD = self.read_layers(made, self.depth_head.spec.layers, norm=False)
             outputs["depth"] = self.depth_head(patches_BND, cls_BD, grid, (H, W))
@@ -63,6 +82,28 @@ class Network(nn.Module):
             patches_BND, _ = self.read_layers(made, self.segmentation_head.spec.layers, norm=True)
             outputs["classes"] = self.segmentation_head(patches_BND, grid, (H, W))
         return outputs
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Blocks whose CLS the linear head reads; empty where the last one's, after the norm, is all."""
+        wanted = LINEAR_FEATURES[self.linear_features].blocks if self.linear_head is not None else 1
+        depth = self.backbone.spec.depth
+        return tuple(range(depth - wanted, depth)) if wanted > 1 else ()
+
+    @property
+    def layers_read(self) -> tuple[int, ...]:
+        """Blocks whose tokens the heads read, each once."""
+        read = {n for head in (self.depth_head, self.segmentation_head) if head for n in head.spec.layers}
+        return tuple(sorted(read.union(self.linear_layers)))
+
+    def _linear_input(self, made: dict[str, Tensor]) -> Tensor:
+        cls_BD = made["embedding"]
+        if self.linear_layers:
+            assert isinstance(self.backbone, ViT)
+            cls_BD = torch.cat([self.backbone.norm(made[f"block{n}"][:, 0]) for n in self.linear_layers], dim=1)
+        _, patch_mean, alternating = LINEAR_FEATURES[self.linear_features]
+        parts = [cls_BD, made["patches"].mean(dim=1)] if patch_mean else [cls_BD]
+        return torch.stack(parts, dim=2).flatten(1) if alternating else torch.cat(parts, dim=1)
 
     def read_layers(self, made: dict[str, Tensor], layers: tuple[int, ...], norm: bool) -> tuple[Tensor, Tensor]:
         """Patches [B, N, L D] and CLS [B, L D] of the layers that a head reads, one after another."""
@@ -94,9 +135,14 @@ def check_linear_fits(head: LinearHead, features: str, backbone: ViT | ResNet) -
     """Raise InputError where a linear head reads what the backbone does not give."""
     if features not in LINEAR_FEATURES:
         raise InputError(
-            f"the linear head reads the features {features!r:.60}; a network gives {' or '.join(LINEAR_FEATURES)}"
+            f"the linear head reads the features {features!r:.60}; a network gives {', '.join(LINEAR_FEATURES)}"
         )
-    given = LINEAR_FEATURES[features] * backbone.embed_dim
+    blocks, patch_mean, _ = LINEAR_FEATURES[features]
+    depth = backbone.spec.depth if isinstance(backbone, ViT) else 1
+    if blocks > depth:
+        has = f"has {depth} blocks" if isinstance(backbone, ViT) else "is a ResNet"
+        raise InputError(f"the linear head reads {features}, this backbone {has}; train a head on it")
+    given = (blocks + patch_mean) * backbone.embed_dim
     if head.spec.width_in != given:
         raise InputError(
             f"the linear head takes {head.spec.width_in} features, this backbone gives {given} ({features}); "

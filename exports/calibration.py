@@ -3,7 +3,9 @@
 Scales are symmetric (the same range on both sides of zero), because TensorRT takes no others. Axes: n images, L layers.
 """
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,11 @@ from data.preprocess import Preprocess, center_view
 from evaluators.classification import progress_bar
 from exports.drift import evenly
 from exports.graph import STATIC_LEVELS, Value
-from exports.onnx_file import Heads, OnnxSpec, fixed_preprocess, make_graph
+from exports.onnx_file import Heads, OnnxSpec, fixed_preprocess, make_graph, too_large
+from exports.placing import write_file
+from exports.weight_writer import WeightWriter
 from runtimes.onnx_runtime import session_options
+from runtimes.weight_file import weight_file_of
 
 MIN_IMAGES = 32
 MAX_IMAGES = 128
@@ -31,15 +36,19 @@ SHARES = np.linspace(1.0, 0.3, 29)
 
 def calibrate(backbone: Backbone, images: Dataset, fixed_px: tuple[int, int] | None = None) -> dict[str, float]:
     """The range of each layer's input, by the layer's name. Raises InputError where there are too few images."""
-    graph, _ = make_graph(backbone, Heads(), OnnxSpec(fixed_px=fixed_px))
-    names = graph.quantised_inputs
-    outputs = [Value(tensor, TensorProto.FLOAT, ()) for tensor in dict.fromkeys(names.values())]
-    model = graph.model([Value("pixels", TensorProto.FLOAT, ("N", 3, "H", "W"))], outputs, {})
-    for output in model.graph.output:  # of any shape
-        output.type.tensor_type.ClearField("shape")
-    session = ort.InferenceSession(model.SerializeToString(), session_options(None), ["CPUExecutionProvider"])
-    tensors = [value.name for value in outputs]
-    seen = _look(session, tensors, images, fixed_preprocess(backbone.manifest.preprocess, fixed_px))
+    with tempfile.TemporaryDirectory() as folder:
+        file, spec = Path(folder) / "graph.onnx", OnnxSpec(fixed_px=fixed_px)
+        large = too_large(backbone, Heads(), spec)
+        graph, _ = make_graph(backbone, Heads(), spec, weights=WeightWriter(weight_file_of(file)) if large else None)
+        names = graph.quantised_inputs
+        outputs = [Value(tensor, TensorProto.FLOAT, ()) for tensor in dict.fromkeys(names.values())]
+        model = graph.model([Value("pixels", TensorProto.FLOAT, ("N", 3, "H", "W"))], outputs, {})
+        for output in model.graph.output:  # of any shape
+            output.type.tensor_type.ClearField("shape")
+        write_file(model, file)
+        session = ort.InferenceSession(str(file), session_options(None), ["CPUExecutionProvider"])
+        tensors = [value.name for value in outputs]
+        seen = _look(session, tensors, images, fixed_preprocess(backbone.manifest.preprocess, fixed_px))
     ranges = {tensor: best_range(np.concatenate(parts)) for tensor, parts in seen.items()}
     return {layer: ranges[tensor] for layer, tensor in names.items()}
 

@@ -26,6 +26,7 @@ from exports.to_onnx import output_difference
 from runtimes.connection import REMOTE_SCHEMES
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime
+from runtimes.weight_file import weight_file_of
 
 MAP_IMAGES = 8
 """Whole images on which all common outputs are compared."""
@@ -157,6 +158,8 @@ def size_mb(name: str) -> float | None:
     if name.startswith(REMOTE_SCHEMES) or not path.exists():
         return None
     files = [path] if path.is_file() else [Path(root) / file for root, _, names in os.walk(path) for file in names]
+    if path.is_file() and weight_file_of(path).is_file():
+        files.append(weight_file_of(path))
     return sum(file.stat().st_size for file in files) / 1e6
 
 

@@ -17,6 +17,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from exports.weight_writer import LEAST_BYTES, WeightWriter
+
 OPSET = 20
 """The first with Gelu as one operator."""
 IR_VERSION = 10
@@ -44,8 +46,15 @@ class Value:
 class Graph:
     """Nodes and constants so far; `op` adds a node and returns the name of what it makes."""
 
-    def __init__(self, precision: Precision = "fp32", ranges: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        precision: Precision = "fp32",
+        ranges: Mapping[str, float] | None = None,
+        weights: WeightWriter | None = None,
+    ) -> None:
         self.precision = precision
+        self.weights = weights
+        """Where large weights go instead of into the graph itself."""
         self.quantised_inputs: dict[str, str] = {}
         """Each linear layer or convolution, and the name of the tensor that goes into it: what a calibration looks at."""
         self._ranges = ranges or {}
@@ -85,7 +94,10 @@ class Graph:
         if name in self._names:
             return name
         self._names.add(name)
-        self._initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
+        if self.weights is not None and array.nbytes >= LEAST_BYTES:
+            self._initializers.append(self.weights.add(name, array))
+        else:
+            self._initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def cast(self, x: str, kind: int) -> str:

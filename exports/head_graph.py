@@ -3,6 +3,8 @@
 Each function mirrors a module of `backbones.heads` or `backbones.dpt`, whose axes it uses.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from onnx import TensorProto
 from torch import nn
@@ -15,18 +17,26 @@ Size = str
 """Name of an int64 [2] tensor: rows and columns."""
 
 
-def add_linear(graph: Graph, head: LinearHead, embedding: str, patches: str | None) -> str:
-    """`logits` [B, C] of CLS, or of CLS and the mean patch where `patches` are given."""
-    features = embedding
-    if patches is not None:
-        mean = graph.op("ReduceMean", patches, graph.ints(1), keepdims=0)
-        features = graph.op("Concat", embedding, mean, axis=1)
-    return _linear(graph, "linear_head", head.linear, features, name="logits")
+def add_linear(graph: Graph, head: LinearHead, cls: Sequence[str], patches: str | None, alternating: bool) -> str:
+    """`logits` [B, C] of the CLS tokens [B, D] one after another, and behind them the mean patch where `patches` are given.
+
+    Where the head wants the two in turn, feature by feature, its weights are put in the order in which they come here.
+    """
+    mean = [] if patches is None else [graph.op("ReduceMean", patches, graph.ints(1), keepdims=0)]
+    features = [*cls, *mean]
+    joined = features[0] if len(features) == 1 else graph.op("Concat", *features, axis=1)
+    weight_CD = head.linear.weight.detach().numpy()
+    if alternating:
+        weight_CD = np.concatenate([weight_CD[:, 0::2], weight_CD[:, 1::2]], axis=1)
+    product = graph.op("MatMul", joined, graph.weight("linear_head.weight", weight_CD.T))
+    return graph.op("Add", product, graph.weight("linear_head.bias", head.linear.bias.detach().numpy()), name="logits")
 
 
 def add_segmentation(graph: Graph, head: SegmentationHead, patches: str, grid: Size, out: Size) -> str:
     """`classes` int32 [B, H, W]."""
-    logits = _to_map(graph, _linear(graph, "segmentation_head", head.linear, patches), grid)
+    weight, bias = head.linear.weight.detach().numpy().T, head.linear.bias.detach().numpy()
+    product = graph.op("MatMul", patches, graph.weight("segmentation_head.weight", weight))
+    logits = _to_map(graph, graph.op("Add", product, graph.weight("segmentation_head.bias", bias)), grid)
     best = graph.op("ArgMax", _resize(graph, logits, out), axis=1, keepdims=0)
     return graph.op("Cast", best, to=TensorProto.INT32, name="classes")
 
@@ -134,11 +144,6 @@ def _conv(graph: Graph, name: str, conv: nn.Conv2d | nn.ConvTranspose2d, x: str)
         strides=list(conv.stride),
         pads=[*conv.padding, *conv.padding],
     )
-
-
-def _linear(graph: Graph, prefix: str, linear: nn.Linear, x: str, name: str = "") -> str:
-    product = graph.op("MatMul", x, graph.weight(f"{prefix}.weight", linear.weight.detach().numpy().T))
-    return graph.op("Add", product, graph.weight(f"{prefix}.bias", linear.bias.detach().numpy()), name=name)
 
 
 def _to_map(graph: Graph, patches: str, grid: Size) -> str:

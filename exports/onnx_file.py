@@ -21,7 +21,7 @@ from backbones.heads import (
     load_head,
     load_segmentation_head,
 )
-from backbones.network import Network
+from backbones.network import LINEAR_FEATURES, Network
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
@@ -30,11 +30,13 @@ from exports.graph import Graph, Precision, Value
 from exports.head_graph import add_depth, add_linear, add_segmentation
 from exports.resnet_graph import add_resnet
 from exports.vit_graph import add_vit, after, layer_norm
+from exports.weight_writer import WeightWriter
 from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY
 from runtimes.runtime import step_px
 
-MAX_WEIGHT_BYTES = 2**31 - 2**24
-"""A protobuf message, which an .onnx file is, holds 2 GB; the graph takes a little of them."""
+ONE_FILE_BYTES = 2**31 - 2**24
+"""Weights that fit into one .onnx: a message of protobuf holds 2 GB, and the graph takes a little of them."""
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int8-static": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +105,16 @@ def make_network(backbone: Backbone, heads: Heads) -> Network:
     ).eval()
 
 
+def too_large(backbone: Backbone, heads: Heads, spec: OnnxSpec) -> bool:
+    """Whether the weights need a file of their own."""
+    parts = [pair[0] for pair in (heads.linear, heads.depth, heads.segmentation) if pair]
+    in_heads = sum(weight.numel() for head in parts for weight in head.state_dict().values())
+    in_backbone = sum(weight.numel() for weight in backbone.model.state_dict().values())
+    return in_backbone * WEIGHT_BYTES[spec.precision] + 4 * in_heads > ONE_FILE_BYTES
+
+
 def check_spec(backbone: Backbone, spec: OnnxSpec) -> None:
     """Raise InputError for a form that this backbone cannot have."""
-    size = sum(weight.numel() * weight.element_size() for weight in backbone.model.state_dict().values())
-    if size > MAX_WEIGHT_BYTES:
-        raise InputError(
-            f"this backbone has {size / 1e9:.1f} GB of weights, one .onnx file holds at most "
-            f"{MAX_WEIGHT_BYTES / 1e9:.1f}; use the checkpoint itself, which runs on torch"
-        )
     if spec.precision == "int8" and isinstance(backbone.model, ResNet):
         raise InputError("--precision int8 is for ViTs, a ResNet has convolutions; use int8-static or fp16")
     step = step_px(backbone.manifest)
@@ -136,19 +140,29 @@ def fixed_preprocess(preprocess: Preprocess, fixed_px: tuple[int, int] | None) -
 
 
 def make_graph(
-    backbone: Backbone, heads: Heads, spec: OnnxSpec, ranges: Mapping[str, float] | None = None
+    backbone: Backbone,
+    heads: Heads,
+    spec: OnnxSpec,
+    ranges: Mapping[str, float] | None = None,
+    weights: WeightWriter | None = None,
 ) -> tuple[Graph, dict[str, str]]:
-    """The graph, and the tensor behind each of its outputs. `ranges`: largest input of each layer, for int8-static."""
-    graph, model = Graph(spec.precision, ranges), backbone.model
+    """The graph, and the tensor behind each of its outputs. `ranges`: largest input of each layer, for int8-static.
+
+    The backbone's weights go to `weights`, where there is one; those of the heads stay in the graph.
+    """
+    graph, model = Graph(spec.precision, ranges, weights), backbone.model
+    network = make_network(backbone, heads)
     pixels = _normalised(graph, backbone.manifest.preprocess) if spec.uint8 else "pixels"
     if isinstance(model, ViT):
-        layers = {n for pair in (heads.depth, heads.segmentation) if pair for n in pair[0].spec.layers}
-        made = add_vit(graph, model, pixels, spec.fixed_px, layers)
+        made = add_vit(graph, model, pixels, spec.fixed_px, network.layers_read)
     else:
         assert isinstance(model, ResNet)
         made = add_resnet(graph, model, pixels)
-    _add_heads(graph, backbone, heads, made, spec.uint8)
-    return graph, {name: made[name] for name in make_network(backbone, heads).output_names}
+    graph.weights = None
+    if heads.linear is not None:
+        made["logits"] = _add_linear(graph, network, heads.linear[0], made)
+    _add_dense_heads(graph, backbone, heads, made, spec.uint8)
+    return graph, {name: made[name] for name in network.output_names}
 
 
 def _normalised(graph: Graph, preprocess: Preprocess) -> str:
@@ -161,11 +175,17 @@ def _normalised(graph: Graph, preprocess: Preprocess) -> str:
     return graph.op("Div", graph.op("Sub", graph.op("Div", x, graph.constant(255, np.float32)), mean), std)
 
 
-def _add_heads(graph: Graph, backbone: Backbone, heads: Heads, made: dict[str, str], uint8: bool) -> None:
-    if heads.linear is not None:
-        head, manifest = heads.linear
-        patches = made["patches"] if manifest.features == "cls+patch_mean" else None
-        made["logits"] = add_linear(graph, head, made["embedding"], patches)
+def _add_linear(graph: Graph, network: Network, head: LinearHead, made: Mapping[str, str]) -> str:
+    _, patch_mean, alternating = LINEAR_FEATURES[network.linear_features]
+    cls = [made["embedding"]]
+    if network.linear_layers:
+        first = graph.constant(0, np.int64)
+        rows = [graph.op("Gather", made[f"block{n}"], first, axis=1) for n in network.linear_layers]
+        cls = [layer_norm(graph, "norm", network.backbone.norm, row) for row in rows]  # type: ignore[arg-type]
+    return add_linear(graph, head, cls, made["patches"] if patch_mean else None, alternating)
+
+
+def _add_dense_heads(graph: Graph, backbone: Backbone, heads: Heads, made: dict[str, str], uint8: bool) -> None:
     if heads.depth is None and heads.segmentation is None:
         return
     first = 1 if uint8 else 2
@@ -198,13 +218,18 @@ def _read_layers(
 
 
 def make_model(
-    backbone: Backbone, heads: Heads, spec: OnnxSpec, ranges: Mapping[str, float] | None = None
+    backbone: Backbone,
+    heads: Heads,
+    spec: OnnxSpec,
+    ranges: Mapping[str, float] | None = None,
+    weights: WeightWriter | None = None,
 ) -> onnx.ModelProto:
-    """The whole file: graph, inputs and outputs with their axes, manifests."""
-    graph, made = make_graph(backbone, heads, spec, ranges)
+    """The whole file: graph, inputs and outputs with their axes, manifests. Large weights go to `weights`, which it finishes."""
+    graph, made = make_graph(backbone, heads, spec, ranges, weights)
+    stamp = {} if weights is None else {"weights_sha256": weights.finish()}
     preprocess = fixed_preprocess(backbone.manifest.preprocess, spec.fixed_px)
     manifest = dataclasses.replace(backbone.manifest, preprocess=preprocess)
-    metadata = {MANIFEST_KEY: manifest.to_json(), EXPORT_KEY: describe(spec)}
+    metadata = {MANIFEST_KEY: manifest.to_json(), EXPORT_KEY: describe(spec, **stamp)}
     if heads.manifests:
         metadata[HEADS_KEY] = {kind: one.to_json() for kind, one in heads.manifests.items()}
     outputs = [_output(name, backbone, heads, spec) for name in made]

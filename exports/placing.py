@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
+
 from data.errors import InputError
 
 
@@ -14,6 +16,15 @@ def check_free(out: Path) -> None:
     """Raise InputError where something has the name already."""
     if out.exists():
         raise InputError(f"--out {out}: is there already; delete it first, or choose another name")
+
+
+def write_file(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model to the disk itself."""
+    with open(path, "wb") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(path, 0o644)
 
 
 @contextmanager

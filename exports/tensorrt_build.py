@@ -6,6 +6,7 @@ none). Nothing but the API itself is imported here, so that any environment that
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data.errors import CheckFailed, InputError
@@ -72,7 +73,7 @@ def make_logger(trt: Any) -> Any:
 
 def build_plan(
     trt: Any,
-    model: bytes,
+    model: Path,
     profile: Profile,
     timing_cache: bytes = b"",
     capabilities: Sequence[str] = (),
@@ -87,7 +88,7 @@ def build_plan(
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model):
+    if not parser.parse_from_file(str(model)):  # which finds weights that lie beside it
         told = [str(parser.get_error(k).desc()) for k in range(parser.num_errors)]
         said = [text for text in (*told, *logger.lines) if text.strip().lower() not in ("", "false")]
         why = " ".join(" ".join(dict.fromkeys(said)).split())

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import onnx
 import tyro
 from onnx import helper
 
@@ -26,16 +25,18 @@ from exports.onnx_file import (
     Heads,
     OnnxSpec,
     check_spec,
-    describe,
     fixed_preprocess,
     load_heads,
     make_model,
     make_network,
+    too_large,
 )
-from exports.placing import check_free, scratch_beside
-from runtimes.onnx_runtime import EXPORT_KEY, OnnxRuntime
+from exports.placing import check_free, new_folder, write_file
+from exports.weight_writer import WeightWriter
+from runtimes.onnx_runtime import EXPORT_KEY, OnnxRuntime, load_model, read_export
 from runtimes.runtime import step_px
 from runtimes.torch_runtime import TorchRuntime
+from runtimes.weight_file import weight_file_of
 
 TOLERANCE = 2e-4
 """Largest difference from torch that is let through in float32, relative to the largest value of the output."""
@@ -86,12 +87,17 @@ def export_onnx(
     ranges = None
     if spec.precision == "int8-static":
         ranges = calibrate(backbone, open_parts(str(data))[0].train, spec.fixed_px)
-    with scratch_beside(out) as scratch:
-        write_file(make_model(backbone, heads, spec, ranges), scratch)
-        parity = check_parity(backbone, heads, spec, scratch)
-        drift = None if data is None else add_drift(backbone, spec, scratch, data, tolerance)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, out)
+    large = too_large(backbone, heads, spec)
+    if large:
+        check_free(weight_file_of(out))
+    with new_folder(out) as scratch:
+        file = scratch / out.name
+        write_file(
+            make_model(backbone, heads, spec, ranges, WeightWriter(weight_file_of(file)) if large else None), file
+        )
+        parity = check_parity(backbone, heads, spec, file)
+        drift = None if data is None else add_drift(backbone, spec, file, data, tolerance)
+        place(file, out, large)
     return Exported(parity, drift)
 
 
@@ -102,12 +108,16 @@ def check_out(out: Path) -> None:
     check_free(out)
 
 
-def write_file(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model to the disk itself."""
-    with open(path, "wb") as file:
-        file.write(model.SerializeToString())
-        file.flush()
-        os.fsync(file.fileno())
+def place(file: Path, out: Path, large: bool) -> None:
+    """Give a finished file its name, after its weights have theirs; both or none."""
+    if large:
+        os.replace(weight_file_of(file), weight_file_of(out))
+    try:
+        os.replace(file, out)
+    except BaseException:
+        if large:
+            weight_file_of(out).unlink()
+        raise
 
 
 def parity_cases(backbone: Backbone, fixed_px: tuple[int, int] | None) -> tuple[tuple[int, int, int], ...]:
@@ -186,9 +196,9 @@ def add_drift(backbone: Backbone, spec: OnnxSpec, path: Path, data: str, toleran
     with TorchRuntime(same_views, device="cpu") as before, OnnxRuntime(path, device="cpu") as after:
         drift = measure_drift(before, after, data)
     check_drift(drift, tolerance)
-    model = onnx.load(path)
+    model = load_model(path)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    metadata[EXPORT_KEY] = json.dumps(describe(spec, drift=drift.to_json()), sort_keys=True)
+    metadata[EXPORT_KEY] = json.dumps({**read_export(metadata, path), "drift": drift.to_json()}, sort_keys=True)
     helper.set_model_props(model, metadata)
     write_file(model, path)
     return drift
@@ -210,7 +220,7 @@ def main(
 
     Args:
         ckpt: A checkpoint, published weights, a Hugging Face folder or a catalog name.
-        out: The .onnx file to write; it must not be there yet.
+        out: The .onnx file to write; it must not be there yet. Weights of more than 2 GB go into NAME.onnx.data beside it.
         depth_head: A depth head trained on this backbone; adds the output `depth`.
         segmentation_head: A segmentation head trained on this backbone; adds the output `classes`.
         linear_head: A linear classifier trained on this backbone; adds the output `logits`.
@@ -232,7 +242,8 @@ def main(
         data=data,
         tolerance=tolerance,
     )
-    size_mb = out.stat().st_size / 1e6
+    beside = weight_file_of(out)
+    size_mb = sum(file.stat().st_size for file in (out, beside) if file.exists()) / 1e6
     print(
         f"{out}: {size_mb:.1f} MB, {precision}, largest difference from torch over {len(done.parity.cases)} batches of noise:"
     )

@@ -79,7 +79,7 @@ def export_tensorrt(
         check_graph(model)
         profile = make_profile(metadata, batch, max_batch, min_px, max_px)
         known = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
-        plan, cache = build_plan(trt, model.SerializeToString(), profile, known)
+        plan, cache = build_plan(trt, file, profile, known)
         told = describe_plan(metadata, plan, profile, str(trt.__version__))
         with scratch_beside(out) as scratch:
             write_plan(plan, told, scratch)

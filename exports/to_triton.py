@@ -25,9 +25,9 @@ from evaluators.classification import summary
 from exports.collections_file import read_collections
 from exports.graph import Value
 from exports.kubernetes import write_manifests
-from exports.onnx_file import PLAIN, Heads, check_spec, load_heads, make_model
-from exports.placing import check_free, new_folder, scratch_beside
-from exports.to_onnx import check_parity, write_file
+from exports.onnx_file import PLAIN, Heads, load_heads, make_model, too_large
+from exports.placing import check_free, new_folder, write_file
+from exports.to_onnx import check_parity
 from exports.triton_config import (
     Shape,
     TritonSpec,
@@ -38,9 +38,13 @@ from exports.triton_config import (
     pb,
     python_config,
 )
+from exports.weight_writer import WeightWriter
 from runtimes.onnx_graph import HeadPart, split_heads
+from runtimes.onnx_runtime import HEADS_KEY
 from runtimes.runtime import step_px
+from runtimes.weight_file import weight_file_of
 
+NETWORK_FILE = "model.onnx"
 TEMPLATES = Path(__file__).with_name("triton_models")
 ROOT = Path(__file__).resolve().parents[1]
 MAX_SIZE_PX = 1024
@@ -63,17 +67,18 @@ def export_triton(
     check_free(out)
     check_plan(spec, plan)
     backbone = load_backbone(ckpt)
-    check_spec(backbone, PLAIN)
     heads = load_heads(backbone, None, depth_head, segmentation_head)
     found = {} if collections is None else read_collections(collections, backbone.manifest)
-    model = make_model(backbone, heads, PLAIN)
-    with scratch_beside(out.with_name(f"{out.name}.onnx")) as scratch:
-        write_file(model, scratch)
-        check_parity(backbone, heads, PLAIN, scratch)
     with new_folder(out) as folder:
+        whole = folder / NETWORK_FILE
+        weights = WeightWriter(weight_file_of(whole)) if too_large(backbone, heads, PLAIN) else None
+        model = make_model(backbone, heads, PLAIN, weights=weights)
+        write_file(model, whole)
+        check_parity(backbone, heads, PLAIN, whole)
+        whole.unlink()
         repository = Repository(folder, backbone, heads, spec)
         network, parts = split_heads(model)
-        repository.add_backbone(network, plan)
+        repository.add_backbone(network, plan, {entry.key: entry.value for entry in model.metadata_props})
         for part in parts:
             repository.add_head(part)
         repository.add_views()
@@ -115,21 +120,25 @@ class Repository:
         (made.parent / "config.pbtxt").write_text(config_text(config))
         return made
 
-    def add_backbone(self, network: onnx.ModelProto, plan: Path | None) -> None:
-        """The network itself; with heads on several blocks also their tokens, as further outputs."""
+    def add_backbone(self, network: onnx.ModelProto, plan: Path | None, metadata: Mapping[str, str]) -> None:
+        """The network itself; with heads on several blocks also their tokens, as further outputs.
+
+        Weights that are too many for its file lie in the folder already, under the name that the file has for them.
+        """
+        weights = weight_file_of(self.folder / NETWORK_FILE)
         side = self.backbone.manifest.preprocess.size_px
         inputs, outputs = values_of(network)
-        file = "model.plan" if plan else "model.onnx"
+        file = "model.plan" if plan else NETWORK_FILE
         warm_up = {"pixels": (3, side, side)}
         made = self.add(network_config("backbone", self.spec, inputs, outputs, file, warm_up, self.parameters))
         if plan is not None:
             shutil.copyfile(plan, made / file)
+            weights.unlink(missing_ok=True)
             return
-        onnx.helper.set_model_props(network, {entry.key: entry.value for entry in self._metadata()})
+        if weights.exists():
+            weights.rename(made / weights.name)
+        onnx.helper.set_model_props(network, {key: value for key, value in metadata.items() if key != HEADS_KEY})
         self._save(network, made / file)
-
-    def _metadata(self) -> list[onnx.StringStringEntryProto]:
-        return list(make_model(self.backbone, Heads(), PLAIN).metadata_props)
 
     def _save(self, model: onnx.ModelProto, path: Path) -> None:
         write_file(model, path)

@@ -16,6 +16,7 @@ from data.errors import InputError
 from data.preprocess import Preprocess
 from runtimes.onnx_graph import fuse_attention, outputs_of, split_heads
 from runtimes.runtime import Runtime, gpu_number, run_in_parts
+from runtimes.weight_file import FOLDER_ENTRY, check_weight_file
 
 HEADS_KEY = "dinoscope_heads"
 """Metadata key of the heads' manifests: a JSON object from the head's kind to its manifest."""
@@ -43,7 +44,8 @@ class OnnxRuntime(Runtime):
     ) -> None:
         check_one_build()
         self.name = "onnxruntime"
-        model = load_model(Path(path))
+        path = Path(path)
+        model = load_model(path)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.manifest, self.heads = read_metadata(metadata, path)
         self.export = read_export(metadata, path)
@@ -51,6 +53,8 @@ class OnnxRuntime(Runtime):
         self.outputs = outputs_of(model)
         self.threads = threads
         options, providers = session_options(threads, spinning), pick_providers(device)
+        if check_weight_file(model, self.export, path):
+            options.add_session_config_entry(FOLDER_ENTRY, str(path.resolve().parent))
         fused = fuse_attention(model) if providers[0] == "CPUExecutionProvider" else 0
         self.holds_scores = not fused
         backbone, parts = split_heads(model)
@@ -153,11 +157,11 @@ def read_metadata(metadata: dict[str, str], path: str | Path) -> tuple[Manifest,
 
 
 def load_model(path: Path) -> onnx.ModelProto:
-    """The model in a file. Raises CheckpointError where it is missing or no ONNX model."""
+    """The model in a file; weights that lie in another one stay there. Raises CheckpointError where it is missing or no ONNX model."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the path of an .onnx file")
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     except (ProtobufError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable .onnx file ({error}); was it cut short?") from error
     if not model.graph.output:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import tensorrt_rtx_bindings as trt
 
@@ -11,8 +12,7 @@ from exports.tensorrt_build import Profile, build_plan
 for path, least, best, most in (argument.split(",") for argument in sys.argv[1:]):
     profile = Profile(*((n, 3, int(side), int(side)) for n, side in ((1, least), (2, best), (4, most))))
     try:
-        with open(path, "rb") as file:
-            plan, cache = build_plan(trt, file.read(), profile, capabilities=("SM86", "SM89"))
+        plan, cache = build_plan(trt, Path(path), profile, capabilities=("SM86", "SM89"))
         print(
             json.dumps({"path": path, "bytes": len(plan), "cache": len(cache), "version": trt.__version__}), flush=True
         )

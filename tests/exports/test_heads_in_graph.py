@@ -20,9 +20,12 @@ from backbones.heads import (
     make_depth_head,
     save_head,
 )
+from backbones.network import LINEAR_FEATURES
 from backbones.vit import ViT
 from data.errors import InputError
-from exports.onnx_file import load_heads, make_network
+from evaluators.combinations import combinations
+from evaluators.extract import FeatureTable, features_of
+from exports.onnx_file import load_heads, load_linear_head, make_network
 from exports.to_onnx import CLASS_TOLERANCE, TOLERANCE, export_onnx, output_difference
 from runtimes.onnx_runtime import OnnxRuntime
 from runtimes.torch_runtime import TorchRuntime
@@ -32,6 +35,9 @@ STEP = {"v1": 8, "v2": 7, "resnet": 32}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "classifier on CLS": ("v1", "linear", {"features": "cls"}),
     "classifier on CLS and the mean patch": ("v2", "linear", {"features": "cls+patch_mean"}),
+    "classifier on CLS and the mean patch in turn": ("v1", "linear", {"features": "cls*patch_mean"}),
+    "classifier on the CLS of four blocks": ("v1", "linear", {"features": "cls_last4"}),
+    "classifier on four blocks beside registers": ("v2", "linear", {"features": "cls_last4+patch_mean"}),
     "classifier on a ResNet": ("resnet", "linear", {"features": "cls+patch_mean"}),
     "segmentation on the last patches": ("v1", "segmentation", {}),
     "segmentation on four layers": ("v2", "segmentation", {"layers": (0, 1, 2, 3)}),
@@ -68,7 +74,8 @@ def make_head_file(ckpt: Path, kind: str, options: dict[str, Any], path: Path) -
     n_layers = max(1, len(options.get("layers", ())))
     head: Any
     if kind == "linear":
-        head = LinearHead(LinearHeadSpec(n_classes=5, width_in=width * (2 if "mean" in features else 1)))
+        parts = LINEAR_FEATURES.get(features, LINEAR_FEATURES["cls"])
+        head = LinearHead(LinearHeadSpec(n_classes=5, width_in=width * (parts.blocks + parts.patch_mean)))
     elif kind == "segmentation":
         head = SegmentationHead(SegmentationHeadSpec(n_classes=5, width_in=width * n_layers, **options))
     else:
@@ -106,12 +113,40 @@ def test_a_head_in_the_file_gives_what_it_gives_on_torch(case: str, tmp_path: Pa
             assert np.unique(got).size > 1
 
 
+def test_every_combination_that_the_evaluators_train_on_is_what_the_file_computes(tmp_path: Path) -> None:
+    ckpt = make_backbone_file("v2", tmp_path)
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 21, 28), dtype=np.float32)
+    with TorchRuntime(load_backbone(ckpt), device="cpu") as torch_runtime:
+        columns = features_of(torch_runtime, pixels, ("embedding", "patch_mean", "cls_last4"))
+    known = combinations(FeatureTable(tuple("abc"), (None,) * 3, tuple("abc"), columns))
+    assert set(known) == set(LINEAR_FEATURES)
+    for name, features_nW in known.items():
+        folder = tmp_path / name.replace("*", "-in-turn-with-")
+        folder.mkdir()
+        path = make_head_file(ckpt, "linear", {"features": name}, folder / "head.safetensors")
+        head, _ = load_linear_head(path, load_backbone(ckpt).manifest.weights_sha256)
+        with torch.no_grad():
+            wanted = head(torch.from_numpy(features_nW)).numpy()
+        export_onnx(ckpt, folder / "x.onnx", linear_head=path)
+        with OnnxRuntime(folder / "x.onnx") as found:
+            np.testing.assert_allclose(found.run(pixels, ("logits",))["logits"], wanted, atol=2e-5, err_msg=name)
+
+
+def test_a_classifier_on_more_blocks_than_there_are_is_refused(tmp_path: Path) -> None:
+    for name, words in (("v1", "this backbone has 2 blocks"), ("resnet", "this backbone is a ResNet")):
+        ckpt, _ = save_network(name, tmp_path)
+        head = make_head_file(ckpt, "linear", {"features": "cls_last4"}, tmp_path / f"{name}-h.safetensors")
+        with pytest.raises(InputError, match=f"the linear head reads cls_last4, {words}"):
+            export_onnx(ckpt, tmp_path / "x.onnx", linear_head=head)
+    assert not (tmp_path / "x.onnx").exists()
+
+
 def test_all_heads_share_one_file_and_none_changes_the_backbones_outputs(tmp_path: Path) -> None:
     ckpt = make_backbone_file("v1", tmp_path)
     heads = {
         f"{kind}_head": make_head_file(ckpt, kind, options, tmp_path / f"{kind}.safetensors")
         for kind, options in (
-            ("linear", {"features": "cls"}),
+            ("linear", {"features": "cls_last4"}),
             ("depth", {"layers": (0, 1, 2, 3), "decoder": "dpt", "channels": 16}),
             ("segmentation", {"layers": (2, 3)}),
         )
@@ -146,6 +181,6 @@ def test_a_head_of_another_kind_is_refused(kind: str, given: str, words: str, tm
 def test_a_classifier_on_features_that_no_file_has_is_refused(tmp_path: Path) -> None:
     ckpt = make_backbone_file("v1", tmp_path)
     head = make_head_file(ckpt, "linear", {"features": "cls of four layers"}, tmp_path / "h.safetensors")
-    with pytest.raises(InputError, match="reads the features 'cls of four layers'; a network gives cls or cls"):
+    with pytest.raises(InputError, match="reads the features 'cls of four layers'; a network gives cls, cls"):
         export_onnx(ckpt, tmp_path / "x.onnx", linear_head=head)
     assert not (tmp_path / "x.onnx").exists()

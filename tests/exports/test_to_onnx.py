@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from data.errors import CheckFailed, InputError, run_cli
-from exports import onnx_file, to_onnx
+from exports import to_onnx
 from exports.to_onnx import TOLERANCE, export_onnx, main, relative_difference
 from tests.exports.artifacts import Artifact, artifact, save_network
 
@@ -132,16 +132,6 @@ def test_a_place_that_cannot_be_written_is_refused(v1: Artifact, tmp_path: Path,
     with pytest.raises(InputError, match=words):
         export_onnx(v1.ckpt, tmp_path / out, v1.depth_head)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.onnx"]
-
-
-def test_weights_that_one_file_cannot_hold_are_refused_before_anything_is_written(
-    v1: Artifact, tmp_path: Path, during_writing: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    during_writing(_break)
-    monkeypatch.setattr(onnx_file, "MAX_WEIGHT_BYTES", 100_000)
-    with pytest.raises(InputError, match=r"one \.onnx file holds at most"):
-        export_onnx(v1.ckpt, tmp_path / "x.onnx")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_head_of_another_backbone_is_refused(v1: Artifact, tmp_path: Path) -> None:

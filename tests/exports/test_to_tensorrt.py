@@ -129,8 +129,8 @@ def stand_in(spoiled: bool = False) -> ModuleType:
         def __init__(self, network: Any, logger: Any) -> None:
             self.network = network
 
-        def parse(self, content: bytes) -> bool:
-            self.network.content = content
+        def parse_from_file(self, path: str) -> bool:
+            self.network.content = onnx.load(path).SerializeToString()
             return True
 
     class Engine:
