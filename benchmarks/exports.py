@@ -4,7 +4,7 @@
 
 Everything that is compared takes turns in one process on one thread, and what counts is CPU time, which holds on a shared machine; medians
 over the rounds are printed. Weights are random: speed does not depend on them. `--data` adds what int8 costs the bundled backbone on real
-images, `--large` the memory that a ViT-L takes to export.
+images, `--large` what it takes to export networks of those sizes.
 """
 
 import statistics
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -38,7 +39,12 @@ SPECS = {
     "ViT-S/16": ViTSpec(patch_px=16, width=384, depth=12, heads=6),
     "ViT-S/14": ViTSpec(patch_px=14, width=384, depth=12, heads=6, img_px=224, layer_scale=1.0, mask_token=True),
 }
-LARGE = ViTSpec(patch_px=14, width=1024, depth=24, heads=16, img_px=518, layer_scale=1.0, mask_token=True)
+LARGE = {
+    "ViT-L/14": ViTSpec(patch_px=14, width=1024, depth=24, heads=16, img_px=518, layer_scale=1.0, mask_token=True),
+    "ViT-g/14": ViTSpec(
+        patch_px=14, width=1536, depth=40, heads=24, img_px=518, ffn="swiglu", layer_scale=1.0, mask_token=True
+    ),
+}
 SIDE_PX = 224
 BUNDLED = Path("models/dinoscope_tiny.safetensors")
 
@@ -166,33 +172,47 @@ def compare_network(name: str, spec: ViTSpec, folder: Path, rounds: int) -> None
     print(
         f"  time with the attention output          {found['no attention'] / found['file, batch 1']:.3f}  (wanted 1.02)"
     )
-    print(f"  int8 beside fp32, batch 1               {found['int8'] / found['file, batch 1']:.2f}  (wanted 1.30)")
+    print(
+        f"  int8 beside fp32, batch 1               {found['int8'] / found['file, batch 1']:.2f}  (wanted 1.30)",
+        flush=True,
+    )
 
 
-def main(rounds: int = 9, data: str | None = None, large: bool = False) -> None:
+Small = Literal["ViT-S/16", "ViT-S/14"]
+Large = Literal["ViT-L/14", "ViT-g/14"]
+
+
+def main(
+    rounds: int = 9,
+    networks: tuple[Small, ...] = ("ViT-S/16", "ViT-S/14"),
+    data: tuple[str, ...] = (),
+    large: tuple[Large, ...] = (),
+) -> None:
     """Measure exported files.
 
     Args:
         rounds: Interleaved calls of each case.
+        networks: Those that are timed.
         data: Labelled images on which the bundled backbone in int8 is held against itself.
-        large: Export a ViT-L as well, and tell its memory (takes minutes).
+        large: Export these as well, and tell the time and the memory (minutes; the giant needs 10 GB of both memory and disk).
     """
-    for name, spec in SPECS.items():
+    for name in networks:
         with tempfile.TemporaryDirectory() as folder:
-            compare_network(name, spec, Path(folder), rounds)
-    if data is not None:
+            compare_network(name, SPECS[name], Path(folder), rounds)
+    for images in data:
         with tempfile.TemporaryDirectory() as scratch:
             any_drift = Tolerance(min_cosine=0.0, max_knn_loss=1.0)
             out, spec8 = Path(scratch) / "int8.onnx", OnnxSpec(precision="int8")
-            drift = export_onnx(BUNDLED, out, spec=spec8, data=data, tolerance=any_drift).drift
+            drift = export_onnx(BUNDLED, out, spec=spec8, data=images, tolerance=any_drift).drift
             assert drift is not None
-            print(f"int8 of {BUNDLED.name} on {data}:", *drift.lines(), sep="\n  ")
-    if large:
+            print(f"int8 of {BUNDLED.name} on {images}:", *drift.lines(), sep="\n  ", flush=True)
+    for name in large:
         with tempfile.TemporaryDirectory() as folder:
-            seconds, gigabytes = cost_of_export(
-                save_random(LARGE, Path(folder) / "x.safetensors"), Path(folder) / "x.onnx"
-            )
-            print(f"ViT-L/14: export {seconds:.0f} s of CPU, {gigabytes:.1f} GB at most")
+            ckpt = save_random(LARGE[name], Path(folder) / "x.safetensors")
+            seconds, gigabytes = cost_of_export(ckpt, Path(folder) / "x.onnx")
+            files = {file.name: file.stat().st_size / 1e9 for file in Path(folder).glob("x.onnx*")}
+            sizes = ", ".join(f"{file} {size:.2f} GB" for file, size in sorted(files.items()))
+            print(f"{name}: export {seconds:.0f} s of CPU, {gigabytes:.1f} GB at most; {sizes}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from data.errors import CheckFailed, InputError
 from evaluators.classification import progress_bar
 from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.knn import evaluate
+from evaluators.results import Measurement
 from evaluators.splits import Splits, labelled, open_splits
 from runtimes.runtime import Runtime
 
@@ -50,9 +51,10 @@ class Drift:
     cosine_mean: float
     cosine_min: float
     knn_images: int | None = None
-    """Test images of the k-NN; None: the set has no labels or no second class."""
+    """Images judged by k-NN; None: the set has no labels or no second class."""
     knn_before: float | None = None
-    """Top-1 of the checkpoint, k chosen on training images."""
+    """Top-1 of the checkpoint, k chosen on training images. Test images are judged by the training images, and those by one another
+    (each by all but its own group), since on the test images of a small set alone one image is more than the gate."""
     knn_after: float | None = None
     """Top-1 of the file with the same k."""
     data_fingerprint: str = ""
@@ -85,7 +87,7 @@ def measure_drift(before: Runtime, after: Runtime, data: str) -> Drift:
     """Run both over `data`. Raises InputError for data that cannot be used, CheckFailed for features that are not finite."""
     splits, has_labels = open_parts(data)
     tables = [
-        [_table(name, runtime, part) for part in (splits.train, splits.val)]
+        [_table(name, runtime, part, splits.group_column) for part in (splits.train, splits.val)]
         for name, runtime in (("before", before), ("after", after))
     ]
     cosines_n = np.concatenate([cosines(one, other) for one, other in zip(*tables, strict=True)])
@@ -95,19 +97,23 @@ def measure_drift(before: Runtime, after: Runtime, data: str) -> Drift:
     found = {"images": len(cosines_n), "cosine_mean": float(cosines_n.mean()), "cosine_min": float(cosines_n.min())}
     if not has_labels:
         return Drift(**found, data_fingerprint=fingerprint)  # type: ignore[arg-type]
-    (train_before, val_before), (train_after, val_after) = tables
-    measured = evaluate(train_before, val_before)
-    top1_before = next(entry["top1"] for entry in measured.grid if entry["k"] == measured.chosen["k"])
-    top1_after = next(
-        entry["top1"] for entry in evaluate(train_after, val_after).grid if entry["k"] == measured.chosen["k"]
-    )
+    measured = [evaluate(train, val) for train, val in tables]
+    judged = len(tables[0][1]), len(tables[0][0])
+    before, after = (_accuracy(one, measured[0].chosen["k"], judged) for one in measured)
     return Drift(
         **found,  # type: ignore[arg-type]
-        knn_images=len(val_before),
-        knn_before=float(top1_before),
-        knn_after=float(top1_after),
+        knn_images=sum(judged),
+        knn_before=before,
+        knn_after=after,
         data_fingerprint=fingerprint,
     )
+
+
+def _accuracy(measured: Measurement, k: int, judged: tuple[int, int]) -> float:
+    """Top-1 over test and training images together, so many of either."""
+    entry = next(entry for entry in measured.grid if entry["k"] == k)
+    right = entry["top1"] * judged[0] + entry["train_left_out_top1"] * judged[1]
+    return float(right / sum(judged))
 
 
 def open_parts(data: str) -> tuple[Splits, bool]:
@@ -126,9 +132,10 @@ def evenly(n: int, wanted: int) -> Sequence[int]:
     return sorted(set(np.linspace(0, n - 1, min(n, wanted)).astype(int).tolist())) if n else []
 
 
-def _table(name: str, runtime: Runtime, part: Dataset) -> FeatureTable:
+def _table(name: str, runtime: Runtime, part: Dataset, group_column: str | None) -> FeatureTable:
+    spec = ExtractSpec(columns=("embedding",), batch_size=16, group_column=group_column)
     with progress_bar(f"{name}: {len(part)} images") as progress:
-        return extract(runtime, part, ExtractSpec(columns=("embedding",), batch_size=16), progress)
+        return extract(runtime, part, spec, progress)
 
 
 def cosines(before: FeatureTable, after: FeatureTable) -> np.ndarray:

@@ -4,7 +4,8 @@ Graphs are written node by node rather than traced: a trace takes a minute and a
 patterns that an engine runs fast. Only operators of the standard are used, so that every engine can read the file.
 
 Precisions: `fp32`; `fp16` (linear layers and convolutions in half, everything between them in float32); `int8` (linear layers in whole
-numbers, the scale of their input found while they run); `int8-static` (Q/DQ pairs with scales found beforehand, symmetric).
+numbers, but those of the first block, the scale of their input found while they run); `int8-static` (Q/DQ pairs with scales found
+beforehand, symmetric).
 Axes: I features in, O features out.
 """
 
@@ -55,6 +56,8 @@ class Graph:
         self.precision = precision
         self.weights = weights
         """Where large weights go instead of into the graph itself."""
+        self.early = False
+        """True while layers are added whose rounding all others magnify; dynamic int8 leaves them in float32."""
         self.quantised_inputs: dict[str, str] = {}
         """Each linear layer or convolution, and the name of the tensor that goes into it: what a calibration looks at."""
         self._ranges = ranges or {}
@@ -118,7 +121,7 @@ class Graph:
         """x [..., I] to [..., O]. In fp16 `x` and the result are float16, else float32."""
         self.quantised_inputs[name] = x
         weight_IO = weight_OI.detach().numpy().T
-        if self.precision == "int8":
+        if self.precision == "int8" and not self.early:
             made = self._dynamic_product(x, name, weight_IO)
         elif self.precision == "int8-static":
             made = self.op("MatMul", self._fake_quantised(x, name), self._stored_int8(name, weight_IO, axis=1))

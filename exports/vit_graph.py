@@ -27,6 +27,7 @@ def add_vit(
     made: dict[str, str] = {}
     for i, block in enumerate(model.blocks):
         last = i == spec.depth - 1
+        graph.early = i == 0
         x, weights = _add_block(graph, f"blocks.{i}", block, x, spec.heads, last)  # type: ignore[arg-type]
         if i in layers:
             x = made[f"block{i}"] = graph.op("Identity", x, name=f"block{i}")

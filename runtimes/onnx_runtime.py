@@ -23,7 +23,10 @@ HEADS_KEY = "dinoscope_heads"
 EXPORT_KEY = "dinoscope_export"
 """Metadata key of the file's own form: a JSON object with `precision`, `fixed_px`, `input` and, where it was measured, `drift`."""
 CPU_ROWS = 4
-"""Images that a CPU is given at a time; with more, the features of a layer leave its caches (measured: 15 % more time at 16)."""
+"""Images that a CPU is given at a time; with more, the features of a layer leave its caches (measured: 15 % more time at 16).
+
+In dynamic int8 it is one: a batch is rounded as one tensor, so an image would have other features beside others, and worse ones.
+"""
 
 
 class OnnxRuntime(Runtime):
@@ -69,7 +72,8 @@ class OnnxRuntime(Runtime):
             raise InputError(
                 f"--device {device}: ONNX Runtime could not start CUDA here; check the driver, or use --device cpu"
             )
-        self.max_batch = max_batch or (CPU_ROWS if self.device == "cpu" else None)
+        rows = 1 if self.precision == "int8" else CPU_ROWS
+        self.max_batch = max_batch or (rows if self.device == "cpu" else None)
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)

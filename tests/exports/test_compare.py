@@ -32,7 +32,7 @@ def test_a_checkpoint_and_its_file_are_alike_and_both_are_told_of(
     assert found["drift"]["knn_before"] == found["drift"]["knn_after"]
     assert set(found["differences"]) == {"embedding", "patches", "attention"}
     assert max(found["differences"].values()) < 1e-4
-    for word in ("torch/cpu", "onnxruntime/cpu", "batch 3", "k-NN top-1 on 12 images"):
+    for word in ("torch/cpu", "onnxruntime/cpu", "batch 3", "k-NN top-1 on 52 images"):
         assert word in ended.stdout
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from backbones.checkpoints import load_backbone
 from data.errors import CheckFailed, InputError
 from data.preprocess import center_view, whole_view
 from exports.calibration import best_range
-from exports.drift import Drift, Tolerance, check_drift, measure_drift
+from exports.drift import Drift, Tolerance, check_drift, measure_drift, open_parts
 from exports.graph import DYNAMIC_LEVELS, Precision, quantise
 from exports.onnx_file import OnnxSpec
 from exports.to_onnx import export_onnx
@@ -48,7 +49,7 @@ def test_a_lower_precision_is_close_smaller_and_says_how_close(
         made = after.run(given, after.outputs)
     assert told["drift"]["images"] == again.images == 52
     assert told["drift"]["cosine_mean"] == pytest.approx(again.cosine_mean, abs=1e-6)
-    assert told["drift"]["knn_images"] == 12
+    assert told["drift"]["knn_images"] == 52
     assert told["drift"]["cosine_mean"] > {"fp16": 0.9999, "int8": 0.99, "int8-static": 0.95}[precision]
     assert told["drift"]["cosine_mean"] < 1 - 1e-9, "it is computed in another precision"
     assert {array.dtype for array in made.values()} == {np.dtype(np.float32)}
@@ -130,6 +131,42 @@ def test_too_few_images_are_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="10 calibration images; wanted at least 32"):
         export("v1", "int8-static", few, tmp_path / "x.onnx")
     assert not (tmp_path / "x.onnx").exists()
+
+
+def test_dynamic_int8_rounds_each_image_by_itself_and_leaves_the_first_block_alone(
+    pictures: Path, tmp_path: Path
+) -> None:
+    export("v2", "int8", pictures, tmp_path / "x.onnx")
+    model = onnx.load(tmp_path / "x.onnx")
+    whole = {node.input[1] for node in model.graph.node if node.op_type == "MatMulInteger"}
+    assert {name.rsplit(".", 2)[0] for name in whole} == {"blocks.1.attn", "blocks.1.mlp"}
+    assert len(whole) == 4
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 14, 21), dtype=np.float32)
+    pixels[1] *= 20  # what would widen the range of its neighbours
+    with OnnxRuntime(tmp_path / "x.onnx") as found:
+        together = found.run(pixels)["embedding"]
+        for k in range(3):
+            np.testing.assert_array_equal(found.run(pixels[k : k + 1])["embedding"][0], together[k])
+
+
+def test_accuracy_is_judged_on_all_images_training_images_by_the_others(pictures: Path) -> None:
+    class Shifted(TorchRuntime):
+        """Training images of one class look like the other; test images do not change."""
+
+        def run(self, pixels_NCHW: np.ndarray, outputs: Any = ("embedding",)) -> dict[str, np.ndarray]:
+            return {"embedding": np.array([vectors[image.tobytes()] for image in pixels_NCHW], np.float32)}
+
+    splits, _ = open_parts(str(pictures))
+    backbone = load_backbone(artifact("v1").ckpt)
+    vectors: dict[bytes, list[float]] = {}
+    for part, wrong in ((splits.train, 4), (splits.val, 0)):
+        for row in range(len(part)):
+            label = part.items[row].label == "along"
+            turned = label != (row < wrong)
+            vectors[center_view(part.image(row), backbone.manifest.preprocess).tobytes()] = [turned, not turned]
+    drift = measure_drift(Shifted(backbone, device="cpu"), Shifted(backbone, device="cpu"), str(pictures))
+    assert drift.knn_images == 52
+    assert drift.knn_before == drift.knn_after == pytest.approx(48 / 52)  # four training images, no test image
 
 
 def test_dynamic_int8_is_not_for_convolutions(pictures: Path, tmp_path: Path) -> None:
