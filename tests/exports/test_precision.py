@@ -16,6 +16,7 @@ from exports.drift import Drift, Tolerance, check_drift, measure_drift, open_par
 from exports.graph import DYNAMIC_LEVELS, Precision, quantise
 from exports.onnx_file import OnnxSpec
 from exports.to_onnx import export_onnx
+from exports.to_tensorrt import check_graph
 from runtimes.onnx_runtime import EXPORT_KEY, OnnxRuntime
 from runtimes.torch_runtime import TorchRuntime
 from tests.exports.artifacts import artifact
@@ -41,6 +42,8 @@ def test_a_lower_precision_is_close_smaller_and_says_how_close(
         pytest.skip("refused, see below")
     told = export(name, precision, pictures, tmp_path / "x.onnx")
     assert told["precision"] == precision
+    if precision != "int8":
+        check_graph(onnx.load(tmp_path / "x.onnx"))  # as TensorRT takes it
     backbone = load_backbone(artifact(name).ckpt)
     with TorchRuntime(backbone, device="cpu") as before, OnnxRuntime(tmp_path / "x.onnx") as after:
         assert after.precision == precision

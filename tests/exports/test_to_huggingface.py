@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from backbones.checkpoints import load_backbone
+from backbones.checkpoints import Manifest, load_backbone, save_backbone
 from backbones.vit import ViT
 from data.errors import InputError
 from data.preprocess import center_view
 from exports.to_huggingface import export_huggingface
 from tests.backbones.nets import FORWARD
-from tests.exports.artifacts import artifact, save_network
+from tests.exports.artifacts import SIZES, V2, artifact, save_network
 
 HF = ("dinov2", "dinov2_swiglu", "dinov2_registers", "vit_dinov1")
 
@@ -89,6 +90,22 @@ def test_with_registers_every_size_agrees_and_the_table_stays(tmp_path: Path) ->
         with torch.no_grad():
             torch.testing.assert_close(model(pixels).last_hidden_state, tokens(backbone.model, pixels), **FORWARD)
     assert torch.equal(load_backbone(tmp_path / "x").model.pos_embed, backbone.model.pos_embed)
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_dinov2_without_registers_is_their_dinov2_model(tmp_path: Path, ffn: Any) -> None:
+    torch.manual_seed(0)
+    model = ViT(replace(V2, registers=0, ffn=ffn, pos_offset=0.1, pos_antialias=False)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.2)
+    save_backbone(tmp_path / "x.safetensors", model, Manifest(architecture={}, preprocess=SIZES["v2"]))
+    (note,) = export_huggingface(tmp_path / "x.safetensors", tmp_path / "x")
+    assert "resampled from 14 to 28 px" in note
+    theirs, pixels = their_model(tmp_path / "x"), torch.randn(2, 3, 28, 28)
+    assert type(theirs).__name__ == "Dinov2Model"
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(pixels).last_hidden_state, tokens(model, pixels), **FORWARD)
 
 
 def test_without_registers_the_table_is_made_for_the_size_that_is_seen_unless_another_is_named(tmp_path: Path) -> None:
