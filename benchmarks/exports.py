@@ -217,13 +217,13 @@ def main(
             drift = export_onnx(BUNDLED, out, spec=spec8, data=images, tolerance=any_drift).drift
             assert drift is not None
             print(f"int8 of {BUNDLED.name} on {images}:", *drift.lines(), sep="\n  ", flush=True)
-    for name in large:
+    for giant in large:
         with tempfile.TemporaryDirectory() as folder:
-            ckpt = save_random(LARGE[name], Path(folder) / "x.safetensors")
+            ckpt = save_random(LARGE[giant], Path(folder) / "x.safetensors")
             seconds, gigabytes = cost_of_export(ckpt, Path(folder) / "x.onnx")
             files = {file.name: file.stat().st_size / 1e9 for file in Path(folder).glob("x.onnx*")}
             sizes = ", ".join(f"{file} {size:.2f} GB" for file, size in sorted(files.items()))
-            print(f"{name}: export {seconds:.0f} s of CPU, {gigabytes:.1f} GB at most; {sizes}", flush=True)
+            print(f"{giant}: export {seconds:.0f} s of CPU, {gigabytes:.1f} GB at most; {sizes}", flush=True)
 
 
 if __name__ == "__main__":

@@ -99,12 +99,12 @@ def measure_drift(before: Runtime, after: Runtime, data: str) -> Drift:
         return Drift(**found, data_fingerprint=fingerprint)  # type: ignore[arg-type]
     measured = [evaluate(train, val) for train, val in tables]
     judged = len(tables[0][1]), len(tables[0][0])
-    before, after = (_accuracy(one, measured[0].chosen["k"], judged) for one in measured)
+    top1 = [_accuracy(one, measured[0].chosen["k"], judged) for one in measured]
     return Drift(
         **found,  # type: ignore[arg-type]
         knn_images=sum(judged),
-        knn_before=before,
-        knn_after=after,
+        knn_before=top1[0],
+        knn_after=top1[1],
         data_fingerprint=fingerprint,
     )
 

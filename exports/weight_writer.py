@@ -26,7 +26,7 @@ class WeightWriter:
         """Write a weight; returns what stands for it in the graph."""
         self._write(bytes(-self._file.tell() % PAGE_BYTES))
         offset = self._file.tell()
-        self._write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        self._write(np.ascontiguousarray(array).data.cast("B"))
         tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.path.name), ("offset", offset), ("length", array.nbytes)):
