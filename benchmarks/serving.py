@@ -1,152 +1,233 @@
-"""What serving costs: embeddings per second through gRPC beside the bare runtime, same network, same images, same run.
+"""What serving costs beside the bare runtime and a real Triton: same file, same cores, one run.
 
-    .venv/bin/python -m benchmarks.serving --ckpt models/dinoscope_tiny.safetensors
+    .venv/bin/python -m benchmarks.serving                     every chapter
+    .venv/bin/python -m benchmarks.serving --part tensors      one of tensors, two-blocks, jpeg, identity, overload, departures
 
-The server is a process of its own and serves the exported file on one thread, which the bare runtime uses too. Bare: decode,
-preprocess and run one image after another in this process. Served: clients that send the same JPEG files as BYTES to `embedding`,
-each waiting for its answer. The cases take turns, so that a noisy machine disturbs all alike; medians over the rounds are printed.
-CPU milliseconds (the server's, or this process's) stand beside the rate because they hold on a shared machine.
+Servers, clients and the bare runtime are processes of their own on the same cores, so what the clients use is missing to the servers: their
+CPU time is printed, and CPU milliseconds of the server an image (from /proc, children included) are the figure to compare; images a
+second stand beside them. Cases take turns and medians over the rounds are printed, so that a noisy machine disturbs all alike.
+Read in this order: Row, closed_loop, the chapters, main.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
-import tritonclient.grpc as grpc_client
+import torch
 import tyro
+from tritonclient.grpc import service_pb2 as pb
 
+from backbones.checkpoints import Manifest, save_backbone
+from backbones.vit import ViT, ViTSpec
+from benchmarks.serving_overload import departures, overload
+from benchmarks.serving_targets import SIDE_PX, Bare, Target, cpu_s, ours, send, triton
 from data.decode import decode_image
-from data.errors import InputError, run_cli
-from data.preprocess import center_view
+from data.errors import run_cli
+from data.preprocess import Preprocess, center_view
 from exports.to_onnx import export_onnx
-from runtimes.open import open_runtime
-from runtimes.runtime import Runtime
+from server.cores import usable_cores
+from tests.exports.real_triton import VENV
 
 IMAGE_HW = (375, 500)
 """Height and width of the JPEG files, px."""
-Case = Callable[[list[bytes]], None]
+Part = Literal["tensors", "two-blocks", "jpeg", "identity", "overload", "departures"]
 
 
 @dataclass(frozen=True)
-class Rate:
+class Row:
     """One round of a case."""
 
     per_s: float
     cpu_ms: float
-    """CPU time of one image."""
+    """CPU time of the server, or of the bare runtime, an image."""
+    client_cpu_ms: float = 0.0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
 
 
-def make_images(n: int) -> list[bytes]:
-    """JPEG files of soft noise, each another one."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (n, 30, 40, 3), dtype=np.uint8)
-    files = [cv2.imencode(".jpg", cv2.resize(one, IMAGE_HW[::-1], interpolation=cv2.INTER_CUBIC))[1] for one in small]
-    return [file.tobytes() for file in files]
+def network(folder: Path, depth: int) -> Path:
+    """A ViT-S/16 of so many blocks with random weights, exported. Its speed is that of any other."""
+    out = folder / f"vit{depth}.onnx"
+    if not out.exists():
+        torch.manual_seed(0)
+        model = ViT(ViTSpec(patch_px=16, width=384, depth=depth, heads=6, img_px=SIDE_PX))
+        preprocess = Preprocess(size_px=SIDE_PX, resize_px=256, whole_px=SIDE_PX)
+        ckpt = folder / f"vit{depth}.safetensors"
+        save_backbone(ckpt, model, Manifest(architecture={}, preprocess=preprocess, source="random"))
+        export_onnx(ckpt, out)
+    return out
 
 
-def bare(runtime: Runtime) -> Case:
-    """The runtime without a server around it."""
+def tensor_request(folder: Path) -> Path:
+    """One normalised image as 602 KB of float32, for `backbone`."""
+    request = pb.ModelInferRequest(model_name="backbone")
+    request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, SIDE_PX, SIDE_PX])
+    request.outputs.add(name="embedding")
+    request.raw_input_contents.append(
+        np.random.default_rng(0).standard_normal((3, SIDE_PX, SIDE_PX), dtype=np.float32).tobytes()
+    )
+    path = folder / "tensor.bin"
+    path.write_bytes(request.SerializeToString())
+    return path
 
-    def run(files: list[bytes]) -> None:
-        for file in files:
-            pixels = center_view(decode_image(file), runtime.manifest.preprocess)
-            runtime.run(pixels[None], ("embedding",))
+
+def jpeg_file() -> bytes:
+    """A JPEG of soft noise."""
+    small = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", cv2.resize(small, IMAGE_HW[::-1], interpolation=cv2.INTER_CUBIC))[1].tobytes()
+
+
+def jpeg_request(folder: Path) -> Path:
+    """The JPEG file as BYTES, for `embedding`."""
+    file = jpeg_file()
+    request = pb.ModelInferRequest(model_name="embedding")
+    request.inputs.add(name="image", datatype="BYTES", shape=[1])
+    request.raw_input_contents.append(len(file).to_bytes(4, "little") + file)
+    path = folder / "jpeg.bin"
+    path.write_bytes(request.SerializeToString())
+    return path
+
+
+def closed_loop(target: Target, request: Path, images: int, concurrency: int = 16) -> Callable[[], Row]:
+    """A round of requests, each of which waits for an earlier one's answer."""
+    flags = ["--count", str(images), "--concurrency", str(concurrency)]
+    if target.http is not None:
+        flags += ["--http", target.http]
+
+    def run() -> Row:
+        cpu = cpu_s(target.pid)
+        report = send(target.address, request, *flags)
+        if report["codes"] != {"OK": images}:
+            raise RuntimeError(f"{target.name} answered {report['codes']}")
+        ok_s = report["ok_s"]
+        used_ms = (cpu_s(target.pid) - cpu) * 1e3
+        tail = ok_s[min(len(ok_s) - 1, int(0.99 * len(ok_s)))]
+        clients_ms = report["cpu_s"] * 1e3 / images
+        return Row(images / report["wall_s"], used_ms / images, clients_ms, statistics.median(ok_s) * 1e3, tail * 1e3)
 
     return run
 
 
-def served(address: str, concurrency: int) -> Case:
-    """Clients that share the images and each wait for one answer at a time."""
-    clients = [grpc_client.InferenceServerClient(address) for _ in range(concurrency)]
-    pool = ThreadPoolExecutor(concurrency)
+def bare_loop(bare: Bare, images: int) -> Callable[[], Row]:
+    """A round of the bare runtime."""
 
-    def ask(number: int, files: list[bytes]) -> None:
-        for file in files:
-            tensor = grpc_client.InferInput("image", [1], "BYTES")
-            tensor.set_data_from_numpy(np.array([file], object))
-            clients[number].infer("embedding", [tensor])
-
-    def run(files: list[bytes]) -> None:
-        parts = [files[number::concurrency] for number in range(concurrency)]
-        list(pool.map(ask, range(concurrency), parts))
+    def run() -> Row:
+        wall, cpu = bare.run(images)
+        return Row(images / wall, cpu * 1e3 / images)
 
     return run
 
 
-@contextmanager
-def server(artifact: Path, folder: Path, threads: int) -> Iterator[tuple[str, int]]:
-    """`python -m server` on one artifact; yields its gRPC address and process id. Raises InputError when it does not start."""
-    flags = {"--models": artifact, "--collections": folder / "state", "--samples": "none", "--threads": threads}
-    flags |= {"--device": "cpu", "--log-level": "warning", "--http-port": 0, "--grpc-port": 0, "--metrics-port": 0}
-    command = [sys.executable, "-m", "server", *(str(part) for pair in flags.items() for part in pair)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            lines = [process.stdout.readline(), process.stdout.readline()]
-            if not lines[1]:
-                raise InputError(f"the server of {artifact} did not start; its own message is above")
-            yield json.loads(lines[1])["grpc"], process.pid
-        finally:
-            process.terminate()
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has used (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def compare(cases: dict[str, tuple[Case, int]], files: list[bytes], rounds: int) -> dict[str, Rate]:
-    """Median rate of each case over `rounds` interleaved rounds; one round each goes uncounted before."""
-    seen: dict[str, list[Rate]] = {name: [] for name in cases}
+def take_turns(cases: dict[str, Callable[[], Row]], rounds: int) -> dict[str, Row]:
+    """Median of each figure of each case; one round each goes uncounted before."""
+    seen: dict[str, list[Row]] = {name: [] for name in cases}
     for number in range(rounds + 1):
-        for name, (run, pid) in cases.items():
-            wall, cpu = time.perf_counter(), cpu_s(pid)
-            run(files)
+        for name, run in cases.items():
+            row = run()
             if number:
-                n = len(files)
-                seen[name].append(Rate(n / (time.perf_counter() - wall), (cpu_s(pid) - cpu) * 1e3 / n))
+                seen[name].append(row)
     return {
-        name: Rate(statistics.median(one.per_s for one in all_of), statistics.median(one.cpu_ms for one in all_of))
-        for name, all_of in seen.items()
+        name: Row(*(statistics.median(column) for column in zip(*(vars(row).values() for row in rows), strict=True)))
+        for name, rows in seen.items()
     }
 
 
-def main(ckpt: Path = Path("models/dinoscope_tiny.safetensors"), images: int = 64, rounds: int = 7) -> None:
-    """Compare a served network with the bare one on one thread.
+def show(title: str, found: dict[str, Row], base: str, wanted: str) -> None:
+    """The table; ratios are to the row `base`."""
+    print(
+        f"\n{title}\n{'':<34}{'per s':>8}{'ratio':>7}{'CPU ms':>8}{'ratio':>7}{'client':>8}{'p50 ms':>8}{'p99 ms':>8}"
+    )
+    for name, row in found.items():
+        ratios = row.per_s / found[base].per_s, row.cpu_ms / found[base].cpu_ms
+        print(
+            f"{name:<34}{row.per_s:>8.1f}{ratios[0]:>7.2f}{row.cpu_ms:>8.2f}{ratios[1]:>7.2f}{row.client_cpu_ms:>8.2f}"
+            f"{row.p50_ms:>8.1f}{row.p99_ms:>8.1f}"
+        )
+    print(wanted)
+
+
+def beside_bare(folder: Path, depth: int, images: int, rounds: int, wanted: str) -> None:
+    """Tensors over gRPC, 16 at a time, beside every set-up of the bare runtime; ratios are to the one with the most images a second."""
+    artifact, cores = network(folder, depth), usable_cores()
+    setups = {(cores, 1, 1), (cores, 1, 4), (1, cores, 1), (1, cores, 8)}
+    cases: dict[str, Callable[[], Row]] = {}
+    for setup in sorted(setups, reverse=True):
+        one = Bare.open(artifact, *setup)
+        cases[one.name] = bare_loop(one, images)
+    with ours(artifact, folder) as target:
+        cases[target.name] = closed_loop(target, tensor_request(folder), images)
+        found = take_turns(cases, rounds)
+    best = max((name for name in found if name.startswith("bare")), key=lambda name: found[name].per_s)
+    show(
+        f"ViT-S/16, {depth} blocks: one image of 602 KB float32 a request, median of {rounds} rounds",
+        found,
+        best,
+        wanted,
+    )
+
+
+def jpeg(folder: Path, rounds: int) -> None:
+    """JPEG files over gRPC, beside decoding, preprocessing and the bare runtime in a loop on one thread."""
+    artifact, file, images = network(folder, 12), jpeg_file(), 32
+    bare = Bare.open(artifact, 1, 1, 1)
+    preprocess = bare.runtimes[0].manifest.preprocess
+
+    def loop() -> Row:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(images):
+            bare.runtimes[0].run(center_view(decode_image(file), preprocess)[None])
+        return Row(images / (time.perf_counter() - wall), (time.process_time() - cpu) * 1e3 / images)
+
+    with ours(artifact, folder) as target:
+        cases = {"bare loop, one thread": loop, target.name: closed_loop(target, jpeg_request(folder), images)}
+        found = take_turns(cases, rounds)
+    title = f"ViT-S/16: a JPEG file of 500x375 a request, median of {rounds} rounds"
+    show(title, found, "bare loop, one thread", "wanted: CPU at most 1.10")
+
+
+def identity(folder: Path, rounds: int, others: Sequence[Target] = ()) -> None:
+    """602 KB in, nothing computed: the server's own cost, beside a real Triton's."""
+    if not VENV.exists():
+        print("\n602 KB without compute: no Triton here; `make test-triton` installs it")
+        return
+    with ExitStack() as stack:
+        targets = [stack.enter_context(ours(None, folder))]
+        targets.append(stack.enter_context(triton(None, folder, usable_cores())))
+        targets += others
+        request = tensor_request(folder)
+        found = take_turns({one.name: closed_loop(one, request, 1000) for one in targets}, rounds)
+    title = f"602 KB in, 1.5 KB out, nothing computed, median of {rounds} rounds of 1000"
+    show(title, found, "Triton, Python backend", "wanted: at least 0.90 of Triton's requests a second")
+
+
+def main(part: Part | None = None, rounds: int = 5) -> None:
+    """Run one chapter, or all of them.
 
     Args:
-        ckpt: A checkpoint; it is exported to ONNX first.
-        images: JPEG files in a round.
-        rounds: Interleaved rounds.
+        part: The chapter.
+        rounds: Counted rounds of each case.
     """
-    files = make_images(images)
     with tempfile.TemporaryDirectory() as name:
-        artifact = Path(name) / "backbone.onnx"
-        export_onnx(ckpt, artifact)
-        runtime = open_runtime(artifact, device="cpu", threads=1)
-        with server(artifact, Path(name), threads=1) as (address, pid):
-            cases = {"bare runtime": (bare(runtime), os.getpid())}
-            cases |= {f"gRPC, {n} at a time": (served(address, n), pid) for n in (1, 8)}
-            found = compare(cases, files, rounds)
-    size = "x".join(map(str, IMAGE_HW[::-1]))
-    print(f"{ckpt}, JPEG files of {size} px to embeddings, 1 thread, median of {rounds} rounds of {images}")
-    print(f"{'':<20}{'images/s':>10}{'ratio':>8}{'CPU ms/image':>15}{'ratio':>8}")
-    base = found["bare runtime"]
-    for case, rate in found.items():
-        ratios = (rate.per_s / base.per_s, rate.cpu_ms / base.cpu_ms)
-        print(f"{case:<20}{rate.per_s:>10.1f}{ratios[0]:>8.2f}{rate.cpu_ms:>15.1f}{ratios[1]:>8.2f}")
+        folder = Path(name)
+        chapters: dict[Part, Callable[[], None]] = {
+            "tensors": lambda: beside_bare(
+                folder, 12, 32, rounds, "wanted: CPU at most 1.10, images a second at least 0.95"
+            ),
+            "two-blocks": lambda: beside_bare(folder, 2, 160, rounds, "wanted: CPU at most 1.15"),
+            "jpeg": lambda: jpeg(folder, rounds),
+            "identity": lambda: identity(folder, rounds),
+            "overload": lambda: overload(network(folder, 2), tensor_request(folder), folder),
+            "departures": lambda: departures(network(folder, 2)),
+        }
+        for chapter in [part] if part else chapters:
+            chapters[chapter]()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from server import describe
 from server.access import Access, RequireToken
 from server.errors import message, outcome, retry_after
 from server.formats import FORMAT, SCALE
+from server.infer_message import InferMessage, read_infer
 from server.repository import Repository
 from server.requests import UNSUPPORTED, InferReply, InferRequest
 from server.service import Service, off_loop_if_large
@@ -126,15 +127,15 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         return pb.RepositoryModelUnloadResponse()
 
     @answering
-    async def ModelInfer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def ModelInfer(self, request: InferMessage, context: grpc.aio.ServicerContext) -> Any:
         return await self._infer(request, context)
 
-    async def _infer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def _infer(self, request: InferMessage, context: grpc.aio.ServicerContext) -> Any:
         given = request.id
         # Logs, and the reply to an internal error, name a request even if its client did not.
-        request.id = given or uuid.uuid4().hex[:12]
+        request.fields.id = given or uuid.uuid4().hex[:12]
         left_s, shared = context.time_remaining(), self.service.shared_memory
-        wanted = await off_loop_if_large(request.ByteSize(), request_from, request, left_s, shared)
+        wanted = await off_loop_if_large(request.nbytes, request_from, request, left_s, shared)
         return reply_message(self.service, wanted, await self.service.infer(wanted), given)
 
     @answering
@@ -192,8 +193,9 @@ def _not_offered(method: str) -> str:
     return f"{method} is not offered by this server"
 
 
-def request_from(request: Any, timeout_s: float | None, shared: SharedMemory) -> InferRequest:
+def request_from(sent: InferMessage, timeout_s: float | None, shared: SharedMemory) -> InferRequest:
     """The protocol's message as an InferRequest. Raises InputError where it contradicts itself."""
+    request = sent.fields
     for part in (*request.inputs, *request.outputs):
         for name in UNSUPPORTED:
             if name in part.parameters:
@@ -202,7 +204,7 @@ def request_from(request: Any, timeout_s: float | None, shared: SharedMemory) ->
         model=request.model_name,
         version=request.model_version,
         id=request.id,
-        tensors=_tensors(request, shared),
+        tensors=_tensors(request.inputs, sent.raw, shared),
         outputs=[output.name for output in request.outputs],
         parameters=_parameters(request.parameters),
         formats={
@@ -220,19 +222,19 @@ def request_from(request: Any, timeout_s: float | None, shared: SharedMemory) ->
     )
 
 
-def _tensors(request: Any, shared: SharedMemory) -> list[Tensor]:
-    places = [Place.of(_parameters(tensor.parameters), f"input {tensor.name!r:.80}") for tensor in request.inputs]
+def _tensors(inputs: Sequence[Any], raw: Sequence[memoryview], shared: SharedMemory) -> list[Tensor]:
+    places = [Place.of(_parameters(tensor.parameters), f"input {tensor.name!r:.80}") for tensor in inputs]
     if any(places):
-        sent = [tensor for tensor, place in zip(request.inputs, places, strict=True) if place is None]
-        found = iter(_sent(sent, request.raw_input_contents))
+        sent = [tensor for tensor, place in zip(inputs, places, strict=True) if place is None]
+        found = iter(_sent(sent, raw))
         return [
             next(found) if place is None else from_raw(t.name, t.datatype, t.shape, shared.read(place))
-            for t, place in zip(request.inputs, places, strict=True)
+            for t, place in zip(inputs, places, strict=True)
         ]
-    return _sent(request.inputs, request.raw_input_contents)
+    return _sent(inputs, raw)
 
 
-def _sent(inputs: Sequence[Any], raw: Sequence[bytes]) -> list[Tensor]:
+def _sent(inputs: Sequence[Any], raw: Sequence[memoryview]) -> list[Tensor]:
     """Tensors whose values lie in the message itself."""
     if not raw:
         return [_typed(tensor) for tensor in inputs]
@@ -305,10 +307,11 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
 
 def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:
     """Bytes to a message, or to the InputError that is told instead."""
+    parse = read_infer if method in ("ModelInfer", "ModelStreamInfer") else handler.request_deserializer
 
     def read(data: bytes) -> Any:
         try:
-            return handler.request_deserializer(data)
+            return parse(data)
         except ProtobufError:
             return InputError(f"the request's {len(data)} bytes are not a {method} message of the protocol")
 

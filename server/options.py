@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from data.errors import InputError
@@ -64,7 +65,7 @@ class KnnOptions:
 
 def read_options(kind: type[Options], parameters: Mapping[str, Any], model: str) -> Options:
     """Check names and types of a request's parameters. Numbers may also come as text. Raises InputError."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     given = {name: value for name, value in parameters.items() if not _is_protocols(name)}
     unknown = sorted(given.keys() - hints.keys())
     if unknown:
@@ -75,6 +76,11 @@ def read_options(kind: type[Options], parameters: Mapping[str, Any], model: str)
 
 def _is_protocols(name: str) -> bool:
     return name in PROTOCOL_PARAMETERS or name.startswith("triton_") or name.endswith(".format")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 
+import cv2
 import uvicorn
 from fastapi import FastAPI
 
@@ -233,12 +234,13 @@ def _addresses(config: ServerConfig, http: socket.socket, metrics: socket.socket
     )
 
 
-def main(config: ServerConfig) -> None:
+def main(config: ServerConfig, load: Load = load_artifacts) -> None:
     """Run in the foreground until SIGTERM or SIGINT; a second signal ends the process at once."""
-    asyncio.run(_main(config))
+    cv2.setNumThreads(1)  # the cores belong to the network's copies; the decode pool has threads of its own
+    asyncio.run(_main(config, load))
 
 
-async def _main(config: ServerConfig) -> None:
+async def _main(config: ServerConfig, load: Load) -> None:
     stop = asyncio.Event()
 
     def leave() -> None:
@@ -248,7 +250,7 @@ async def _main(config: ServerConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, leave)
-    await serve(config, stop, print_ready)
+    await serve(config, stop, print_ready, load)
 
 
 def print_ready(addresses: Addresses) -> None:

@@ -264,6 +264,8 @@ async def off_loop_if_large(nbytes: int, work: Callable[..., T], *args: Any) -> 
 
 
 def _log_request(request: InferRequest, rows: int, code: str, total_ns: int, told: str = "") -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
     fields = {"id": request.id, "protocol": request.protocol, "model": request.model[:80], "rows": rows, "code": code}
     if client.get():
         fields["client"] = client.get()
