@@ -56,6 +56,10 @@ class Expired(ServerError):
     """The deadline that the client gave has passed."""
 
 
+class TooSlow(ServerError):
+    """The client stopped sending in the middle of a request."""
+
+
 class Disconnected(ServerError):
     """The client left before its answer was ready; nobody reads this message."""
 
@@ -91,6 +95,7 @@ _TABLE: tuple[tuple[type[BaseException], Outcome], ...] = (
     (OverloadedLikeTriton, Outcome(grpc.StatusCode.UNAVAILABLE, 503, "REJECTED")),
     (Overloaded, Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "REJECTED")),
     (Expired, Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, 504, "CANCELED")),
+    (TooSlow, Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, 408, "CANCELED")),
     (Disconnected, Outcome(grpc.StatusCode.CANCELLED, 499, "CANCELED")),
     (Draining, Outcome(grpc.StatusCode.UNAVAILABLE, 503, "REJECTED")),
     (StorageFailed, Outcome(grpc.StatusCode.UNAVAILABLE, 507, "BACKEND")),

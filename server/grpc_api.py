@@ -338,6 +338,10 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.so_reuseport", 0),
+                # Connections that say nothing, or whose other end is gone, are closed.
+                ("grpc.server_handshake_timeout_ms", 30_000),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
         add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service, repository), self._server)

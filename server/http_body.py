@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import InputError
-from server.errors import Disconnected, Draining, TooLarge, message, outcome, retry_after
+from server.errors import Disconnected, Draining, TooLarge, TooSlow, message, outcome, retry_after
+from server.patience import BODY_S
 
 T = TypeVar("T")
 log = logging.getLogger("server")
@@ -33,6 +34,8 @@ MIN_COMPRESSED_BYTES = 512
 
 class Guard:
     """ASGI middleware around every route: names the request, bounds its body, and turns what it raises into a reply."""
+
+    body_s = BODY_S
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -68,12 +71,18 @@ class Guard:
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         seen = int(length) if length.isdigit() and int(length) > self.max_bytes else 0
+        whole = False  # then the next message is the client's departure, and may take as long as the answer
 
         async def bounded() -> Message:
-            nonlocal seen
+            nonlocal seen, whole
             if seen <= self.max_bytes:
-                message = await receive()
+                try:
+                    async with asyncio.timeout(None if whole else self.body_s):
+                        message = await receive()
+                except TimeoutError as error:
+                    raise TooSlow(f"nothing more of the body came for {self.body_s:g} s; send it again") from error
                 seen += len(message.get("body", b""))
+                whole = whole or not message.get("more_body", False)
             if seen > self.max_bytes:
                 raise TooLarge(
                     f"the request body is larger than {self.max_bytes >> 20} MB; send fewer images at a time"

@@ -32,6 +32,7 @@ from server.evaluation_wire import evaluation_wire
 from server.evaluations import Evaluations
 from server.grpc_api import GrpcServer
 from server.http_app import make_http_app, make_metrics_app
+from server.patience import PatientProtocol
 from server.repository import Repository, binding_of
 from server.samples import build_samples
 from server.service import Service
@@ -184,6 +185,7 @@ class _Http(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
+                http=PatientProtocol,
                 **({} if tls is None else tls.for_uvicorn()),
             )
         )

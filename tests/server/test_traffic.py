@@ -1,6 +1,7 @@
 """Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails, draining."""
 
 import asyncio
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -12,6 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
+from server.http_body import Guard
+from server.patience import PatientProtocol
 from server.run import Running
 from tests.server.conftest import config_of
 from tests.server.gate import GatedRuntime, wait_for
@@ -258,3 +261,23 @@ def test_readiness_says_no_before_the_server_goes(tmp_path):
         wait_for(lambda: httpx.get(ready).status_code == 503)
         assert httpx.get(f"{running.addresses.http}/v2/health/live").status_code == 200
         assert ask(running, 0) < 1e-6
+
+
+def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_not(gated, monkeypatch):
+    running, runtime = gated
+    monkeypatch.setattr(PatientProtocol, "head_s", 0.5)
+    monkeypatch.setattr(Guard, "body_s", 0.5)
+    host, port = running.addresses.http.removeprefix("http://").split(":")
+    whole = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST /v2/models/backbone/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+    runtime.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(ask, running, 0, name="http")
+        for data, status in ((b"", b""), (head[:20], b""), (whole + head[:20], b"200"), (head, b"408")):
+            with socket.create_connection((host, int(port)), 30) as one:
+                one.sendall(data)
+                said = b"".join(iter(lambda one=one: one.recv(4096), b""))
+                assert said[9:12] == status
+        assert not waits.done()
+        runtime.gate.set()
+        assert waits.result() < 1e-6

@@ -1,0 +1,45 @@
+"""How long the HTTP port waits for a client that has begun to speak: connections that stall are closed, or they would add up."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_S = 30.0
+"""From a connection's first moment, or from a further request's first byte, to the end of its head."""
+BODY_S = 60.0
+"""Between two parts of a body."""
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's protocol, which itself only minds connections that idle between requests."""
+
+    head_s = HEAD_S
+    _giving_up: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A head is due."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """A head is due, or has come; more bytes of it win no time."""
+        super().data_received(data)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is due any more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._giving_up is None:
+            self._giving_up = self.loop.call_later(self.head_s, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
