@@ -1,11 +1,13 @@
-"""How the CPU is shared among copies of the network: one copy on one thread for each core, unless the operator says otherwise.
+"""What a process takes of its machine: for each core one copy of the network on one thread, unless the operator says otherwise.
 
 Copies that each compute alone waste nothing on waiting for each other: on two cores, two one-threaded copies answer a quarter more images a
 second than one copy on two threads (docs/serving-speed.md).
 """
 
+import ctypes
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,3 +37,15 @@ def usable_cores(quota: Path = CGROUP_QUOTA) -> int:
         return allowed if time_us == "max" else min(allowed, max(1, math.ceil(int(time_us) / int(period_us))))
     except (OSError, ValueError):
         return allowed
+
+
+KEPT_BYTES = 128 << 20
+"""Freed memory that stays with the process: a hundred images of 224 px and the messages that they came in."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to use freed memory again instead of giving it back: each image of 602 KB costs 150 page faults otherwise. Linux only."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES >> 2)

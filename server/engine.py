@@ -195,9 +195,27 @@ class Engine:
         def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
             assert isinstance(key, tuple)
             with self._memory.hold(len(pixels) * self._row_bytes(*key)):
-                return runtime.run(pixels, key[2])
+                outputs = runtime.run(pixels, key[2])
+            _spoil(pixels, outputs)
+            return outputs
 
         return run
+
+
+def _spoil(pixels_NCHW: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
+    """Make outputs NaN for images with values that are not finite: not every layer lets those through to its own output.
+
+    A sum is finite only if all its parts are, and costs a third of looking at each of them.
+    """
+    with np.errstate(all="ignore"):
+        bad = [
+            row
+            for row, image in enumerate(pixels_NCHW)
+            if not np.isfinite(image.sum()) and not np.isfinite(image).all()
+        ]
+    for array in outputs.values() if bad else ():
+        if array.dtype.kind == "f":
+            array[bad] = np.nan
 
 
 class Budget:

@@ -281,15 +281,24 @@ def reply_message(service: Service, request: InferRequest, reply: InferReply, re
 class RefuseUnreadable(grpc.aio.ServerInterceptor):
     """Bytes that are no message of the protocol are the client's mistake, not an exception of the server."""
 
+    def __init__(self) -> None:
+        self._wrapped: dict[str, Any] = {}
+
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler, with a reader that never raises."""
+        """The method's handler, with a reader that never raises; made once, for it knows nothing of the call."""
         handler = await continuation(details)
-        if handler is not None and handler.stream_stream is not None:
-            reader = _reader(handler, details.method.rpartition("/")[2])
+        if handler is None:
+            return None
+        if details.method not in self._wrapped:
+            self._wrapped[details.method] = self._wrap(handler, details.method.rpartition("/")[2])
+        return self._wrapped[details.method]
+
+    def _wrap(self, handler: Any, method: str) -> Any:
+        if handler.stream_stream is not None:
+            reader = _reader(handler, method)
             return grpc.stream_stream_rpc_method_handler(handler.stream_stream, reader, handler.response_serializer)
-        if handler is None or handler.unary_unary is None:
+        if handler.unary_unary is None:
             return handler
-        method = details.method.rpartition("/")[2]
         if not asyncio.iscoroutinefunction(handler.unary_unary):
 
             async def refuse(request: Any, context: grpc.aio.ServicerContext) -> Any:

@@ -94,16 +94,17 @@ class BackboneModel(ServedModel):
         pixels = inputs["pixels"]
         if pixels.dtype == np.uint8:
             pixels = await self.engine.normalised(pixels, times)
-        finite = np.isfinite(pixels).all(axis=(1, 2, 3))
-        noise = not finite.all() and random_bits(pixels)
-        if not finite.all() and not noise:
-            raise InputError(f"input 'pixels': row {int(np.argmin(finite))} holds values that are not finite")
         answers = await self.engine.run(pixels, outputs, times, deadline_s)
         for name, array in answers.items():
-            if not noise and not np.isfinite(array).all():
+            if np.isfinite(array).all():
+                continue
+            bad = next((row for row, image in enumerate(pixels) if not np.isfinite(image).all()), None)
+            if bad is None:
                 raise InputError(
                     f"output {name!r} is not finite: the pixels are too large; normalise them as the manifest says"
                 )
+            if not random_bits(pixels):
+                raise InputError(f"input 'pixels': row {bad} holds values that are not finite")
         return answers
 
 
