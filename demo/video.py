@@ -25,6 +25,8 @@ MAX_SECONDS = 10.0
 MAX_FPS = 12.0
 """Frames a second that are kept; the others of a faster clip are passed over."""
 MAX_FRAMES = int(MAX_SECONDS * MAX_FPS)
+ROUNDING = 0.05
+"""Of a frame: containers keep times in milliseconds."""
 MAX_DECODED = 2400
 """Frames that are decoded to find these; a clip of more a second ends early."""
 MAX_PIXELS = 3840 * 2160
@@ -67,7 +69,7 @@ def read_clip(file: BinaryIO) -> tuple[list[np.ndarray], float]:
                 seconds = frame.time if frame.time is not None else number / float(stream.average_rate or MAX_FPS)
                 if seconds > MAX_SECONDS or len(frames) == MAX_FRAMES or number == MAX_DECODED:
                     break
-                if seconds * fps >= len(frames) - 1e-3 and frame.width * frame.height <= MAX_PIXELS:
+                if seconds * fps >= len(frames) - ROUNDING and frame.width * frame.height <= MAX_PIXELS:
                     frames.append(_small(frame))
     except (av.FFmpegError, ValueError, OverflowError) as error:
         if not frames:  # a clip cut short is shown as far as it goes
