@@ -41,6 +41,8 @@ def make_page(served: Served, beside: Served | None, samples_csv: Path, runs: Pa
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=1, min_width=300, elem_id="image-column"):
                 image = _image(samples)
+                chosen = signal("", "chosen")
+                image.change(None, image, chosen, js="image => image ? image.path : ''")
             with gr.Column(scale=3, min_width=320), gr.Tabs(overflow_behavior="wrap", elem_id="tabs"):
                 parts = Parts(
                     served=served,
@@ -52,9 +54,10 @@ def make_page(served: Served, beside: Served | None, samples_csv: Path, runs: Pa
                     runs=runs,
                     turns=Turns(),
                     image=image,
+                    chosen=chosen,
+                    loaded=blocks.load,
                     looked_at=looked_at,
                     back=back,
-                    loaded=blocks.load,
                 )
                 attention_tab(parts)
                 similarity_tab(parts)

@@ -65,12 +65,14 @@ class Parts:
     """Run folders lie below it."""
     turns: Turns
     image: gr.Image
+    chosen: gr.Textbox
+    """Path of the image; it changes once for each image, where the image's own event comes twice."""
+    loaded: Any
+    """Event of a page that was opened."""
     looked_at: gr.Textbox
     """Name of the tab in front."""
     back: gr.Textbox
     """Changes whenever the server came back."""
-    loaded: Any
-    """Event of a page that was opened."""
 
     @contextlib.contextmanager
     def tab(self, label: str, name: str, image: bool = True) -> Iterator[gr.Tab]:
@@ -126,7 +128,7 @@ class Parts:
 
         moved = [control.change for control in controls if on_change and hasattr(control, "change")]
         gr.on(
-            [self.image.change, self.looked_at.change, self.back.change, *moved, *also],
+            [self.chosen.change, self.looked_at.change, self.back.change, *moved, *also],
             event,
             [self.looked_at, self.image, *controls],
             list(outputs),

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 START_S = 240
-ANSWER_MS = 120_000
+ANSWER_MS = 200_000
 TOAST = ".toast-body, [data-testid=toast-body]"
 TABS = ("Attention", "Similarity", "Search", "Depth and segmentation", "Video", "Evaluate", "Train")
 
@@ -131,9 +131,9 @@ def said(page: Any, words: str) -> str:
     toast = page.locator(TOAST).filter(has_text=words).first
     toast.wait_for()
     text = str(toast.inner_text())
-    for close in page.locator(".toast-close").all():
-        close.click()
-    page.wait_for_function(f"document.querySelectorAll('{TOAST}').length === 0")
+    page.wait_for_function(
+        f"document.querySelectorAll('.toast-close').forEach(b => b.click()) || !document.querySelector('{TOAST}')"
+    )
     return text
 
 
