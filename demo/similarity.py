@@ -63,7 +63,11 @@ def similarity_tab(parts: Parts) -> None:
             gr.Markdown("Click anywhere in the first picture: bright is what the network finds similar to that patch.")
             titles = {f"{sample.title} ({sample.label})": sample.path for sample in parts.samples}
             sample = gr.Dropdown(
-                list(titles), value=next(iter(titles), None), label="The other image: a sample", elem_id="other-sample"
+                list(titles),
+                value=next(iter(titles), None),
+                label="The other image: a sample",
+                elem_id="other-sample",
+                min_width=280,
             )
         with gr.Row():
             here = gr.Image(label="This image: click a patch", interactive=False, elem_id="here", min_width=280)
