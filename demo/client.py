@@ -25,7 +25,7 @@ from data.errors import InputError
 from data.preprocess import whole_view
 from runtimes.connection import CA, CLIENT_CERT, CLIENT_KEY, Connection, split_address
 from runtimes.remote import RemoteRuntime, config_parameters
-from runtimes.runtime import step_px
+from runtimes.runtime import Runtime, step_px
 
 MODELS = ("attention", "knn", "depth", "segmentation")
 TIMEOUT_S = 60.0
@@ -123,7 +123,7 @@ class Served:
             connection.close()
 
     @contextlib.contextmanager
-    def _runtime(self) -> Iterator[RemoteRuntime]:
+    def _runtime(self) -> Iterator[Runtime]:
         try:
             with RemoteRuntime(self.address) as runtime:
                 yield runtime

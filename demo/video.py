@@ -57,7 +57,7 @@ def read_clip(file: BinaryIO) -> tuple[list[np.ndarray], float]:
     file.seek(0)
     frames: list[np.ndarray] = []
     try:
-        with av.open(file, format=kind, metadata_errors="replace") as container:
+        with av.open(file, "r", format=kind, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise refusal("This file holds no pictures, only sound or nothing.")
             stream = container.streams.video[0]
@@ -167,7 +167,7 @@ def video_tab(parts: Parts) -> None:
         with gr.Row():
             with gr.Column(min_width=300):
                 clip = gr.Video(label="Clip", sources=["upload"], height=320, elem_id="clip")
-                clip.preprocess = as_it_came  # type: ignore[method-assign]
+                clip.preprocess = as_it_came
                 head = gr.Slider(0, 16, 0, step=1, label="Head (0: the mean of all)", elem_id="video-head")
                 size = parts.size_slider("video-size")
                 with gr.Row():
