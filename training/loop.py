@@ -4,16 +4,12 @@ A run is exact: views depend on (seed, epoch, image) only, what a step draws on 
 centres and position, so that a run interrupted anywhere and resumed ends, on a CPU, with the same bits as one that was never interrupted.
 """
 
-import errno
 import json
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -41,6 +37,7 @@ from training.saved_state import Saver
 from training.scale import Scale, plain_backbone, spread_
 from training.speed import measure_speed
 from training.step import parts_of
+from training.stopping import a_full_disk_named, leave, stop_signals
 from training.warm_start import warm_start_, warming_heads
 from training.watch import Watch
 
@@ -88,38 +85,24 @@ def train(
     Raises InputError for data or a folder that do not fit, CheckFailed where the loss stays non-finite.
     """
     device, scale = device or torch.device("cpu"), scale or Scale()
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed {seed}: want 0 to 2^63 - 1")
-    if len(dataset) < 2:
-        raise InputError(
-            f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
-        )
+    check_possible(dataset, seed, init, freeze_backbone_steps)
     students, guide = [Student(recipe_name, recipe, out), *beside], None
     if teacher:
         recipes, guide = learn_from(teacher, [one.recipe for one in students], device, scale.accumulate)
         students = [replace(one, recipe=fitted) for one, fitted in zip(students, recipes, strict=True)]
     check_alike(students, teacher)
-    recipe, share = students[0].recipe, parallel.part_of(recipe.batch_size)
+    recipe, share = students[0].recipe, parallel.part_of(students[0].recipe.batch_size)
     list(parts_of(share, scale.accumulate))  # raises at once where they do not divide
+    places, rank, world_size = out / "places.jsonl", parallel.rank(), parallel.world_size()
     loader = ViewLoader(
-        dataset,
-        recipe.crops,
-        share,
-        seed,
-        workers,
-        views=views,
-        device=device,
-        rank=parallel.rank(),
-        world_size=parallel.world_size(),
-        places=out / "places.jsonl",
-    )
+        dataset, recipe.crops, share, seed, workers, views=views, device=device, rank=rank, world_size=world_size, places=places
+    )  # fmt: skip
     steps_per_epoch = recipe.epoch_steps or len(loader)
-    if freeze_backbone_steps and not init:
-        raise InputError("--freeze-backbone-steps is for --init: random backbones have nothing to keep")
     probe = KnnProbe(eval_data, (eval_every or EvalEvery()).steps(steps_per_epoch)) if eval_data else None
     known = {"data": dataset.fingerprint(), "seed": seed, "views": views} | ({"init": init} if init else {})
     if guide is not None:
         known |= {"teacher": {"run": teacher, "weights_sha256": fingerprint(guide)}}
+    origin = {"source": source, "revision": revision}
     with ExitStack() as open_until_done:
         open_until_done.enter_context(a_full_disk_named(out))
         runs: list[Run] = []
@@ -127,17 +110,27 @@ def train(
             if init:
                 fitted = warming_heads(student.recipe, init, recipe.epochs * steps_per_epoch, freeze_backbone_steps)
                 student = replace(student, recipe=fitted)
-            origin = {"source": source, "revision": revision}
             runs.append(prepare(student, known, origin, loader, guide, probe, scale, spread_guide=not runs))
         end = min(runs[0].plan.steps, stop_at_step or runs[0].plan.steps)
         stopped = open_until_done.enter_context(stop_signals())
         for run in runs:
-            leads = parallel.rank() == 0
-            log = RunLog(run.folder, run.step, end, run.resolved | run.speed.describe()) if leads else NoLog()
+            log = RunLog(run.folder, run.step, end, run.resolved | run.speed.describe()) if rank == 0 else NoLog()
             open_until_done.enter_context(run.saver)
             run.begin(end, stopped, open_until_done.enter_context(log))
         march(runs, end)
     return runs[0].folder.checkpoint
+
+
+def check_possible(dataset: Dataset | Stream, seed: int, init: str | None, freeze_backbone_steps: int | None) -> None:
+    """Raise InputError for what no recipe can be trained on."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: want 0 to 2^63 - 1")
+    if len(dataset) < 2:
+        raise InputError(
+            f"{dataset.name}: {len(dataset)} image; self-distillation needs at least one batch of different images"
+        )
+    if freeze_backbone_steps and not init:
+        raise InputError("--freeze-backbone-steps is for --init: random backbones have nothing to keep")
 
 
 def check_alike(students: Sequence[Student], teacher: str | None) -> None:
@@ -348,41 +341,3 @@ class Run:
         )
         self.folder.write_text("skipped.json", json.dumps(skipped, indent=1))
         self.n_listed = len(skipped)
-
-
-@contextmanager
-def a_full_disk_named(out: Path) -> Iterator[None]:
-    """Within it a write for which there is no room ends in one line. What was saved before stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror}); make room, and the same command goes on from what was saved"
-        ) from error
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Within it SIGINT and SIGTERM are remembered, not obeyed; yields a function that tells which one came."""
-    seen: list[int] = []
-
-    def remember(number: int, _: FrameType | None) -> None:
-        seen.append(number)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: seen[0] if seen else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def leave(signal_number: int, step: int, folders: Sequence[RunFolder]) -> None:
-    """End the process after a signal: all is saved. Ctrl-C gives status 130, SIGTERM 0."""
-    where = ", ".join(str(folder.path) for folder in folders)
-    print(f"stopped after step {step}, saved to {where}; the same command goes on from there", file=sys.stderr)
-    if signal_number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(0)

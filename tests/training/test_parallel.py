@@ -18,6 +18,7 @@ from torch import nn
 from backbones.checkpoints import load_backbone
 from data.datasets import open_dataset
 from training import parallel
+from training.dinov2 import Dinov2Spec, koleo_of_views
 from training.loop import train
 from training.recipe import Recipe
 from training.recipes import RECIPES
@@ -39,7 +40,7 @@ def steady(name: str, **step: object) -> Recipe:
 
 
 # At the start all CLS tokens are nearly equal, and KoLeo's gradient, one over their distances, magnifies what float32 rounds off them.
-# A smaller weight keeps that below the bounds; its value is compared all the same.
+# A smaller weight keeps that below the bounds; its value is compared all the same, and its gradient below, on tokens that are apart.
 CASES = {
     "dino": steady("smoke"),
     "batch_norm": replace(steady("smoke"), head=replace(RECIPES["smoke"].head, batch_norm=True)),
@@ -200,6 +201,42 @@ def test_batch_norm_of_two_processes_equals_that_of_one(n_axes: int, tmp_path: P
     torch.testing.assert_close([first[2] + second[2], first[3] + second[3]], [weight_grad, bias_grad])
     torch.testing.assert_close(first[4:], running)
     torch.testing.assert_close(second[4:], running)
+
+
+KOLEO = """
+import sys
+import torch
+from tests.training.test_parallel import koleo_pass
+from training import parallel
+
+with parallel.joined(torch.device("cpu")):
+    torch.save(koleo_pass(parallel.rank(), 2), sys.argv[1] + str(parallel.rank()))
+"""
+
+
+def koleo_pass(rank: int, world_size: int) -> list[torch.Tensor]:
+    """KoLeo of a process's part of two views of six images, and its gradient at weights that all processes share."""
+    torch.manual_seed(0)
+    weights = torch.randn(5, 4, requires_grad=True)
+    views = [torch.randn(6, 5).chunk(world_size)[rank] for _ in range(2)]
+    value = koleo_of_views(torch.cat(views) @ weights, Dinov2Spec())
+    value.backward()
+    assert weights.grad is not None
+    return [value.detach(), weights.grad]
+
+
+def test_koleo_sees_the_images_of_both_processes_and_their_mean_gradient_is_that_of_one(
+    tmp_path: Path, repo_root: Path
+) -> None:
+    for process in start_two(repo_root, "-c", KOLEO, str(tmp_path / "rank")):
+        _, said = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+    (value, gradient), (other_value, other_gradient) = (
+        torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)
+    )
+    expected_value, expected_gradient = koleo_pass(0, 1)
+    torch.testing.assert_close([value, other_value], [expected_value, expected_value])
+    torch.testing.assert_close((gradient + other_gradient) / 2, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_a_resumed_run_may_have_other_processes_shards_and_parts(
