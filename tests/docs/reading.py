@@ -157,7 +157,7 @@ def _torchrun(words: Sequence[str]) -> str | None:
         with contextlib.redirect_stderr(said):
             read = get_args_parser().parse_args(words)
     except SystemExit:
-        return " ".join(said.getvalue().split())
+        return said.getvalue().rsplit("error:", 1)[-1].strip()
     started = ["-m"] * read.module + [read.training_script, *read.training_script_args]
     return _python(started)
 

@@ -55,7 +55,7 @@ def test_flags_and_modules_in_running_text_exist() -> None:
         (".venv/bin/python -m evaluators.nearest --ckpt x", "evaluators.nearest"),
         ("D=photos\n.venv/bin/python -m server --models $D --grpc-port many", "many"),
         (".venv/bin/torchrun --nproc-per-node 2 -m training --recipe smoke --data d", "--out"),
-        (".venv/bin/torchrun --nproc 2 --no-such 3 -m training --recipe smoke --data d --out o", "no-such"),
+        (".venv/bin/torchrun --nproc-per-node 2 --no-such 3 -m training --recipe smoke --data d --out o", "no-such"),
         ("srun bash -c '.venv/bin/torchrun --nnodes $N -m training \\\n    --recipe smoke --dat d --out o'", "--dat"),
         ('.venv/bin/pip install -e ".[mysql]"', "mysql"),
         ("make everything", "everything"),
