@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("training", "evaluators", "curation", "exports", "server", "benchmarks")
-WIDTH = 96
-"""Columns of a help page; wider ones need scrolling on most screens."""
+WIDTH = 160
+"""Columns that help is asked for in: so many that few of its lines are broken."""
 
 
 def find_commands(root: Path = ROOT) -> dict[str, list[str]]:
@@ -57,15 +57,49 @@ def help_text(module: str) -> str:
 
 
 def unboxed(text: str) -> str:
-    """`╭─ options ─────╮` becomes `options`, and the sides and the bottom of the box go."""
+    """Titles lose the line around or below them, and options the box's sides."""
     lines = []
     for line in text.splitlines():
-        if line.startswith("╰"):
-            continue
         title = re.match(r"╭─ (.+?) ─*╮$", line)
         inside = re.match(r"│ (.*?)\s*│$", line)
-        lines.append(title[1] if title else f"  {inside[1]}".rstrip() if inside else line.rstrip())
+        if not re.fullmatch(r"╰─*╯|\s*-{20,}\s*", line):
+            lines.append(title[1] if title else f"  {inside[1]}".rstrip() if inside else line.rstrip())
     return "\n".join(lines).strip()
+
+
+def help_page(module: str) -> str:
+    """The help as Markdown: what it says before the options, then each option with its text, which a narrow screen can wrap."""
+    usage, *rest = re.split(r"\n\s*\n", help_text(module))
+    parts = [f"```text\n{usage}\n```"]
+    for paragraph in rest:
+        lines = paragraph.splitlines()
+        if any(_OPTION.match(line) for line in lines):
+            parts += _definitions(lines)
+        else:
+            parts.append(_plain(" ".join(line.strip() for line in lines)))
+    return "\n\n".join(parts)
+
+
+_OPTION = re.compile(r" {2,4}(?P<name>(?:-{1,2}\w|\[*[A-Z{])\S*.*?)(?: {2,}(?P<text>\S.*))?$")
+
+
+def _definitions(lines: list[str]) -> list[str]:
+    """Option by option; lines that are not indented are titles, lines that are indented far go on with the text."""
+    found: list[str] = []
+    for line in lines:
+        option = _OPTION.match(line)
+        if option:
+            found.append(f"`{option['name']}`\n:   {_plain(option['text'] or '')}")
+        elif line.startswith(" " * 5) and found:
+            found[-1] += f" {_plain(line.strip())}"
+        else:
+            found.append(f"**{line.strip()}**")
+    return found
+
+
+def _plain(text: str) -> str:
+    """Text of a help that Markdown would take for its own."""
+    return re.sub(r"([*_<>\[\]])(?=(?:[^`]*`[^`]*`)*[^`]*$)", r"\\\1", text)
 
 
 @contextlib.contextmanager

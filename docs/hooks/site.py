@@ -12,10 +12,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from commands import ROOT, find_commands, help_text, typed
+from commands import ROOT, find_commands, help_page, typed
 
 ROOMS = ("data", "backbones", "runtimes", "training", "evaluators", "curation", "exports", "server")
-TITLES = {"app": "The demo page", "server": "Server"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -24,7 +23,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     placed: set[str] = set()
     nav = [_existing(entry, docs, placed) for entry in config.nav or []]
     written = {str(path.relative_to(docs)) for path in docs.rglob("*.md")} - placed
-    decisions = sorted(page for page in written if page.startswith("decisions/"))
+    decisions = sorted(
+        (page for page in written if page.startswith("decisions/")), key=lambda page: ("README" not in page, page)
+    )
     others = sorted(written - set(decisions))
     nav.append({"Decisions": decisions})
     nav += [{"More": others}] if others else []
@@ -55,12 +56,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _commands_page(room: str, modules: list[str]) -> str:
     parts = [
-        f"# Commands: {TITLES.get(room, room)}",
+        f"# Commands: {room}",
         "",
         "Made from what `--help` prints. Run them as `.venv/bin/python ...`.",
     ]
     for module in modules:
-        parts += ["", f"## `{typed(module)}`", "", "```text", help_text(module), "```"]
+        parts += ["", f"## `{typed(module)}`", "", help_page(module)]
     return "\n".join(parts) + "\n"
 
 
