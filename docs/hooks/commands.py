@@ -1,7 +1,7 @@
 """Every command of this repository, and what its `--help` says.
 
-A command is a module with an `if __name__ == "__main__"` block. They are run in this process, so that dozens of helps cost one
-import of torch.
+A command is a module that ends in `if __name__ == "__main__": run_cli(...)`; a process that another program starts has no such end. They
+are run in this process, so that dozens of helps cost one import of torch.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("training", "evaluators", "curation", "exports", "server", "benchmarks")
+_MAIN = '\nif __name__ == "__main__":\n'
 WIDTH = 160
 """Columns that help is asked for in: so many that few of its lines are broken."""
 
@@ -25,7 +26,7 @@ def find_commands(root: Path = ROOT) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for room in ROOMS:
         paths = sorted((root / room).glob("*.py"))
-        runnable = [path for path in paths if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")]
+        runnable = [path for path in paths if "run_cli(" in path.read_text(encoding="utf-8").partition(_MAIN)[2]]
         found[room] = [room if path.stem == "__main__" else f"{room}.{path.stem}" for path in runnable]
     return {**found, "app": ["app"]}
 

@@ -204,11 +204,11 @@ def curl_route(words: Sequence[str]) -> tuple[str, str]:
         ("-k",),
     ):
         parser.add_argument(*flags, action="store_true")
-    for flags in (("-F", "--form"), ("-H", "--header"), ("-d", "--data"), ("--data-binary",)):
+    for flags in (("-F", "--form"), ("-H", "--header"), ("-d", "--data"), ("--data-binary",), ("--json",)):
         parser.add_argument(*flags, action="append", default=[])
     for flags in (("-X", "--request"), ("-o", "--output"), ("--cacert",)):
         parser.add_argument(*flags)
     parser.add_argument("url")
     read = parser.parse_args(list(words))
-    method = read.request or ("POST" if read.form or read.data or read.data_binary else "GET")
-    return method, re.sub(r"^https?://[^/]+", "", read.url)
+    method = read.request or ("POST" if read.form or read.data or read.data_binary or read.json else "GET")
+    return method, re.sub(r"^(https?://)?[^/]+", "", read.url)

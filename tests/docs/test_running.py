@@ -1,10 +1,14 @@
 """Pages that a newcomer types along with work from top to bottom."""
 
+import json
+import re
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import PAGES, PYTHON, blocks_of
+from tests.docs.blocks import PAGES, PYTHON, blocks_of, commands_of
+from tests.docs.reading import curl_route
 from tests.docs.typing_along import somebody
 
 TYPED_ALONG = ("README.md", "docs/first-run.md", "docs/serve.md")
@@ -33,6 +37,16 @@ def test_the_page_on_serving_works_from_top_to_bottom(tmp_path: Path) -> None:
     with somebody(tmp_path) as reader:
         reader.follow("docs/serve.md")
         assert "(1, 192)" in reader.said.getvalue()
+        with urllib.request.urlopen(f"http://{reader.addresses['127.0.0.1:8000']}/openapi.json") as reply:
+            paths = json.load(reply)["paths"]
+    known = {
+        (verb.upper(), path): re.sub(r"\\{\w+\\}", "[^/?]+", re.escape(path)) for path in paths for verb in paths[path]
+    }
+    known |= {("GET", path): path for path in ("/docs", "/metrics", "/openapi.json")}
+    for command in [one for page in PAGES for one in commands_of(blocks_of(page)) if one.words[0] == "curl"]:
+        method, asked = curl_route(command.words[1:])
+        found = [one for (verb, _), one in known.items() if verb == method and re.fullmatch(one, asked.split("?")[0])]
+        assert found, f"{command.where}: the server has no {method} {asked}"
 
 
 def test_every_page_with_a_program_is_run_or_says_why_not() -> None:
