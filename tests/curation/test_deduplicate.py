@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ import curation.images
 from curation.command import CurationOptions
 from curation.deduplicate import DeduplicateSpec, deduplicate, join_near
 from curation.filters import FilterSpec, blur_boxes, load_hook
+from curation.folder import Stage
 from curation.neighbours import SearchSpec
 from data.crops import CropSpec
 from data.datasets import open_dataset
@@ -127,6 +129,50 @@ def test_interrupted_at_any_block_it_goes_on_and_gives_the_same_list(
     with pytest.raises(KeyboardInterrupt):
         run(heap, tmp_path / "out")
     assert run(heap, tmp_path / "out") == curated[1]
+
+
+def test_interrupted_before_any_stage_is_done_it_goes_on_and_gives_the_same_list(
+    heap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "eval" / "held.png", cv2.resize(picture(7), (70, 70)))
+
+    def curate(out: Path) -> tuple[dict[str, dict], list[str]]:
+        found = run(heap, out, tmp_path / "eval", replace(SPEC, whiten=4), form="shards")
+        return found, [item.row["name"] for item in open_dataset(out / "shards").items]
+
+    wanted, finish, stages = curate(tmp_path / "whole"), Stage.finish, 0
+    for stop in range(1, 20):
+        calls: list[Stage] = []
+
+        def interrupted(stage: Stage, *counts: object, stop: int = stop, calls: list[Stage] = calls) -> None:
+            calls.append(stage)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            finish(stage, *counts)  # type: ignore[arg-type]
+
+        out = tmp_path / f"stopped{stop}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Stage, "finish", interrupted)
+            try:
+                assert curate(out) == wanted
+                break
+            except KeyboardInterrupt:
+                stages += 1
+        assert curate(out) == wanted
+    assert stages == 11  # looks, embeddings, whitenings and indexes of both sets, two searches, shards
+
+
+def test_shards_are_those_of_the_last_settings_whatever_was_written_before(heap: Path, tmp_path: Path) -> None:
+    def kept(spec: DeduplicateSpec) -> list[str]:
+        found = run(heap, tmp_path / "out", spec=spec, form="shards")
+        names = [item.row["name"] for item in open_dataset(tmp_path / "out" / "shards").items]
+        assert names == [name for name, row in found.items() if row["decision"] == "kept"]
+        return names
+
+    strict, loose = (replace(SPEC, threshold=threshold) for threshold in (0.5, 0.99))
+    first = kept(strict)
+    assert kept(loose) != first
+    assert kept(strict) == first
 
 
 def test_images_near_an_evaluation_set_are_dropped_and_name_it(heap: Path, tmp_path: Path) -> None:
