@@ -58,8 +58,10 @@ class RayWorkers:
                     include_dashboard=False if address == "local" else None,
                     runtime_env={"env_vars": {"PYTHONPATH": ":".join(path for path in sys.path if path)}},
                 )
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise InputError(f"--ray {address}: no cluster answers there ({error})") from error
+            except Exception as error:  # Ray has no class of its own for a start that fails or takes too long
+                raise InputError(
+                    f"--ray {address}: no cluster answers or starts there ({error}); look at it, and run the command again"
+                ) from error
 
     def run(
         self, what: str, function: Callable[..., object], shared: Sequence[Any], tasks: Sequence[tuple[Any, ...]]
