@@ -1,12 +1,14 @@
 """The exported repository inside a real Triton answers what our server answers, model by model. `make test-triton` runs this."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from data.preprocess import center_view
+from exports import graph, onnx_file
 from exports.to_triton import export_triton
 from exports.triton_config import TritonSpec
 from runtimes.open import open_runtime
@@ -161,3 +163,19 @@ def test_an_evaluator_may_name_it_as_its_network(servers: tuple[Running, RealTri
         with open_runtime(address) as runtime:
             found.append(runtime.run(center_view(image, runtime.manifest.preprocess)[None], ("embedding",)))
     same(*found)
+
+
+def test_weights_in_a_second_file_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site_packages()
+    monkeypatch.setattr(onnx_file, "ONE_FILE_BYTES", 50_000)
+    monkeypatch.setattr(graph, "LEAST_BYTES", 1024)
+    ckpt, _ = save_network("v1", tmp_path)
+    export_triton(ckpt, tmp_path / "repository", TritonSpec(engine="python"))
+    assert (tmp_path / "repository" / "backbone" / "1" / "model.onnx.data").is_file()
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 24, 40), dtype=np.float32)
+    with (
+        RealTriton(tmp_path / "repository", tmp_path) as triton,
+        open_runtime(f"grpc://127.0.0.1:{triton.grpc}") as found,
+        open_runtime(ckpt, device="cpu") as wanted,
+    ):
+        same(wanted.run(pixels, OUTPUTS), found.run(pixels, OUTPUTS))

@@ -21,6 +21,7 @@ import pytest
 
 from backbones.checkpoints import MANIFEST_KEY
 from data.errors import CheckFailed, InputError
+from exports import graph, onnx_file
 from exports.onnx_file import OnnxSpec
 from exports.tensorrt_build import OPERATORS, check_operators
 from exports.to_onnx import export_onnx
@@ -338,6 +339,12 @@ def test_the_real_parser_and_builder_take_every_precision_and_head(
         head = make_head_file(ckpt, kind, options, folder / "h.safetensors")
         export_onnx(ckpt, folder / "x.onnx", **{f"{kind}_head": head})  # type: ignore[arg-type]
         built[case] = (folder / "x.onnx", artifact(name).step_px)
+    with pytest.MonkeyPatch.context() as patch:  # weights in a file of their own
+        patch.setattr(onnx_file, "ONE_FILE_BYTES", 50_000)
+        patch.setattr(graph, "LEAST_BYTES", 1024)
+        export_onnx(artifact("v1").ckpt, tmp_path / "large.onnx")
+    assert (tmp_path / "large.onnx.data").is_file()
+    built["weights in a second file"] = (tmp_path / "large.onnx", 8)
     foreign = onnx.helper.make_graph(
         [onnx.helper.make_node("Det", ["pixels"], ["embedding"])],
         "g",
