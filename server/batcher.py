@@ -167,9 +167,11 @@ class Batcher:
                 del self._buckets[key]
 
     def _count_dropped(self, entry: _Entry) -> None:
-        if entry.future.cancelled() and not self._is_late(entry):
+        """Rows of one whose batch failed were not dropped for the caller's sake, even if its deadline has passed since."""
+        future = entry.future
+        if future.cancelled() and not self._is_late(entry):
             self.cancelled_rows += entry.left
-        elif self._is_late(entry):
+        elif future.cancelled() or (future.done() and isinstance(future.exception(), Expired)):
             self.expired_rows += entry.left
 
     def _is_late(self, entry: _Entry) -> bool:
