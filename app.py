@@ -123,7 +123,9 @@ def main(
                 server_port=port,
                 prevent_thread_lock=True,
                 quiet=True,
+                share=False,
                 show_error=True,
+                _frontend=False,  # no asking itself over HTTP for 3 s, which a busy machine or a proxy fails
                 css=CSS,
                 max_file_size=f"{MAX_UPLOAD_MB}mb",
                 allowed_paths=[str(SAMPLES.parent)],

@@ -72,11 +72,11 @@ def open_tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def shoot(page: Any, repo_root: Path, name: str) -> None:
+def shoot(page: Any, repo_root: Path, name: str, full: bool = True) -> None:
     """A picture for people, in a folder that git ignores."""
     folder = repo_root / ".cache" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder / f"{name}-{page.viewport_size['width']}.png", full_page=True)
+    page.screenshot(path=folder / f"{name}-{page.viewport_size['width']}.png", full_page=full)
 
 
 def source(page: Any, selector: str, number: int = 0) -> str:

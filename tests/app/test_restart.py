@@ -53,7 +53,12 @@ def test_the_page_survives_a_restart_of_the_server(browser: Any, start: Start, r
             blocks = make_page(Served(running.addresses.http), None, app.SAMPLES, tmp_path, bundled=False)
             allowed = [str(app.SAMPLES.parent)]
             _, url, _ = blocks.launch(
-                server_port=free_port(), prevent_thread_lock=True, quiet=True, css=CSS, allowed_paths=allowed
+                server_port=free_port(),
+                prevent_thread_lock=True,
+                quiet=True,
+                css=CSS,
+                allowed_paths=allowed,
+                _frontend=False,
             )
             stack.callback(blocks.close)
             page = open_page(browser, url)
