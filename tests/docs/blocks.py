@@ -12,7 +12,7 @@ PAGES = sorted(
 )
 SHELL = ("sh", "bash", "console", "shell")
 PYTHON = ("python", "py")
-INERT = ("text", "json", "toml", "yaml", "ini", "promql", "html", "csv")
+INERT = ("text", "json", "toml", "yaml", "ini", "promql", "html", "csv", "dockerfile")
 """Shown, not run."""
 _FENCE = re.compile(r"^(?P<indent>[ >]*)```(?P<language>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=indent)```\s*$", re.M | re.S)
 

@@ -28,6 +28,7 @@ OTHERS = {
     "srun": "wants SLURM; what it starts is read",
     "tritonserver": "the vendor's container",
     "kubectl": "a cluster",
+    "perf_analyzer": "the vendor's load generator; `make test-perf-analyzer` runs it",
     "docker": "a container engine",
     "systemctl": "systemd",
     "sudo": "an administrator",
