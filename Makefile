@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-slow test-triton test-tensorrt test-perf-analyzer bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators clean
+.PHONY: help demo docs test test-slow test-triton test-tensorrt test-perf-analyzer bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators bench-serving reliability clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -72,7 +72,7 @@ types: $(TEST_STAMP)  ## mypy over all rooms
 
 bench: $(TEST_STAMP)  ## every performance figure of the README, as ratios measured in one run
 	$(BIN)/python -m benchmarks.runtimes
-	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.serving --part two-blocks
 
 bench-exports: $(TEST_STAMP)  ## exported files beside the engine's bare matrix product and a plain export; what an export needs
 	$(BIN)/python -m benchmarks.exports
@@ -95,6 +95,12 @@ bench-curation: $(TEST_STAMP)  ## near-duplicate removal beside the bare search 
 
 bench-views: $(TEST_STAMP)  ## CPU time of an image's views: Pillow, our workers, and workers that only decode
 	$(BIN)/python -m benchmarks.views
+
+bench-serving: $(TEST_STAMP)  ## what serving costs beside the bare runtime and a real Triton, and what becomes of overload
+	$(BIN)/python -m benchmarks.serving
+
+reliability: $(TEST_STAMP)  ## hostile requests, reloads, stalling clients, a full disk, SIGTERM (15 minutes)
+	$(BIN)/python -m benchmarks.reliability
 
 clean:  ## remove the virtual environment and all caches
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

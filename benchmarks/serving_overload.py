@@ -31,7 +31,7 @@ ON_THE_WAY_S = 0.05
 """How long word of a departure may take from the client to the server."""
 
 
-def overload(artifact: Path, request: Path, folder: Path, seconds: float = 20.0, rounds: int = 3) -> None:
+def overload(artifact: Path, request: Path, folder: Path, seconds: float = 15.0, rounds: int = 2) -> None:
     """Random arrivals below and above capacity; capacity is measured before and after by clients that wait."""
     closed: list[float] = []
     found: dict[float, list[dict[str, Any]]] = {share: [] for share in SHARES}

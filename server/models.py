@@ -249,6 +249,31 @@ class SegmentationModel(ServedModel):
         return await self.engine.run(pixels, ["classes"], times, deadline_s)
 
 
+class OverviewModel(ServedModel):
+    """Images in, everything about them out by one forward pass: whatever of the other models' outputs is asked for, of the whole image."""
+
+    name = "overview"
+    options_kind = AttentionOptions
+
+    def __init__(self, engine: Engine, parts: Sequence[ServedModel]) -> None:
+        super().__init__(engine)
+        self.inputs = (IMAGE,)
+        self.outputs = tuple(spec for part in parts for spec in part.outputs)
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        return self._side(options) ** 2
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = await self.engine.whole_views(inputs["image"], self._side(options), times)
+        computed = dict.fromkeys("attention" if name == "mask" else name for name in outputs)
+        answers = await self.engine.run(pixels, list(computed), times, deadline_s)
+        began = time.perf_counter_ns()
+        if "mask" in outputs:
+            answers["mask"] = top_mass(answers["attention"], options.mass)
+        times.output_ns += time.perf_counter_ns() - began
+        return {name: answers[name] for name in outputs}
+
+
 def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, ServedModel], dict[str, str]]:
     """Every model that this backbone and its heads allow, and for each of the others why it is absent."""
     models: list[ServedModel] = [BackboneModel(engine), EmbeddingModel(engine), KnnModel(engine, collections)]
@@ -265,6 +290,7 @@ def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, Ser
         models.append(SegmentationModel(engine))
     else:
         absent["segmentation"] = "no segmentation head is loaded"
+    models.append(OverviewModel(engine, [one for one in models if one.name not in ("backbone", "knn")]))
     return {model.name: model for model in models}, absent
 
 

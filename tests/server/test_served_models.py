@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from onnxruntime import InferenceSession
 
 from data.decode import decode_image
 from data.preprocess import center_view, whole_view
-from tests.server.conftest import PREPROCESS
+from server.run import Running
+from tests.server.conftest import PREPROCESS, config_of
 from tests.server.images import encode, jpeg, picture, png
 from tests.server.wires import images, open_wire
 
@@ -158,3 +160,27 @@ def test_random_bits_of_a_load_generator_are_answered(server, name):
     opened = open_wire(name, server.addresses)
     assert opened.infer("backbone", {"pixels": bits}, ["embedding"])["embedding"].shape == (2, 48)
     opened.close()
+
+
+def test_overview_gives_what_the_other_models_give_of_the_whole_image(wire, runtime):
+    got = wire.infer("overview", images(*FILES))
+    assert list(got) == ["embedding", "attention", "mask", "depth"]
+    right = runtime.run(whole(*FILES), ("embedding", "attention", "depth"))
+    for name, array in right.items():
+        same(got[name], array)
+    assert np.array_equal(got["mask"], wire.infer("attention", images(*FILES), ["mask"])["mask"])
+
+
+def test_attention_depth_and_embedding_of_an_image_cost_one_forward_pass(onnx_file, tmp_path, monkeypatch):
+    passes = []
+
+    def counted(session, names, *args, run=InferenceSession.run):
+        passes.append(tuple(names))
+        return run(session, names, *args)
+
+    with Running(config_of(onnx_file, tmp_path / "state")) as running:
+        wire = open_wire("grpc", running.addresses)
+        monkeypatch.setattr(InferenceSession, "run", counted)
+        assert len(wire.infer("overview", images(png(0)), ["attention", "depth", "embedding"])) == 3
+        assert ["backbone" if "embedding" in one else one[0] for one in passes] == ["backbone", "depth"]
+        wire.close()
