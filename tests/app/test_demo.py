@@ -110,6 +110,7 @@ def test_hostile_files_are_refused_in_one_line_and_the_page_lives_on(page: Any) 
 
 
 @pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.slow
 def test_every_tab_fits_the_screen(page: Any, repo_root: Path, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     for name in TABS:
@@ -127,6 +128,7 @@ def test_every_tab_fits_the_screen(page: Any, repo_root: Path, width: int) -> No
     open_tab(page, "Attention")
 
 
+@pytest.mark.slow
 def test_tabs_are_reached_by_keyboard(page: Any) -> None:
     page.get_by_role("tab", name="Attention").focus()
     page.keyboard.press("Tab")
@@ -141,6 +143,7 @@ def test_uploads_lie_where_nobody_else_reads_and_go_with_the_demo(demo: dict[str
     assert folder.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_ending_the_demo_deletes_uploads_and_shows_a_second_model_until_then(
     browser: Any, demo: dict[str, str], repo_root: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return lambda: Running(config)
 
 
+@pytest.mark.slow
 def test_the_page_survives_a_restart_of_the_server(browser: Any, start: Start, repo_root: Path, tmp_path: Path) -> None:
     """One page over two lives of a server at one address; its heads are others than the bundled ones."""
     with contextlib.ExitStack() as stack:

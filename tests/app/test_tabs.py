@@ -78,6 +78,7 @@ def test_a_search_shows_the_nearest_with_distances_and_a_vote(page: Any, repo_ro
     shoot(page, repo_root, "search")
 
 
+@pytest.mark.slow
 def test_own_images_are_added_with_a_label_found_and_deleted(page: Any, repo_root: Path) -> None:
     """The label is hostile: it must be shown, not run."""
     label = "<img src=x onerror=console.error(1)>"
@@ -105,6 +106,7 @@ def test_own_images_are_added_with_a_label_found_and_deleted(page: Any, repo_roo
     ("name", "data", "words"),
     [("words.jpg", b"no picture", "not an image"), (None, b"", "Choose one or more image files")],
 )
+@pytest.mark.slow
 def test_what_cannot_be_added_is_refused_in_words(page: Any, name: str | None, data: bytes, words: str) -> None:
     if name:
         upload(page, "#own-files", name, data)
@@ -115,6 +117,7 @@ def test_what_cannot_be_added_is_refused_in_words(page: Any, name: str | None, d
         page.locator("#own-files").get_by_role("button", name=re.compile("Clear|Remove")).first.click()
 
 
+@pytest.mark.slow
 def test_depth_is_drawn_and_its_metres_are_not_praised(page: Any, repo_root: Path) -> None:
     open_tab(page, "Depth and segmentation")
     assert picture(page, "#depth").std() > 5
@@ -125,6 +128,7 @@ def test_depth_is_drawn_and_its_metres_are_not_praised(page: Any, repo_root: Pat
     shoot(page, repo_root, "dense")
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_started_watched_and_read(page: Any, repo_root: Path) -> None:
     open_tab(page, "Evaluate")
     page.get_by_text("Nothing was evaluated yet").wait_for()
@@ -141,6 +145,7 @@ def test_an_evaluation_is_started_watched_and_read(page: Any, repo_root: Path) -
     page.get_by_text("Nothing is running.").wait_for()
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_while_it_is_written(page: Any, repo_root: Path, runs: Path) -> None:
     open_tab(page, "Train")
     page.locator("#run-numbers").get_by_text("40", exact=True).wait_for()

@@ -72,6 +72,7 @@ def test_what_is_written_is_what_browsers_play(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_a_clip_comes_back_with_attention_and_plays(page: Any, tmp_path: Path, repo_root: Path) -> None:
     open_tab(page, "Video")
     upload(page, "#clip", "words.mp4", b"no video at all", "video/mp4")
