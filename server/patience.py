@@ -10,6 +10,8 @@ HEAD_S = 30.0
 """From a connection's first moment, or from a further request's first byte, to the end of its head."""
 BODY_S = 60.0
 """Between two parts of a body."""
+KEEP_ALIVE_S = 75
+"""Between requests: longer than the minute of most proxies, so that it is they who close, and not we while a request is on its way."""
 
 
 class PatientProtocol(H11Protocol):

@@ -33,7 +33,7 @@ from server.evaluation_wire import evaluation_wire
 from server.evaluations import Evaluations
 from server.grpc_api import GrpcServer
 from server.http_app import make_http_app, make_metrics_app
-from server.patience import PatientProtocol
+from server.patience import KEEP_ALIVE_S, PatientProtocol
 from server.repository import Repository, binding_of
 from server.samples import build_samples
 from server.service import Service
@@ -187,6 +187,7 @@ class _Http(uvicorn.Server):
                 lifespan="off",
                 server_header=False,
                 http=PatientProtocol,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 **({} if tls is None else tls.for_uvicorn()),
             )
         )

@@ -26,6 +26,10 @@ MODELS = {
     "attention": ({"image": ("BYTES", [-1])}, {"attention": [-1, 3, -1, -1], "mask": [-1, 3, -1, -1]}),
     "knn": ({"image": ("BYTES", [-1]), "embedding": ("FP32", [-1, 48])}, {"ids": [-1, -1], "scores": [-1, -1]}),
     "depth": ({"image": ("BYTES", [-1])}, {"depth": [-1, -1, -1]}),
+    "overview": (
+        {"image": ("BYTES", [-1])},
+        {"embedding": [-1, 48], "attention": [-1, 3, -1, -1], "mask": [-1, 3, -1, -1], "depth": [-1, -1, -1]},
+    ),
 }
 
 
