@@ -121,6 +121,8 @@ def main(words: str) -> None:
         run(job, reporter)
     except (InputError, CheckFailed) as error:
         reporter.say(error=without_paths(job)(" ".join(str(error).split()))[:1000])
+    sys.stderr.flush()
+    os._exit(0)  # everything is written; taking the interpreter apart can last long at this priority
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from tritonclient.grpc.service_pb2_grpc import (
 )
 
 from server import describe
-from server.grpc_api import answering, reply_message, request_from
+from server.grpc_api import RefuseUnreadable, answering, reply_message, request_from
+from server.infer_message import InferMessage
 from server.service import Service, off_loop_if_large
 
 PATIENCE_S = 60.0
@@ -42,15 +43,18 @@ class _Inside(GRPCInferenceServiceServicer):
         return ParseDict(describe.model_metadata(self.service, request.name), pb.ModelMetadataResponse())
 
     @answering
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
-        wanted = await off_loop_if_large(request.ByteSize(), request_from, request, None, self.service.shared_memory)
+    async def ModelInfer(self, request: InferMessage, context: Any) -> Any:
+        wanted = await off_loop_if_large(request.nbytes, request_from, request, None, self.service.shared_memory)
         return reply_message(self.service, wanted, await self.service.infer_aside(wanted, PATIENCE_S), request.id)
 
 
 @asynccontextmanager
 async def evaluation_wire(service: Service) -> AsyncIterator[str]:
     """Listen while the block runs; gives the address as `--ckpt` takes it."""
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)])
+    server = grpc.aio.server(
+        interceptors=[RefuseUnreadable()],  # it reads requests as the other listener does
+        options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
+    )
     add_GRPCInferenceServiceServicer_to_server(_Inside(service), server)
     with tempfile.TemporaryDirectory(prefix="dinoscope-") as folder:
         socket = Path(folder) / "network"

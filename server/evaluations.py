@@ -57,7 +57,7 @@ EVALUATORS: dict[EvaluatorName, tuple[str, tuple[str, ...], str]] = {
 INTERRUPTED = "the server ended before the evaluation did; start it again"
 FEATURES = "features"
 """Folder of the features that evaluators of one life of the server share."""
-STOP_GRACE_S = 5.0
+STOP_GRACE_S, END_GRACE_S = 5.0, 60.0
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -239,7 +239,7 @@ class Evaluations:
         try:
             complaint = await _follow(run, process)
         finally:
-            await _ended(process)
+            await _ended(process, STOP_GRACE_S if self._stopping else END_GRACE_S)
             self._process = None
         if complaint is None and process.returncode and not self._stopping:
             told = (folder / "log.txt").read_text(errors="replace")[-4000:]
@@ -260,11 +260,11 @@ async def _follow(run: Evaluation, process: asyncio.subprocess.Process) -> str |
     return complaint
 
 
-async def _ended(process: asyncio.subprocess.Process) -> None:
+async def _ended(process: asyncio.subprocess.Process, grace_s: float) -> None:
     if process.stdin is not None:
         process.stdin.close()
     try:
-        await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+        await asyncio.wait_for(process.wait(), grace_s)
     except TimeoutError:
         process.kill()
         await process.wait()

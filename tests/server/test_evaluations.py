@@ -219,6 +219,7 @@ def test_paths_are_hidden_and_words_stay() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("evaluator", "data"),
     [
