@@ -117,6 +117,11 @@ def _python(words: Sequence[str]) -> str | None:
         return _pip(words[2:])
     if list(words[:2]) == ["-m", "venv"]:
         return None
+    if list(words[:2]) == ["-m", "pytest"]:
+        missing = [
+            word for word in words[2:] if word.startswith("tests/") and not (ROOT / word.split("::")[0]).exists()
+        ]
+        return f"{', '.join(missing)} is not there" if missing else None
     if words[:1] == ["-m"] and len(words) > 1:
         module, words = words[1], words[2:]
     elif words[:1] == ["app.py"]:
