@@ -146,9 +146,7 @@ class Served:
         except httpx.HTTPError as error:
             raise gr.Error(words(OSError(str(error)), self.rest), print_exception=False) from error
         if reply.is_error:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                raise gr.Error(words(RuntimeError(reply.json()["error"]), self.rest), print_exception=False)
-            raise gr.Error(f"The server at {self.rest} answered {reply.status_code}.", print_exception=False)
+            raise gr.Error(words(RuntimeError(_reason(reply)), self.rest), print_exception=False)
         return reply
 
 
@@ -159,6 +157,14 @@ def _is_served(client: Any, model: str, said: dict[str, Any]) -> bool:
         if "NOT_FOUND" in str(error.status()):
             return False
         raise
+
+
+def _reason(reply: httpx.Response) -> str:
+    """The server's own words, as every route of ours has them; a proxy before it may have others."""
+    try:
+        return str(reply.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"The server answered {reply.status_code} {reply.reason_phrase}."
 
 
 def _trust(address: str) -> ssl.SSLContext:

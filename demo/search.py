@@ -39,10 +39,11 @@ class SearchTab:
         data = read_bytes(path)
         if self.served.rest is None:
             return self._without_rest(data, collection, int(k))
+        sizes = {one["name"]: one["size"] for one in self.served.get("/v1/collections")["collections"]}
         sent: dict[str, Any] = {
             "content": data,
             "headers": {"content-type": "application/octet-stream"},
-            "params": {"k": int(k)},
+            "params": {"k": max(1, min(int(k), sizes.get(collection, MAX_NEIGHBOURS)))},
         }
         where = f"/v1/collections/{quote(collection, safe='')}"
         nearest = self.served.post(f"{where}/search", **sent)["results"][0]["neighbours"]

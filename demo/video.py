@@ -71,7 +71,7 @@ def read_clip(file: BinaryIO) -> tuple[list[np.ndarray], float]:
                     break
                 if seconds * fps >= len(frames) - ROUNDING and frame.width * frame.height <= MAX_PIXELS:
                     frames.append(_small(frame))
-    except (av.FFmpegError, ValueError, OverflowError) as error:
+    except (av.FFmpegError, OverflowError, MemoryError) as error:
         if not frames:  # a clip cut short is shown as far as it goes
             raise refusal(f"This video cannot be decoded ({type(error).__name__}); is it damaged?") from error
     if not frames:

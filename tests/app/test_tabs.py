@@ -104,7 +104,7 @@ def test_own_images_are_added_with_a_label_found_and_deleted(page: Any, repo_roo
 
 @pytest.mark.parametrize(
     ("name", "data", "words"),
-    [("words.jpg", b"no picture", "not an image"), (None, b"", "Choose one or more image files")],
+    [("words.jpg", b"no picture", "these bytes are no image"), (None, b"", "Choose one or more image files")],
 )
 @pytest.mark.slow
 def test_what_cannot_be_added_is_refused_in_words(page: Any, name: str | None, data: bytes, words: str) -> None:
