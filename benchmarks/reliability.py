@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import httpx
 import tyro
@@ -41,7 +41,7 @@ FLAT = 1.1
 
 @contextmanager
 def tiny_server(
-    folder: Path, *flags: str, file_bytes: int | None = None
+    folder: Path, *flags: str, file_bytes: int | None = None, log: TextIO | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """`python -m server` on the tiny network; the process, and where it listens. `file_bytes` bounds every file it writes."""
     models = folder / "models"
@@ -78,7 +78,7 @@ def tiny_server(
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=bounded) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=bounded) as process:
         assert process.stdout is not None
         try:
             process.stdout.readline()
@@ -229,20 +229,30 @@ def full_disk(folder: Path) -> None:
 
 
 def terminated(folder: Path, times: int = 10) -> None:
-    """SIGTERM with requests in flight: whatever was accepted is answered, whatever comes later is refused, the status is 0."""
+    """SIGTERM with requests in flight: whatever was accepted is answered and arrives, whatever comes later is refused, the status is 0."""
     total: Counter[str] = Counter()
     for seed in range(times):
-        with tiny_server(folder) as (process, at), ThreadPoolExecutor(16) as pool:
+        said = folder / f"log{seed}"
+        with (
+            said.open("w") as log,
+            tiny_server(folder, "--log-level", "info", log=log) as (process, at),
+            ThreadPoolExecutor(16) as pool,
+        ):
             answers = Answers(folder / "models")
             clients = [Clients(at, answers, seed * 16 + n, hostile=0.0) for n in range(16)]
             asking = [pool.submit(one.until_refused) for one in clients]
-            time.sleep(1.0 + random.Random(seed).random())
+            busy_till_s = time.monotonic() + 60
+            while sum(one.answered for one in clients) < 100 + 7 * seed and time.monotonic() < busy_till_s:
+                time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
-            for one in asking:
-                total += one.result()
+            counts: Counter[str] = sum((one.result() for one in asking), Counter())
             status = process.wait(60)
             wrong = [line for one in clients for line in one.wrong]
-            check(status == 0 and not wrong, f"status {status}, accepted and not answered: {wrong[:1]}")
+            lines = [json.loads(line) for line in said.read_text().splitlines()]
+            codes = Counter(line["code"] for line in lines if line["event"] == "request")
+            check(codes["OK"] == counts["answered"], f"the server answered {codes}, of which {counts} arrived; {wrong}")
+            check(status == 0 and not wrong, f"status {status}, neither answered nor refused: {wrong} {codes}")
+            total += counts
     print(
         f"sigterm: {times} times with 16 clients: {total['answered']} answered, {total['refused']} refused or not connected, none lost"
     )

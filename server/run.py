@@ -45,6 +45,8 @@ from server.tracing import open_tracing
 log = logging.getLogger("server")
 
 LAG_EVERY_S = 0.5
+REFUSING_S = 0.25
+"""How long busy clients are told that the server leaves before it stops listening: gRPC cancels a call that meets a closing listener."""
 LAST_REPLIES_S = 2.0
 """How long a reply that is ready may take to reach its client when the server leaves."""
 
@@ -168,7 +170,8 @@ async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer
     loop = asyncio.get_running_loop()
     end_s = loop.time() + config.grace_s
     # Listeners close when nothing runs any more: one that is closing lets new calls hang, these refuse them.
-    while service.in_flight and loop.time() < end_s:
+    refused_till_s = loop.time() + REFUSING_S
+    while (service.in_flight or loop.time() < refused_till_s) and loop.time() < end_s:
         await asyncio.sleep(0.01)
     left_s = min(LAST_REPLIES_S, max(0.0, end_s - loop.time()))
     await asyncio.gather(grpc_server.stop(left_s), *(one.stop(left_s) for one in http))
