@@ -3,6 +3,7 @@
 Read in this order: read_clip (a file -> some frames), overlaid (frames -> frames), Mp4 (frames -> file), the tab.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,8 +137,8 @@ class VideoTab:
 
     served: Served
 
-    def make(self, path: str | None, head: float, size: float, progress: Any) -> Iterator[tuple[str | None, str]]:
-        """The clip with attention over it, and words; the file goes when the page has taken it."""
+    def make(self, path: str | None, head: float, size: float, progress: Any) -> Iterator[tuple[Any, str]]:
+        """How far it is, then the clip with attention over it, in Gradio's cache, which ages it like uploads. Raises gr.Error."""
         if path is None:
             raise refusal("Choose a clip first.")
         progress(0.0, desc="reading the clip")
@@ -146,13 +147,20 @@ class VideoTab:
                 frames, fps = read_clip(file)
         except FileNotFoundError as error:
             raise refusal("This upload was deleted after a while. Upload it again.") from error
-        with tempfile.TemporaryDirectory(prefix="clip-", dir=gr.utils.get_upload_folder()) as folder:
-            made = Path(folder) / "attention.mp4"
+        cache = Path(gr.utils.get_upload_folder())
+        cache.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix="clip-", dir=cache)) / "attention.mp4"
+        try:
             with Mp4(made, fps, frames[0].shape) as video:
                 for done, frame in enumerate(overlaid(self.served, frames, int(head), int(size)), start=1):
                     video.add(frame)
                     progress((done, len(frames)), desc="looking at frames", unit="frames")
-            yield str(made), f"{len(frames)} frames, {len(frames) / fps:.1f} s at {fps:.3g} frames a second."
+                    if done % BATCH == 0:  # a generator can be stopped only where it yields
+                        yield gr.skip(), f"{done} of {len(frames)} frames"
+        except BaseException:
+            shutil.rmtree(made.parent, ignore_errors=True)
+            raise
+        yield str(made), f"{len(frames)} frames, {len(frames) / fps:.1f} s at {fps:.3g} frames a second."
 
 
 def video_tab(parts: Parts) -> None:
@@ -184,7 +192,7 @@ def video_tab(parts: Parts) -> None:
             head: float,
             size: float,
             progress: Any = gr.Progress(),  # noqa: B008
-        ) -> Iterator[tuple[str | None, str]]:
+        ) -> Iterator[tuple[Any, str]]:
             with parts.turns.take(request, "video"):
                 yield from tab.make(path, head, size, progress)
 

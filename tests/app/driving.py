@@ -1,5 +1,6 @@
 """Starting the demo and driving its page in Debian's chromium."""
 
+import base64
 import os
 import re
 import socket
@@ -73,10 +74,13 @@ def open_tab(page: Any, name: str) -> None:
 
 
 def shoot(page: Any, repo_root: Path, name: str, full: bool = True) -> None:
-    """A picture for people, in a folder that git ignores."""
+    """A picture for people, in a folder that git ignores; by the browser's own command, as playwright's waits for all frames' scripts."""
     folder = repo_root / ".cache" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder / f"{name}-{page.viewport_size['width']}.png", full_page=full)
+    session = page.context.new_cdp_session(page)
+    taken = session.send("Page.captureScreenshot", {"captureBeyondViewport": full})
+    session.detach()
+    (folder / f"{name}-{page.viewport_size['width']}.png").write_bytes(base64.b64decode(taken["data"]))
 
 
 def source(page: Any, selector: str, number: int = 0) -> str:
