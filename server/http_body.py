@@ -99,7 +99,9 @@ def _request_id(scope: Scope) -> str:
 
 def error_reply(error: Exception, request_id: str) -> JSONResponse:
     """The error as every route reports it: `{"error": one line}` with the status of the error table."""
-    return JSONResponse({"error": message(error, request_id)}, outcome(error).http_status, retry_after(error))
+    # The rest of a request that was given up on would be taken for the next one.
+    closing = {"connection": "close"} if isinstance(error, TooSlow) else {}
+    return JSONResponse({"error": message(error, request_id)}, outcome(error).http_status, retry_after(error) | closing)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

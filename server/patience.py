@@ -30,6 +30,12 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         self._expect_head()
 
+    def on_response_complete(self) -> None:
+        """A further head is due if some of it came along with the last request."""
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:
+            self._expect_head()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is due any more."""
         self._stop_waiting()
