@@ -42,7 +42,7 @@ class RidgeSpec:
     """The few-shot ridge protocol."""
 
     n_per_class: tuple[int, ...] = (5, 10)
-    """Training images a class; a class that has fewer gives all it has."""
+    """Training images a class; a class that has fewer gives all it has, and sizes above every class are left out."""
     tries: int = 5
     """Random training sets of each size; try t is drawn with seed t."""
     strength: tuple[float, ...] = STRENGTHS
@@ -88,7 +88,9 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: RidgeSpec = RidgeSpe
     grid: list[dict[str, Any]] = []
     hits: dict[int, np.ndarray] = {}
     guesses: Guesses | None = None
-    for n_per_class in spec.n_per_class:
+    largest = int(np.bincount(train_labels_n).max())
+    # Sizes above every class would only repeat the one before; the least is refused where none is left.
+    for n_per_class in [n for n in spec.n_per_class if n <= largest] or [min(spec.n_per_class)]:
         per_try = []
         for seed, some in enumerate(few_shot_voters(train_labels_n, n_per_class, spec.tries, (n_per_class,))):
             assert some.rows is not None
