@@ -29,6 +29,7 @@ from tests.server.conftest import config_of
 @pytest.fixture(autouse=True)
 def lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of 100 kB are too large, and what has a kilobyte is a large weight."""
+    artifact("v1")  # shared with other tests, and written in one file
     monkeypatch.setattr(onnx_file, "ONE_FILE_BYTES", 50_000)
     monkeypatch.setattr(graph, "LEAST_BYTES", 1024)
 
