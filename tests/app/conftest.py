@@ -14,7 +14,7 @@ import pytest
 from tests.app.driving import launch, open_page, stop
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with one run that warns of collapse, and a link that leads out of it."""
     root = tmp_path_factory.mktemp("watched")
@@ -39,13 +39,13 @@ def write_run(folder: Path, n_steps: int, warnings: list[str]) -> None:
         assert cv2.imwrite(str(folder / f"{kind}.png"), np.full((320, 640, 3), 99, np.uint8))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the demo keeps what it keeps."""
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo(repo_root: Path, home: Path, runs: Path) -> Iterator[dict[str, str]]:
     """The demo with its embedded server on free ports."""
     process, addresses = launch(repo_root, home, "--server-ports", "0", "0", "0", "--runs", str(runs))
@@ -53,9 +53,9 @@ def demo(repo_root: Path, home: Path, runs: Path) -> Iterator[dict[str, str]]:
     stop(process)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """Debian's chromium, driven by playwright."""
+    """Debian's chromium, driven by playwright; closed with this folder's tests, as playwright keeps an event loop running in the main thread."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine: install the package `chromium` to run the browser tests")
