@@ -55,6 +55,11 @@ $(VENVS)/trtx/.installed: Makefile
 	$(VENVS)/trtx/bin/python -m pip install -q --disable-pip-version-check $(TENSORRT_PACKAGES)
 	@touch $@
 
+$(VENVS)/schemathesis/.installed: benchmarks/peers/schemathesis.txt
+	$(PYTHON) -m venv $(VENVS)/schemathesis
+	$(VENVS)/schemathesis/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/schemathesis.txt
+	@touch $@
+
 check: $(TEST_STAMP)  ## formatting, then everything `make test` does
 	$(BIN)/ruff format --check .
 	$(MAKE) test
@@ -99,7 +104,7 @@ bench-views: $(TEST_STAMP)  ## CPU time of an image's views: Pillow, our workers
 bench-serving: $(TEST_STAMP)  ## what serving costs beside the bare runtime and a real Triton, and what becomes of overload
 	$(BIN)/python -m benchmarks.serving
 
-reliability: $(TEST_STAMP)  ## hostile requests, reloads, stalling clients, a full disk, SIGTERM (15 minutes)
+reliability: $(TEST_STAMP) $(VENVS)/schemathesis/.installed  ## hostile requests, reloads, stalling clients, a full disk, SIGTERM (20 minutes)
 	$(BIN)/python -m benchmarks.reliability
 
 clean:  ## remove the virtual environment and all caches

@@ -1,7 +1,7 @@
 """What the server stands: hostile requests among good ones, reloads under load, clients that misbehave, a full disk, an end in mid-work.
 
     .venv/bin/python -m benchmarks.reliability                     every part
-    .venv/bin/python -m benchmarks.reliability --part storm        one of storm, reloads, clients, disk, sigterm
+    .venv/bin/python -m benchmarks.reliability --part storm        one of storm, openapi, reloads, clients, disk, sigterm
 
 A tiny network is served by a process of its own, so that what is tried is the server. Each part prints counts, and ends with status 3 where
 one is not as it must be. Read in this order: the parts, main; the requests are in `reliability_requests`.
@@ -29,12 +29,13 @@ from typing import Literal, TextIO
 import httpx
 import tyro
 
+from benchmarks.reliability_openapi import ask_by_the_page
 from benchmarks.reliability_requests import Answers, Clients, save_network
 from benchmarks.serving_targets import rss_mb
 from data.errors import CheckFailed, run_cli
 from exports.to_onnx import export_onnx
 
-Part = Literal["storm", "reloads", "clients", "disk", "sigterm"]
+Part = Literal["storm", "openapi", "reloads", "clients", "disk", "sigterm"]
 FLAT = 1.1
 """Memory late in a part may be this much of what it was early on."""
 
@@ -130,6 +131,22 @@ def storm(folder: Path, requests: int) -> None:
         check(not wrong, f"{len(wrong)} answers were not as they must be, the first: {wrong[:1]}")
         check(process.poll() is None, "the server ended")
         check_flat(series, "storm")
+
+
+def openapi(folder: Path, examples: int = 10) -> None:
+    """Requests made from the OpenAPI page; each answer must be what the page says, and models are right afterwards."""
+    with tiny_server(folder) as (process, at):
+        good = Clients(at, Answers(folder / "models"), 0, hostile=0.0)
+        items = {"items": [{"id": "first", "label": "a", "embedding": [1.0] * 48}]}
+        httpx.post(f"{at['http']}/v1/collections/photos/items", json=items).raise_for_status()
+        began, before = time.monotonic(), rss_mb(process.pid)
+        made = ask_by_the_page(at["http"], folder, examples)
+        seconds, grown = time.monotonic() - began, rss_mb(process.pid) - before
+        httpx.post(f"{at['http']}/v2/repository/models/depth/load", timeout=60).raise_for_status()
+        good.models(50)
+        print(f"openapi: {made} requests in {seconds:.0f} s, each answered as the page says; {grown:+.0f} MB")
+        check(not good.wrong, f"models failed afterwards: {good.wrong[:1]}")
+        check(process.poll() is None, "the server ended")
 
 
 def reloads(folder: Path, times: int = 50) -> None:
@@ -269,6 +286,7 @@ def main(part: Part | None = None, requests: int = 100_000) -> None:
         folder = Path(name)
         parts: dict[Part, Callable[[], None]] = {
             "storm": lambda: storm(folder, requests),
+            "openapi": lambda: openapi(folder),
             "reloads": lambda: reloads(folder),
             "clients": lambda: misbehaving(folder),
             "disk": lambda: full_disk(folder),

@@ -1,4 +1,7 @@
-"""Who may enter: the one bound, in rows and in bytes, on everything the server has accepted and not yet answered."""
+"""Who may enter: the one bound, in rows and in bytes, on everything the server has accepted and not yet answered.
+
+Calls are counted before that: one whose message is still to be read has no rows or bytes yet, and a flood of them must fit into memory.
+"""
 
 import math
 from collections.abc import Iterator
@@ -20,6 +23,9 @@ class AdmissionSpec:
     """Refuse with Triton's codes, UNAVAILABLE and 503, instead of RESOURCE_EXHAUSTED and 429."""
 
 
+LEAST_CALLS = 64
+
+
 class Admission:
     """Counts what is inside. Requests beyond the bounds are refused at once, not queued."""
 
@@ -27,6 +33,9 @@ class Admission:
         self.spec = spec
         self.rows = 0
         self.bytes = 0
+        self.calls = 0
+        self.max_calls = max(LEAST_CALLS, 2 * spec.max_rows)
+        """Of both wires, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
         self.rejected = 0
         self._row_s = 0.05
 
@@ -41,12 +50,8 @@ class Admission:
                 f"{spec.max_rows} rows, {spec.max_bytes >> 20} MB; send fewer images at a time"
             )
         if self.rows + rows > spec.max_rows or self.bytes + nbytes > spec.max_bytes:
-            self.rejected += 1
-            kind = OverloadedLikeTriton if spec.triton_codes else Overloaded
-            raise kind(
-                f"the queue is full: {self.rows} of {spec.max_rows} rows, {self.bytes >> 20} of "
-                f"{spec.max_bytes >> 20} MB; try again later",
-                self.retry_after_s(),
+            raise self._overloaded(
+                f"the queue is full: {self.rows} of {spec.max_rows} rows, {self.bytes >> 20} of {spec.max_bytes >> 20} MB"
             )
         self.rows += rows
         self.bytes += nbytes
@@ -55,6 +60,21 @@ class Admission:
         finally:
             self.rows -= rows
             self.bytes -= nbytes
+
+    def enter(self) -> None:
+        """Count a call in, whose message was not read yet; `leave` follows in any case. Raises Overloaded, and then it does not."""
+        if self.calls >= self.max_calls:
+            raise self._overloaded(f"{self.calls} calls are being answered, and more are not taken at once")
+        self.calls += 1
+
+    def leave(self) -> None:
+        """Count a call out."""
+        self.calls -= 1
+
+    def _overloaded(self, why: str) -> Overloaded:
+        self.rejected += 1
+        kind = OverloadedLikeTriton if self.spec.triton_codes else Overloaded
+        return kind(f"{why}; try again later", self.retry_after_s())
 
     def learn(self, rows: int, infer_ns: int) -> None:
         """Keep a running mean of what one row costs."""

@@ -25,6 +25,7 @@ from server import describe
 from server.access import Access, RequireToken
 from server.errors import message, outcome, retry_after
 from server.formats import FORMAT, SCALE
+from server.grpc_calls import BoundCalls
 from server.infer_message import InferMessage, read_infer
 from server.repository import Repository
 from server.requests import UNSUPPORTED, InferReply, InferRequest
@@ -342,7 +343,7 @@ class GrpcServer:
     ) -> None:
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[RequireToken(access), RefuseUnreadable()],
+            interceptors=[BoundCalls(service.admission), RequireToken(access), RefuseUnreadable()],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

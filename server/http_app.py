@@ -15,6 +15,7 @@ from server.errors import ServerError
 from server.evaluations import Evaluations
 from server.http_body import Guard, error_reply
 from server.http_v2 import make_v2_routes
+from server.openapi import describe_answers
 from server.repository import Repository
 from server.rest import Rest, make_rest_routes
 from server.rest_collections import VectorItems, make_collection_routes
@@ -46,9 +47,9 @@ def make_http_app(
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _validation_problem)
     app.add_exception_handler(ValidationError, _validation_problem)
-    app.add_middleware(AccessGuard, access=access)
+    app.add_middleware(AccessGuard, access=access, admission=service.admission)
     app.add_middleware(Guard, max_bytes=max_body_bytes)  # the outer one: it names the request first
-    _describe_vector_items(app)
+    describe_answers(app, VectorItems)
     return app
 
 
@@ -91,17 +92,3 @@ async def _validation_problem(request: Request, error: Exception) -> Response:
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     came = "" if first["type"] in ("missing", "json_invalid") else f" (came: {first.get('input')!r:.60})"
     return JSONResponse({"error": f"{where or 'the request'}: {first['msg']}{came}"}, 400)
-
-
-def _describe_vector_items(app: FastAPI) -> None:
-    """Put the schema that `items` refers to into the OpenAPI page; the route reads its body itself."""
-    made = app.openapi
-
-    def openapi() -> dict[str, object]:
-        page = made()
-        schema = VectorItems.model_json_schema(ref_template="#/components/schemas/{model}")
-        for name, part in {**schema.pop("$defs", {}), "VectorItems": schema}.items():
-            page["components"]["schemas"].setdefault(name, part)
-        return page
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ long it is. (Triton, extension_binary_data.)
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,6 +20,19 @@ from server import describe
 from server.errors import Draining
 from server.formats import FORMAT, SCALE
 from server.http_body import compressed, parse_json, read_body, unless_disconnected
+from server.openapi import (
+    BINARY,
+    PROBLEMS,
+    InferAnswer,
+    InferBody,
+    ModelConfig,
+    ModelMetadata,
+    ModelState,
+    Region,
+    ServerMetadata,
+    Statistics,
+    answers,
+)
 from server.repository import Repository
 from server.requests import UNSUPPORTED, InferReply, InferRequest
 from server.service import Service, off_loop_if_large
@@ -32,27 +45,37 @@ TIMEOUT_HEADER = "x-timeout-ms"
 
 def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int) -> APIRouter:
     """All routes below /v2."""
-    router = APIRouter(tags=["KServe v2"])
+    router = APIRouter(tags=["KServe v2"], responses=PROBLEMS)
 
-    @router.get("/v2", summary="Server name, version, extensions")
+    @router.get("/v2", responses=answers(ServerMetadata), summary="Server name, version, extensions")
     async def server_metadata() -> JSONResponse:
         return JSONResponse(describe.server_metadata())
 
     @router.head("/v2/health/live", include_in_schema=False)
-    @router.get("/v2/health/live", summary="The process answers")
+    @router.get("/v2/health/live", summary="The process answers", response_class=Response)
     async def live() -> Response:
         return Response()
 
     @router.head("/v2/health/ready", include_in_schema=False)
-    @router.get("/v2/health/ready", summary="Requests are taken")
+    @router.get(
+        "/v2/health/ready",
+        responses={503: {"description": "Not yet, or no longer"}},
+        summary="Requests are taken",
+        response_class=Response,
+    )
     async def ready() -> Response:
         return Response(status_code=200 if service.ready else 503)
 
-    @router.get("/v2/models/stats", summary="Statistics of all models")
+    @router.get("/v2/models/stats", responses=answers(Statistics), summary="Statistics of all models")
     async def all_statistics() -> JSONResponse:
         return JSONResponse(describe.model_statistics(service))
 
-    @router.post("/v2/repository/index", summary="The models and their state")
+    @router.post(
+        "/v2/repository/index",
+        responses=answers(ModelState, several=True),
+        openapi_extra=_json_body({"ready": {"type": "boolean"}}),
+        summary="The models and their state",
+    )
     async def index(request: Request) -> JSONResponse:
         body = await read_body(request, max_body_bytes)
         wanted = parse_json(body) if body.strip() else {}
@@ -60,7 +83,10 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
         return JSONResponse(repository.index(bool(only_ready)))
 
     @router.post(
-        "/v2/repository/models/{name}/load", summary="Serve what the model folder holds now, or a version of it"
+        "/v2/repository/models/{name}/load",
+        openapi_extra=_json_body({"parameters": {"type": "object", "properties": {"version": {"type": "string"}}}}),
+        summary="Serve what the model folder holds now, or a version of it",
+        response_class=Response,
     )
     async def load(name: str, request: Request) -> Response:
         body = await read_body(request, max_body_bytes)
@@ -68,7 +94,11 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
         await repository.load(name, _object(wanted.get("parameters", {}), "'parameters'"))
         return Response()
 
-    @router.post("/v2/repository/models/{name}/unload", summary="Answer no more requests for a model")
+    @router.post(
+        "/v2/repository/models/{name}/unload",
+        summary="Answer no more requests for a model",
+        response_class=Response,
+    )
     async def unload(name: str) -> Response:
         await repository.unload(name)
         return Response()
@@ -80,15 +110,21 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
 
 def _add_shared_memory_routes(router: APIRouter, service: Service, max_body_bytes: int) -> None:
     """Triton's extension_shared_memory, for clients on this machine."""
-    shared = service.shared_memory
+    shared, regions = service.shared_memory, answers(Region, several=True)
+    region = {"key": {"type": "string"}, "offset": {"type": "integer"}, "byte_size": {"type": "integer"}}
 
-    @router.get("/v2/systemsharedmemory/status", summary="All shared memory regions")
-    @router.get("/v2/systemsharedmemory/region/{name}/status", summary="A shared memory region")
+    @router.get("/v2/systemsharedmemory/status", responses=regions, summary="All shared memory regions")
+    @router.get("/v2/systemsharedmemory/region/{name}/status", responses=regions, summary="A shared memory region")
     async def status(name: str = "") -> JSONResponse:
         keys = ("name", "key", "offset", "byte_size")
         return JSONResponse([{key: getattr(one, key) for key in keys} for one in shared.status(name)])
 
-    @router.post("/v2/systemsharedmemory/region/{name}/register", summary="Register a shared memory region")
+    @router.post(
+        "/v2/systemsharedmemory/region/{name}/register",
+        openapi_extra=_json_body(region, ["key", "byte_size"]),
+        summary="Register a shared memory region",
+        response_class=Response,
+    )
     async def register(name: str, request: Request) -> Response:
         wanted = _object(parse_json(await read_body(request, max_body_bytes)), "the request")
         key, offset, size = wanted.get("key"), wanted.get("offset", 0), wanted.get("byte_size")
@@ -97,8 +133,14 @@ def _add_shared_memory_routes(router: APIRouter, service: Service, max_body_byte
         shared.register(name, key, offset, size)
         return Response()
 
-    @router.post("/v2/systemsharedmemory/unregister", summary="Let go of all shared memory regions")
-    @router.post("/v2/systemsharedmemory/region/{name}/unregister", summary="Let go of a shared memory region")
+    @router.post(
+        "/v2/systemsharedmemory/unregister", summary="Let go of all shared memory regions", response_class=Response
+    )
+    @router.post(
+        "/v2/systemsharedmemory/region/{name}/unregister",
+        summary="Let go of a shared memory region",
+        response_class=Response,
+    )
     async def unregister(name: str = "") -> Response:
         shared.unregister(name)
         return Response()
@@ -125,14 +167,14 @@ def _add_model_routes(router: APIRouter, service: Service, max_body_bytes: int) 
     async def infer(request: Request) -> Response:
         return await _infer(request, service, max_body_bytes)
 
-    routes: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
-        ("GET", "", "Inputs and outputs of a model", metadata),
-        ("GET", "/config", "Configuration of a model", config),
-        ("GET", "/stats", "Statistics of a model", statistics),
-        ("GET", "/ready", "The model takes requests", ready),
-        ("POST", "/infer", "Run a model", infer),
+    routes: tuple[tuple[str, str, str, Callable[..., Any], dict[int | str, dict[str, Any]]], ...] = (
+        ("GET", "", "Inputs and outputs of a model", metadata, answers(ModelMetadata)),
+        ("GET", "/config", "Configuration of a model", config, answers(ModelConfig)),
+        ("GET", "/stats", "Statistics of a model", statistics, answers(Statistics)),
+        ("GET", "/ready", "The model takes requests", ready, {}),
+        ("POST", "/infer", "Run a model", infer, answers(InferAnswer, also="application/octet-stream")),
     )
-    for method, tail, summary, endpoint in routes:
+    for method, tail, summary, endpoint, responses in routes:
         for middle in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
             name = f"{endpoint.__name__}{'_version' if 'version' in middle else ''}"
             extra = _path_parameters(middle) | (_INFER_BODY if tail == "/infer" else {})
@@ -144,6 +186,8 @@ def _add_model_routes(router: APIRouter, service: Service, max_body_bytes: int) 
                 name=name,
                 operation_id=f"v2_{name}",
                 openapi_extra=extra,
+                responses=responses,
+                response_class=Response,
                 response_model=None,
             )
 
@@ -160,22 +204,17 @@ _INFER_BODY: dict[str, Any] = {
         "required": True,
         "description": "Open Inference Protocol v2 request; `application/octet-stream` with binary tensors",
         "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["inputs"],
-                    "properties": {
-                        "id": {"type": "string"},
-                        "parameters": {"type": "object"},
-                        "inputs": {"type": "array", "items": {"type": "object"}},
-                        "outputs": {"type": "array", "items": {"type": "object"}},
-                    },
-                }
-            },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {"schema": {"$ref": f"#/components/schemas/{InferBody.__name__}"}},
+            "application/octet-stream": BINARY,
         },
     }
 }
+
+
+def _json_body(properties: dict[str, Any], required: Sequence[str] = ()) -> dict[str, Any]:
+    """A body for the page; one without required fields may be left out."""
+    schema = {"type": "object", "properties": properties, "required": list(required)}
+    return {"requestBody": {"required": bool(required), "content": {"application/json": {"schema": schema}}}}
 
 
 def _model_of(request: Request) -> tuple[str, str]:

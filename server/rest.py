@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -17,6 +16,7 @@ from data.errors import InputError
 from evaluators.attention_maps import top_mass
 from server.http_body import Upload, read_upload, unless_disconnected
 from server.http_v2 import timeout_of
+from server.openapi import PROBLEMS, Attentions, Depths, Embeddings, Segmentations, answers
 from server.pictures import attention_overlay, depth_picture
 from server.requests import InferReply, InferRequest
 from server.service import Service
@@ -38,33 +38,6 @@ UPLOAD_BODY: dict[str, Any] = {
             "image/*": {"schema": {"type": "string", "format": "binary"}},
         },
     }
-}
-PNG_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"application/json": {}, "image/png": {}},
-        "description": "Numbers, or a picture of the first image",
-    }
-}
-
-
-class Problem(BaseModel):
-    """What every route answers when it cannot do what was asked."""
-
-    error: str
-    """One line."""
-
-
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text}
-    for status, text in {
-        400: "The request or an image cannot be used",
-        404: "Unknown model, collection, item or evaluation",
-        409: "In the way: other weights, a taken id, a busy slot",
-        413: "Larger than this server ever takes",
-        429: "The queue is full; see Retry-After",
-        503: "The server is about to exit (with --triton-codes: or its queue is full)",
-        504: "The deadline passed (X-Timeout-Ms)",
-    }.items()
 }
 
 
@@ -109,7 +82,7 @@ def make_rest_routes(rest: Rest) -> APIRouter:
     """The routes that run one model on uploaded images."""
     router = APIRouter(prefix="/v1", tags=["images"], responses=PROBLEMS)
 
-    @router.post("/embeddings", openapi_extra=UPLOAD_BODY, summary="One vector an image")
+    @router.post("/embeddings", openapi_extra=UPLOAD_BODY, responses=answers(Embeddings), summary="One vector an image")
     async def embeddings(
         request: Request, normalize: Annotated[bool, Query(description="Scale to length 1")] = False
     ) -> JSONResponse:
@@ -119,7 +92,12 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         items = [{"name": n, "embedding": vector} for n, vector in zip(upload.names, vectors, strict=True)]
         return JSONResponse({"dimension": rest.service.engine.width, "normalized": normalize, "items": items})
 
-    @router.post("/attention", openapi_extra=UPLOAD_BODY, responses=PNG_ANSWER, summary="Attention maps, or an overlay")
+    @router.post(
+        "/attention",
+        openapi_extra=UPLOAD_BODY,
+        responses=answers(Attentions, also="image/png"),
+        summary="Attention maps, or an overlay",
+    )
     async def attention(
         request: Request,
         mass: Annotated[
@@ -146,7 +124,12 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         ]
         return JSONResponse({"heads": maps.shape[1], "grid": list(maps.shape[2:]), "items": items})
 
-    @router.post("/depth", openapi_extra=UPLOAD_BODY, responses=PNG_ANSWER, summary="Depth maps, or a picture")
+    @router.post(
+        "/depth",
+        openapi_extra=UPLOAD_BODY,
+        responses=answers(Depths, also="image/png"),
+        summary="Depth maps, or a picture",
+    )
     async def depth(
         request: Request,
         size: Annotated[int | None, Query(description="Side the image is squashed to")] = None,
@@ -163,7 +146,9 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         items = [{"name": n, "depth": reply["depth"][row].tolist()} for row, n in enumerate(upload.names)]
         return JSONResponse({"unit": rest.service.depth_unit, "size": list(reply["depth"].shape[1:]), "items": items})
 
-    @router.post("/segmentation", openapi_extra=UPLOAD_BODY, summary="Class of every pixel")
+    @router.post(
+        "/segmentation", openapi_extra=UPLOAD_BODY, responses=answers(Segmentations), summary="Class of every pixel"
+    )
     async def segmentation(
         request: Request, size: Annotated[int | None, Query(description="Side the image is squashed to")] = None
     ) -> JSONResponse:

@@ -19,8 +19,18 @@ from data.errors import InputError
 from evaluators.collection_file import check_form, read_collection, write_collection
 from server.collections import Item, NewItem, check_name
 from server.http_body import Upload, check_json, parse_json, read_body
+from server.openapi import (
+    BINARY,
+    PROBLEMS,
+    Classifications,
+    CollectionList,
+    CollectionName,
+    ItemPage,
+    SearchResults,
+    answers,
+)
 from server.pictures import thumbnail
-from server.rest import PROBLEMS, UPLOAD_BODY, Rest
+from server.rest import UPLOAD_BODY, Rest
 from server.service import off_loop_if_large
 
 VOTE_TEMPERATURE = 0.07
@@ -68,26 +78,26 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=PROBLEMS)
     service = rest.service
 
-    @router.get("", summary="All collections")
+    @router.get("", responses=answers(CollectionList), summary="All collections")
     async def listing() -> JSONResponse:
         infos = await service.engine.off_loop(service.collections.infos)
         return JSONResponse({"collections": [vars(info) for info in infos]})
 
     @router.delete("/{name}", summary="Delete a collection", status_code=204)
-    async def drop(name: str) -> Response:
+    async def drop(name: CollectionName) -> Response:
         await service.engine.off_loop(service.collections.delete, name)
         return Response(status_code=204)
 
     @router.post("/{name}/items", openapi_extra=_ADD_BODY, summary="Add items", status_code=201, response_model=Added)
-    async def add(name: str, request: Request) -> Any:
+    async def add(name: CollectionName, request: Request) -> Any:
         check_name(name)
         is_json = request.headers.get("content-type", "").startswith("application/json")
         new = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
         return {"ids": await service.engine.off_loop(service.collections.add, name, new)}
 
-    @router.get("/{name}/items", summary="List items in the order of adding")
+    @router.get("/{name}/items", responses=answers(ItemPage), summary="List items in the order of adding")
     async def items(
-        name: str,
+        name: CollectionName,
         after: Annotated[int, Query(ge=0, lt=1 << 63, description="`next` of the page before")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
         label: str | None = None,
@@ -97,19 +107,29 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         return JSONResponse({"items": [_item_json(name, item) for item in page], "next": following})
 
     @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204)
-    async def remove(name: str, item_id: str) -> Response:
+    async def remove(name: CollectionName, item_id: str) -> Response:
         await service.engine.off_loop(service.collections.delete_item, name, item_id)
         return Response(status_code=204)
 
-    @router.get("/{name}/items/{item_id}/thumbnail", summary="The item as a small JPEG", response_class=Response)
-    async def picture(name: str, item_id: str) -> Response:
+    @router.get(
+        "/{name}/items/{item_id}/thumbnail",
+        responses=answers(also="image/jpeg"),
+        summary="The item as a small JPEG",
+        response_class=Response,
+    )
+    async def picture(name: CollectionName, item_id: str) -> Response:
         return Response(
             await service.engine.off_loop(service.collections.thumbnail, name, item_id), media_type="image/jpeg"
         )
 
-    @router.get("/{name}/export", summary="The collection as one file", response_class=Response)
+    @router.get(
+        "/{name}/export",
+        responses=answers(also="application/octet-stream"),
+        summary="The collection as one file",
+        response_class=Response,
+    )
     async def export(
-        name: str, form: Annotated[str, Query(alias="format", description="npz or parquet")] = "npz"
+        name: CollectionName, form: Annotated[str, Query(alias="format", description="npz or parquet")] = "npz"
     ) -> Response:
         check_name(name)
         check_form(form)
@@ -119,20 +139,25 @@ def make_collection_routes(rest: Rest) -> APIRouter:
 
     @router.post(
         "/{name}/import",
-        openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}}},
+        openapi_extra={"requestBody": {"required": True, "content": {"application/octet-stream": BINARY}}},
         summary="Add all items of an exported file",
         status_code=201,
         response_model=Added,
     )
-    async def take_in(name: str, request: Request) -> Any:
+    async def take_in(name: CollectionName, request: Request) -> Any:
         check_name(name)
         content = await read_body(request, rest.max_body_bytes)
         return {
             "ids": await service.engine.off_loop(lambda: service.collections.imported(name, read_collection(content)))
         }
 
-    @router.post("/{name}/search", openapi_extra=UPLOAD_BODY, summary="The nearest items of each image")
-    async def search(name: str, request: Request, k: K = None, label: Label = "") -> JSONResponse:
+    @router.post(
+        "/{name}/search",
+        openapi_extra=UPLOAD_BODY,
+        responses=answers(SearchResults),
+        summary="The nearest items of each image",
+    )
+    async def search(name: CollectionName, request: Request, k: K = None, label: Label = "") -> JSONResponse:
         upload, neighbours = await _neighbours(rest, request, name, k, label)
         wanted = sorted({one["id"] for row in neighbours for one in row})
         details = await service.engine.off_loop(service.collections.details, name, wanted)
@@ -142,8 +167,13 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         ]
         return JSONResponse({"results": results})
 
-    @router.post("/{name}/classify", openapi_extra=UPLOAD_BODY, summary="A weighted vote of the nearest labelled items")
-    async def classify(name: str, request: Request, k: K = None, label: Label = "") -> JSONResponse:
+    @router.post(
+        "/{name}/classify",
+        openapi_extra=UPLOAD_BODY,
+        responses=answers(Classifications),
+        summary="A weighted vote of the nearest labelled items",
+    )
+    async def classify(name: CollectionName, request: Request, k: K = None, label: Label = "") -> JSONResponse:
         upload, neighbours = await _neighbours(rest, request, name, k, label)
         results = [
             {"name": image, "classes": vote([(one["label"], one["score"]) for one in row])}

@@ -4,8 +4,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 
-from server.evaluations import Evaluations, EvaluatorName
-from server.rest import PROBLEMS
+from server.evaluations import Evaluation, Evaluations, EvaluatorName
+from server.openapi import PROBLEMS, EvaluationList, answers
 
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
@@ -26,18 +26,27 @@ def make_evaluation_routes(evaluations: Evaluations) -> APIRouter:
     """All routes below /v1/evaluations."""
     router = APIRouter(prefix="/v1/evaluations", tags=["evaluations"], responses=PROBLEMS)
 
-    @router.post("", summary="Evaluate the served network; poll the answer's id", status_code=202)
+    @router.post(
+        "",
+        responses=answers(Evaluation, 202),
+        summary="Evaluate the served network; poll the answer's id",
+        status_code=202,
+    )
     async def start(wanted: Start) -> JSONResponse:
         run = evaluations.start(wanted.evaluator, wanted.data)
         return JSONResponse(run.to_json(full=False), 202, {"location": f"/v1/evaluations/{run.id}"})
 
-    @router.get("", summary="All evaluations, newest first; the evaluators and the data there are")
+    @router.get(
+        "",
+        responses=answers(EvaluationList),
+        summary="All evaluations, newest first; the evaluators and the data there are",
+    )
     async def listing() -> JSONResponse:
         runs = [run.to_json(full=False) for run in evaluations.runs()]
         choices = {"evaluators": evaluations.evaluators(), "data": evaluations.data_names}
         return JSONResponse({"evaluations": runs, **choices})
 
-    @router.get("/{run_id}", summary="State, progress and, in the end, the result")
+    @router.get("/{run_id}", responses=answers(Evaluation), summary="State, progress and, in the end, the result")
     async def watch(run_id: str) -> JSONResponse:
         return JSONResponse(evaluations.get(run_id).to_json(full=True))
 
@@ -45,7 +54,9 @@ def make_evaluation_routes(evaluations: Evaluations) -> APIRouter:
     async def report(run_id: str) -> FileResponse:
         return FileResponse(evaluations.report(run_id), media_type="text/html", headers=PAGE_HEADERS)
 
-    @router.delete("/{run_id}", summary="Cancel a running evaluation", status_code=202)
+    @router.delete(
+        "/{run_id}", responses=answers(Evaluation, 202), summary="Cancel a running evaluation", status_code=202
+    )
     async def cancel(run_id: str) -> JSONResponse:
         return JSONResponse(evaluations.cancel(run_id).to_json(full=False), 202)
 

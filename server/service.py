@@ -233,7 +233,12 @@ class Service:
         show("dinoscope_queue_rows", "Rows that wait for an instance", lambda: self.engine.batcher.waiting_rows)
         show("dinoscope_admitted_rows", "Rows accepted and not yet answered", lambda: admission.rows)
         show("dinoscope_admitted_bytes", "Memory reckoned for these rows", lambda: admission.bytes)
-        show("dinoscope_rejected_requests", "Requests refused because of rows or bytes", lambda: admission.rejected)
+        show("dinoscope_calls", "Calls of both wires that are being answered", lambda: admission.calls)
+        show(
+            "dinoscope_rejected_requests",
+            "Requests refused because of rows, bytes or calls",
+            lambda: admission.rejected,
+        )
         show(
             "dinoscope_expired_rows", "Rows dropped before compute: deadline", lambda: self.engine.batcher.expired_rows
         )

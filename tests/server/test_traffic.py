@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -11,8 +12,10 @@ import pytest
 import tritonclient.grpc as grpc_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from server.admission import LEAST_CALLS
 from server.http_body import Guard
 from server.patience import PatientProtocol
 from server.run import Running
@@ -185,12 +188,7 @@ def test_rows_of_a_caller_who_left_are_never_computed(gated, wire):
 
     async def leave_over_grpc():
         async with grpc.aio.insecure_channel(running.addresses.grpc) as channel:
-            from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-            request = service_pb2.ModelInferRequest(model_name="backbone")
-            request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
-            request.raw_input_contents.append(pixels(1).tobytes())
-            call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+            call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(one_image())
             await asyncio.sleep(0)
             while await asyncio.to_thread(gauge, running, "dinoscope_queue_rows") < 1:
                 await asyncio.sleep(0.01)
@@ -281,3 +279,67 @@ def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_
         assert not waits.done()
         runtime.gate.set()
         assert waits.result() < 1e-6
+
+
+def one_image():
+    request = service_pb2.ModelInferRequest(model_name="backbone")
+    request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
+    request.raw_input_contents.append(pixels(1).tobytes())
+    return request
+
+
+def silence(over):
+    """The requests of a client that says nothing and stays."""
+    over.wait()
+    yield from ()
+
+
+def test_a_flood_of_calls_is_refused_before_it_is_read_and_health_is_not(gated):
+    """All of them open and unanswered at once; those beyond the bound are told so, and none of the calls is counted for ever."""
+    running, runtime = gated
+    runtime.gate.clear()
+    request, over = one_image(), threading.Event()
+    with grpc.insecure_channel(running.addresses.grpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        silent = [stub.ModelStreamInfer(silence(over)) for _ in range(LEAST_CALLS - ROWS)]
+        wait_for(lambda: gauge(running, "dinoscope_calls") == len(silent))
+        asked = [stub.ModelInfer.future(request) for _ in range(ROWS)]
+        wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == ROWS)
+        flood = [stub.ModelInfer.future(request) for _ in range(500)]
+        refused = {(call.code(), "calls are being answered" in call.details()) for call in flood}
+        assert refused == {(grpc.StatusCode.RESOURCE_EXHAUSTED, True)}
+        assert dict(flood[0].trailing_metadata())["retry-after"].isdigit()
+        busy = httpx.get(f"{running.addresses.http}/v2/models/backbone")
+        assert (busy.status_code, "calls" in busy.json()["error"]) == (429, True)
+        assert httpx.get(f"{running.addresses.http}/v2/health/live").status_code == 200
+        assert stub.ServerReady(service_pb2.ServerReadyRequest()).ready
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        for call in (*silent, *asked[::2]):
+            call.cancel()
+        wait_for(lambda: gauge(running, "dinoscope_calls") == ROWS / 2)
+        runtime.gate.set()
+        assert {call.code() for call in asked[1::2]} == {grpc.StatusCode.OK}
+        wait_for(lambda: gauge(running, "dinoscope_calls") == 0)
+        over.set()
+
+
+def test_a_storm_of_cancelled_calls_computes_nothing_and_leaves_nothing(gated):
+    running, runtime = gated
+    runtime.gate.clear()
+    request, threads = one_image(), threading.active_count()
+    with ThreadPoolExecutor(1) as pool, grpc.insecure_channel(running.addresses.grpc) as channel:
+        first = pool.submit(ask, running, 0)
+        wait_for(lambda: runtime.batches == [1])
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(60):
+            storm = [stub.ModelInfer.future(request) for _ in range(5)]
+            for call in storm:
+                call.cancel()
+        wait_for(lambda: gauge(running, "dinoscope_calls") == 1)
+        assert (gauge(running, "dinoscope_admitted_rows"), gauge(running, "dinoscope_queue_rows")) == (1, 0)
+        assert threading.active_count() < threads + 20, "ours and the server's"
+        runtime.gate.set()
+        assert first.result() < 1e-6
+    assert ask(running, 2) < 1e-6
+    assert runtime.batches == [1, 1]
