@@ -77,7 +77,9 @@ def second_server(named: str, uploads: Path) -> Iterator[Served]:
         return
     path = Path(named)
     if not path.exists():
-        raise InputError(f"--beside {named}: wanted grpc://host:port, http://host:port, or a file or folder to serve")
+        raise InputError(
+            f"--beside {named}: wanted grpc://host:port or http://host:port (with TLS grpcs:// or https://), or a file or folder to serve"
+        )
     state = uploads / "beside"
     config = ServerConfig(
         models=path, http_port=0, grpc_port=0, metrics_port=0, collections=state, samples="none", log_level="warning"
@@ -98,7 +100,9 @@ def main(
     """Show the demo page until Ctrl-C.
 
     Args:
-        server: Take everything from this server (grpc://host:port or http://host:port) instead of starting one.
+        server: Take everything from this server instead of starting one: grpc://host:port or http://host:port, with TLS grpcs:// or
+            https://. Its token comes from the environment, as do files of TLS: DINOSCOPE_TOKEN, DINOSCOPE_CA, DINOSCOPE_CLIENT_CERT,
+            DINOSCOPE_CLIENT_KEY.
         port: Port of the page.
         host: Address of the page.
         server_ports: HTTP, gRPC and metrics port of the server that is started; 0 takes a free one.

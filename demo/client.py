@@ -151,12 +151,14 @@ class Served:
 
 
 def _is_served(client: Any, model: str, said: dict[str, Any]) -> bool:
+    """Asked by its metadata: whether a model is ready, tritonclient answers with no over HTTP whatever went wrong."""
     try:
-        return bool(client.is_model_ready(model, **said))
+        client.get_model_metadata(model, **said)
     except InferenceServerException as error:
-        if "NOT_FOUND" in str(error.status()):
+        if "NOT_FOUND" in str(error.status()) or error.status() == "404":
             return False
         raise
+    return True
 
 
 def _reason(reply: httpx.Response) -> str:

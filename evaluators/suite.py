@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,12 +153,16 @@ def describe_network(options: SuiteRun) -> dict[str, Any]:
         }
 
 
-def evaluate(entry: Entry, out: Path, options: RunOptions) -> dict[str, Any]:
-    """Run one evaluator as its command would, and read its result back. Raises InputError and CheckFailed as it does."""
+def evaluate(entry: Entry, out: Path, options: RunOptions, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Run one evaluator as its command would, with `more` of its flags, and read its result back.
+
+    Raises InputError and CheckFailed as it does.
+    """
     module = importlib.import_module(f"evaluators.{entry.name}")
     words = ["--ckpt", options.ckpt, "--data", entry.data, "--out", str(out), "--device", options.device]
     words += ["--batch-size", str(options.batch_size), "--workers", str(options.workers), "--seed", str(options.seed)]
     words += ["--cache-dir", str(options.cache_dir)] + (["--threads", str(options.threads)] if options.threads else [])
+    words += more
     with contextlib.redirect_stdout(io.StringIO()):  # its table; the results hold it
         tyro.cli(module.main, args=words, prog=f"python -m evaluators.{entry.name}")
     return load_result(out)

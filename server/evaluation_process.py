@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,8 @@ class Job:
     """What to run, and where everything is."""
 
     evaluator: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of its Spec."""
     address: str
     """Of the network, as --ckpt takes it."""
     data: str
@@ -87,12 +89,13 @@ def run(job: Job, reporter: Reporter) -> None:
     from evaluators.report_groups import load_results
     from evaluators.results import replacing
     from evaluators.suite import Entry, evaluate
+    from server.evaluation_options import words_of
 
     watch_progress(reporter.progress)
     folder, clean = Path(job.folder), without_paths(job)
     options = RunOptions(ckpt=job.address, data=job.data, cache_dir=Path(job.cache), threads=job.threads)
     out = folder / "result.json"
-    result = evaluate(Entry(job.evaluator, job.data, out.name), out, options)
+    result = evaluate(Entry(job.evaluator, job.data, out.name), out, options, words_of(job.options))
     reporter.say(part="report")
     page = make_page(load_results([out]), f"{job.evaluator} on {job.data_name}")
     with replacing(folder / "report.html") as path:

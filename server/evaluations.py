@@ -68,6 +68,8 @@ class Evaluation:
     id: str
     evaluator: str
     data: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the evaluator that were asked for."""
     state: Literal["running", "done", "failed", "cancelled"] = "running"
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float = 0.0
@@ -144,8 +146,11 @@ class Evaluations:
             raise NotFound(f"evaluation {run_id!r:.80} is {run.state} and has no report")
         return page
 
-    def start(self, evaluator: EvaluatorName, data: str) -> Evaluation:
-        """Begin a run. Raises NotFound for data that was not allowed, Conflict while one runs or where the network lacks outputs."""
+    def start(self, evaluator: EvaluatorName, data: str, options: dict[str, Any]) -> Evaluation:
+        """Begin a run with options that `check_options` found good.
+
+        Raises NotFound for data that was not allowed, Conflict while one runs or where the network lacks outputs.
+        """
         if data not in self._allowed:
             there = ", ".join(self.data_names) or "none; start the server with --evaluation-data NAME=PATH"
             raise NotFound(f"there is no evaluation data {data!r:.80}; there is: {there}")
@@ -155,7 +160,7 @@ class Evaluations:
         if running or self.running:
             raise Conflict(f"evaluation {running} is running, and there is one at a time; wait for it or cancel it")
         run = Evaluation(
-            f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{next(self._number):03d}-{evaluator}-{data}", evaluator, data
+            f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{next(self._number):03d}-{evaluator}-{data}", evaluator, data, options
         )
         self._runs[run.id] = run
         self._stopping = False
@@ -219,6 +224,7 @@ class Evaluations:
         threads = max(1, (os.cpu_count() or 1) // 2)
         job = Job(
             evaluator=run.evaluator,
+            options=run.options,
             address=address,
             data=self._allowed[run.data],
             data_name=run.data,

@@ -1,9 +1,13 @@
 """REST for evaluations: start, watch, list, read, cancel."""
 
+import asyncio
+from typing import Any
+
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 
+from server.evaluation_options import check_options
 from server.evaluations import Evaluation, Evaluations, EvaluatorName
 from server.openapi import PROBLEMS, EvaluationList, answers
 
@@ -20,6 +24,8 @@ class Start(BaseModel):
     evaluator: EvaluatorName
     data: str
     """A name that the operator gave with --evaluation-data."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the evaluator's protocol, by the names of its command's flags with underscores; left out: its own."""
 
 
 def make_evaluation_routes(evaluations: Evaluations) -> APIRouter:
@@ -33,7 +39,8 @@ def make_evaluation_routes(evaluations: Evaluations) -> APIRouter:
         status_code=202,
     )
     async def start(wanted: Start) -> JSONResponse:
-        run = evaluations.start(wanted.evaluator, wanted.data)
+        await asyncio.to_thread(check_options, wanted.evaluator, wanted.options)
+        run = evaluations.start(wanted.evaluator, wanted.data, wanted.options)
         return JSONResponse(run.to_json(full=False), 202, {"location": f"/v1/evaluations/{run.id}"})
 
     @router.get(

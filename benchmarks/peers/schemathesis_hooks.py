@@ -13,6 +13,13 @@ from hypothesis import strategies
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNQcGiAowMNDnDEMLQkAD57TAETPxtxAAAAAElFTkSuQmCC"
 )
+INFER = {
+    "name": "image",
+    "datatype": "BYTES",
+    "shape": [1],
+    "data": [base64.b64encode(PNG).decode()],
+    "parameters": {"content_type": "base64"},
+}
 NAMES = {"model": "embedding", "version": "1", "name": "photos"}
 
 images = strategies.one_of(strategies.just(PNG), strategies.binary(max_size=200))
@@ -31,3 +38,11 @@ def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) ->
         if known is not None and zlib.crc32(made) % 3:
             path_parameters[name] = known
     return path_parameters
+
+
+@schemathesis.hook
+def map_body(context: Any, body: Any) -> Any:
+    """One of three times an inference that a model can make."""
+    if context.operation.path.endswith("/infer") and isinstance(body, dict) and not zlib.crc32(repr(body).encode()) % 3:
+        return body | {"inputs": [INFER], "outputs": []}
+    return body

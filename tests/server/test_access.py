@@ -4,6 +4,7 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import grpc
 import httpx
 import numpy as np
@@ -13,6 +14,8 @@ import tritonclient.http as triton_http
 import trustme
 from tritonclient.utils import InferenceServerException
 
+import app
+import demo.client
 import runtimes.remote
 from data.errors import InputError
 from runtimes.open import open_runtime
@@ -279,6 +282,35 @@ def test_an_evaluator_speaks_tls_and_shows_its_certificate(
     monkeypatch.setenv("DINOSCOPE_CA", str(authority["ca.pem"]) + ".gone")
     with pytest.raises(InputError, match=r"DINOSCOPE_CA: .* is no file"):
         open_runtime(address)
+
+
+@pytest.mark.parametrize("scheme", ["grpcs", "https"])
+def test_the_demo_brings_its_token_and_its_certificate(
+    secured: Running, authority: dict[str, Path], scheme: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address = secured.addresses.http if scheme == "https" else f"grpcs://{secured.addresses.grpc}"
+    monkeypatch.setattr(runtimes.remote, "OPENING_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(demo.client, "TIMEOUT_S", 3.0)
+    monkeypatch.setenv("DINOSCOPE_CA", str(authority["ca.pem"]))
+    monkeypatch.setenv("DINOSCOPE_CLIENT_CERT", str(authority["client.pem"]))
+    monkeypatch.setenv("DINOSCOPE_CLIENT_KEY", str(authority["client.key"]))
+    with pytest.raises(gr.Error, match="wants a token"):
+        demo.client.Served(address).models()
+    monkeypatch.setenv("DINOSCOPE_TOKEN", WRITER)
+    with app.second_server(address, tmp_path) as served:
+        assert served.is_ready()
+        assert served.models() == {"attention", "knn", "depth"}
+        assert served.ask("attention", [png(0)], {})["attention"].shape[0] == 1
+        assert served.patches([np.zeros((40, 40, 3), np.uint8)], 32).shape[:3] == (1, 4, 4)
+        if scheme == "https":
+            item = {"file": ("a.png", png(0), "image/png")}
+            assert served.post("/v1/collections/mine/items?id=x", files=item)["ids"]
+            assert served.get("/v1/collections")["collections"][0]["name"] == "mine"
+        app.make_page(served, None, app.SAMPLES, tmp_path, bundled=False)
+    monkeypatch.delenv("DINOSCOPE_CLIENT_CERT")
+    monkeypatch.delenv("DINOSCOPE_CLIENT_KEY")
+    with pytest.raises(gr.Error, match="does not answer"):
+        demo.client.Served(address).models()
 
 
 def test_a_triton_http_client_sends_its_token(guarded: Running) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_type_hints
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from evaluators.classification import ClassificationRun
 from runtimes.open import open_runtime
 from server.artifacts import Loaded, load_artifacts
 from server.config import ServerConfig
+from server.evaluation_options import spec_of
 from server.evaluation_process import Job, without_paths
 from server.evaluations import EVALUATORS, INTERRUPTED
 from server.run import Running
@@ -54,8 +56,8 @@ def http(evaluated: Running) -> Iterator[httpx.Client]:
         yield client
 
 
-def start(http: httpx.Client, evaluator: str, data: str) -> str:
-    answer = http.post("/v1/evaluations", json={"evaluator": evaluator, "data": data})
+def start(http: httpx.Client, evaluator: str, data: str, **options: object) -> str:
+    answer = http.post("/v1/evaluations", json={"evaluator": evaluator, "data": data, "options": options})
     assert answer.status_code == 202, answer.text
     return answer.headers["location"]
 
@@ -80,7 +82,7 @@ def test_the_choices_are_listed_with_what_each_measures_and_reads(http: httpx.Cl
 def test_an_evaluation_finds_what_the_command_finds_and_is_kept_with_its_report(
     http: httpx.Client, evaluated: Running, network: Path, colours: Path, state: Path
 ) -> None:
-    where = start(http, "knn", "colours")
+    where = start(http, "knn", "colours", k=[2, 3], temperature=0.1, preset="dino")
     busy = http.post("/v1/evaluations", json={"evaluator": "linear", "data": "colours"})
     assert busy.status_code == 409
     assert "one at a time" in busy.json()["error"]
@@ -91,7 +93,9 @@ def test_an_evaluation_finds_what_the_command_finds_and_is_kept_with_its_report(
     options = ClassificationRun(
         ckpt=str(network / "backbone.safetensors"), data=str(colours), cache_dir=None, device="cpu", threads=1
     )
-    assert run["result"]["metrics"] == json.loads(json.dumps(knn.run(options)["metrics"]))
+    spec = knn.KnnSpec(k=(2, 3), temperature=0.1, preset="dino")
+    assert run["result"]["metrics"] == json.loads(json.dumps(knn.run(options, spec)["metrics"]))
+    assert run["options"] == {"k": [2, 3], "temperature": 0.1, "preset": "dino"}
     assert (run["result"]["model"]["ckpt"], run["result"]["data"]["source"]) == ("served", "colours")
     page = http.get(run["report"])
     assert page.headers["content-type"].startswith("text/html")
@@ -104,6 +108,47 @@ def test_an_evaluation_finds_what_the_command_finds_and_is_kept_with_its_report(
     kept = json.loads((state / "server" / "evaluations" / f"{run['id']}.json").read_text())
     assert kept == run
     assert run["id"] in {one["id"] for one in http.get("/v1/evaluations").json()["evaluations"]}
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "options", "told"),
+    [
+        ("knn", {"neighbours": 3}, "knn has no setting 'neighbours'; it has: preset, k, temperature"),
+        ("knn", {"out": "/tmp/x"}, "has no setting 'out'"),
+        ("knn", {"k": "3"}, "k is '3'"),
+        ("knn", {"k": [0]}, "k 0: wanted whole numbers of at least 1"),
+        ("knn", {"temperature": float("nan")}, "temperature"),
+        ("knn", {"preset": "mine"}, "'dino' or 'dinov2'"),
+        ("depth", {"steps": True}, "steps is True"),
+        ("depth", {"held_out": 9}, "held_out 9: wanted 1 to 5"),
+        ("segmentation", {"enlarge": [1.0]}, "enlarge"),
+        ("retrieval", {"by": None}, "by is None"),
+        ("knn", [], "options"),
+    ],
+)
+def test_a_setting_that_the_evaluator_does_not_have_or_refuses_starts_nothing(
+    http: httpx.Client, evaluator: str, options: object, told: str
+) -> None:
+    body = json.dumps({"evaluator": evaluator, "data": "colours", "options": options})
+    before = len(http.get("/v1/evaluations").json()["evaluations"])
+    answer = http.post("/v1/evaluations", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]
+    assert "--" not in answer.json()["error"]
+    assert len(http.get("/v1/evaluations").json()["evaluations"]) == before
+
+
+def test_a_setting_of_text_cannot_be_taken_for_a_flag(http: httpx.Client) -> None:
+    run = finished(http, start(http, "retrieval", "colours", by="--out=/nowhere/x.json"))
+    assert run["state"] == "failed"
+    assert "has no column" in run["error"]
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_no_setting_that_a_client_may_give_is_a_path(evaluator: str) -> None:
+    """The Spec of every evaluator says how it measures; what names files stays with the operator."""
+    for name, kind in get_type_hints(spec_of(evaluator)).items():
+        assert "Path" not in str(kind), name
 
 
 def test_a_cancelled_evaluation_ends_soon_and_makes_room(http: httpx.Client) -> None:
