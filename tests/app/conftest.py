@@ -55,7 +55,7 @@ def demo(repo_root: Path, home: Path, runs: Path) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
-    """Debian's chromium, driven by playwright; closed with this folder's tests, as playwright keeps an event loop running in the main thread."""
+    """Debian's chromium, driven by playwright; closed with this folder's tests, as playwright keeps an event loop in the main thread."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine: install the package `chromium` to run the browser tests")
