@@ -32,7 +32,9 @@ schemathesis.openapi.media_type("application/octet-stream", images)
 def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
     """Two of three times a name that exists; a model or a collection of that name, a version, never a shared memory region."""
     path = context.operation.path
-    for name in path_parameters or {}:
+    if path_parameters is None:
+        return None
+    for name in path_parameters:
         known = "depth" if path.startswith("/v2/repository") else NAMES.get(name)
         made = str(path_parameters[name]).encode(errors="replace")
         if known is not None and zlib.crc32(made) % 3:
