@@ -36,6 +36,8 @@ class Admission:
         self.calls = 0
         self.max_calls = max(LEAST_CALLS, 2 * spec.max_rows)
         """Of both wires, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
+        self.body_bytes = 0
+        """Of HTTP bodies, as far as they have come, of requests that are not answered yet."""
         self.rejected = 0
         self._row_s = 0.05
 
@@ -70,6 +72,19 @@ class Admission:
     def leave(self) -> None:
         """Count a call out."""
         self.calls -= 1
+
+    def receive(self, nbytes: int, of_request: int) -> None:
+        """Count a part of a body in, of a request of which so much is there now; `forget` follows.
+
+        Raises Overloaded where all bodies together hold more than `max_bytes`; one that is alone may be as large as a message.
+        """
+        self.body_bytes += nbytes
+        if self.body_bytes > max(self.spec.max_bytes, of_request):
+            raise self._overloaded(f"requests of {self.body_bytes >> 20} MB are being read")
+
+    def forget(self, nbytes: int) -> None:
+        """Count a body out."""
+        self.body_bytes -= nbytes
 
     def _overloaded(self, why: str) -> Overloaded:
         self.rejected += 1

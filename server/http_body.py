@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data.errors import InputError
+from server.admission import Admission
 from server.errors import Disconnected, Draining, TooLarge, TooSlow, message, outcome, retry_after
 from server.patience import BODY_S
 
@@ -33,20 +34,19 @@ MIN_COMPRESSED_BYTES = 512
 
 
 class Guard:
-    """ASGI middleware around every route: names the request, bounds its body, and turns what it raises into a reply."""
+    """ASGI middleware around every route: names the request, bounds its body and all bodies, and turns what it raises into a reply."""
 
     body_s = BODY_S
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, admission: Admission) -> None:
+        self.app, self.max_bytes, self.admission = app, max_bytes, admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
-        started = False
+        started, body = False, _Body()
 
         async def named(message: Message) -> None:
             nonlocal started
@@ -56,7 +56,7 @@ class Guard:
             await send(message)
 
         try:
-            await self.app(scope, self._bounded(scope, receive), named)
+            await self.app(scope, self._bounded(scope, receive, body), named)
         except ClientDisconnect:
             log.debug("client left", extra={"fields": {"id": request_id}})
         except asyncio.CancelledError:  # the server leaves, and waited long enough for the rest of this request
@@ -67,29 +67,41 @@ class Guard:
             if started:
                 raise
             await error_reply(error, request_id)(scope, receive, named)
+        finally:
+            self.admission.forget(body.nbytes)
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+    def _bounded(self, scope: Scope, receive: Receive, body: "_Body") -> Receive:
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        seen = int(length) if length.isdigit() and int(length) > self.max_bytes else 0
+        too_large = length.isdigit() and int(length) > self.max_bytes
         whole = False  # then the next message is the client's departure, and may take as long as the answer
 
         async def bounded() -> Message:
-            nonlocal seen, whole
-            if seen <= self.max_bytes:
+            nonlocal too_large, whole
+            if not too_large:
                 try:
                     async with asyncio.timeout(None if whole else self.body_s):
                         message = await receive()
                 except TimeoutError as error:
                     raise TooSlow(f"nothing more of the body came for {self.body_s:g} s; send it again") from error
-                seen += len(message.get("body", b""))
+                part = len(message.get("body", b""))
+                body.nbytes += part
                 whole = whole or not message.get("more_body", False)
-            if seen > self.max_bytes:
+                too_large = body.nbytes > self.max_bytes
+                self.admission.receive(part, body.nbytes)
+            if too_large:
                 raise TooLarge(
                     f"the request body is larger than {self.max_bytes >> 20} MB; send fewer images at a time"
                 )
             return message
 
         return bounded
+
+
+@dataclass
+class _Body:
+    """What has come of one."""
+
+    nbytes: int = 0
 
 
 def _request_id(scope: Scope) -> str:

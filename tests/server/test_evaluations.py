@@ -24,6 +24,7 @@ from server.evaluation_options import spec_of
 from server.evaluation_process import Job, without_paths
 from server.evaluations import EVALUATORS, INTERRUPTED
 from server.run import Running
+from tests.evaluators.test_video_actions import action_folder
 from tests.server.conftest import config_of
 from tests.server.images import png
 
@@ -291,6 +292,19 @@ def test_every_evaluator_runs_on_what_a_server_gives(network: Path, tmp_path: Pa
         page = http.get(run["report"]).text
     found = re.findall(re.escape(str(sheet.parent)) + r"[^<\s]*", page + json.dumps(run))
     assert not found
+
+
+def test_videos_are_evaluated_with_the_settings_asked_for(network: Path, tmp_path: Path) -> None:
+    """Short films of two colours."""
+    films = action_folder(tmp_path / "films", n_train=2, n_val=1)
+    config = config_of(network, tmp_path / "state", evaluation_data=(f"films={films}",))
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        run = finished(http, start(http, "video_actions", "films", frames=2, classifier="knn"))
+        assert (run["state"], run["error"]) == ("done", None)
+        assert run["result"]["settings"]["frames"] == 2
+        assert run["result"]["metrics"][run["result"]["headline"]]["value"] == 1.0
+        page = http.get(run["report"]).text
+    assert str(films) not in page + json.dumps(run)
 
 
 def test_an_evaluation_wire_is_an_address_that_runtimes_open() -> None:

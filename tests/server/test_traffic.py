@@ -281,6 +281,28 @@ def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_
         assert waits.result() < 1e-6
 
 
+def test_bodies_that_are_being_read_are_bounded_together_and_one_alone_is_not(tmp_path):
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 3000000\r\n\r\n"
+    with Running(config, runtime.load) as running:
+        host, port = running.addresses.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 30) as first:
+            first.sendall(head + bytes(2_500_000))
+            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
+            busy = httpx.post(
+                f"{running.addresses.http}/v1/embeddings", content=b"x", headers={"content-type": "image/png"}
+            )
+            assert (busy.status_code, busy.headers["retry-after"], "are being read" in busy.text) == (429, "1", True)
+            first.sendall(bytes(500_000))
+            assert first.recv(4096)[9:12] == b"413", "it was read whole, and only then found too large for the queue"
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+        with socket.create_connection((host, int(port)), 30) as vanishing:
+            vanishing.sendall(head + bytes(2_500_000))
+            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+
+
 def one_image():
     request = service_pb2.ModelInferRequest(model_name="backbone")
     request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
