@@ -133,20 +133,23 @@ def storm(folder: Path, requests: int) -> None:
         check_flat(series, "storm")
 
 
-def openapi(folder: Path, examples: int = 10) -> None:
+def openapi(folder: Path, times: int = 4, examples: int = 30) -> None:
     """Requests made from the OpenAPI page; each answer must be what the page says, and models are right afterwards."""
     with tiny_server(folder) as (process, at):
         good = Clients(at, Answers(folder / "models"), 0, hostile=0.0)
         items = {"items": [{"id": "first", "label": "a", "embedding": [1.0] * 48}]}
         httpx.post(f"{at['http']}/v1/collections/photos/items", json=items).raise_for_status()
-        began, before = time.monotonic(), rss_mb(process.pid)
-        made = ask_by_the_page(at["http"], folder, examples)
-        seconds, grown = time.monotonic() - began, rss_mb(process.pid) - before
+        began, made, series = time.monotonic(), 0, []
+        for seed in range(times):
+            made += ask_by_the_page(at["http"], folder, examples, seed)
+            series.append(rss_mb(process.pid))
+        seconds = time.monotonic() - began
         httpx.post(f"{at['http']}/v2/repository/models/depth/load", timeout=60).raise_for_status()
         good.models(50)
-        print(f"openapi: {made} requests in {seconds:.0f} s, each answered as the page says; {grown:+.0f} MB")
+        print(f"openapi: {made} requests in {seconds:.0f} s, each answered as the page says")
         check(not good.wrong, f"models failed afterwards: {good.wrong[:1]}")
         check(process.poll() is None, "the server ended")
+        check_flat(series, "openapi")
 
 
 def reloads(folder: Path, times: int = 50) -> None:

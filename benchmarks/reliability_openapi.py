@@ -25,7 +25,7 @@ CHECKS = (
 MADE = re.compile(r"(\d+) generated")
 
 
-def ask_by_the_page(http: str, folder: Path, examples: int) -> int:
+def ask_by_the_page(http: str, folder: Path, examples: int, seed: int) -> int:
     """Run it on the server at `http`, up to `examples` random requests a route beside its fixed ones; how many there were.
 
     Raises InputError where schemathesis is not installed, CheckFailed where an answer is not what the page says.
@@ -33,7 +33,7 @@ def ask_by_the_page(http: str, folder: Path, examples: int) -> int:
     if not PROGRAM.is_file():
         raise InputError(f"{PROGRAM}: is not there; `make reliability` installs it")
     command = [str(PROGRAM), "run", f"{http}/openapi.json", "--checks", ",".join(CHECKS), "--no-color"]
-    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--seed", "1"]
+    command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--seed", str(seed)]
     command += ["--generation-database", "none", "--continue-on-failure", "--warnings", "off"]
     done = subprocess.run(
         command, cwd=folder, env=os.environ | {"SCHEMATHESIS_HOOKS": str(HOOKS)}, capture_output=True, text=True
