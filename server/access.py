@@ -21,7 +21,6 @@ import grpc
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.errors import InputError
-from server.admission import Admission
 from server.errors import Forbidden, Overloaded, Unauthenticated, message, outcome
 from server.http_body import error_reply
 from server.tracing import parent
@@ -122,34 +121,22 @@ def needed_on_grpc(method: str) -> Role | None:
 
 
 class AccessGuard:
-    """ASGI middleware: nobody gets past it without the token that the route asks for, and not more at once than `Admission.max_calls`.
+    """ASGI middleware: nobody gets past it without the token that the route asks for."""
 
-    What is open to everyone, as health, is neither asked for a token nor counted.
-    """
-
-    def __init__(self, app: ASGIApp, access: Access, admission: Admission) -> None:
-        self.app, self.access, self.admission = app, access, admission
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        needed = needed_on_http(scope["method"], scope["path"])
-        if needed is None:
-            await self._answer(None, scope, receive, send)
-            return
-        self.admission.enter()
-        try:
-            await self._answer(needed, scope, receive, send)
-        finally:
-            self.admission.leave()
-
-    async def _answer(self, needed: Role | None, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         address = (scope.get("client") or ("unknown",))[0]
         given = headers.get(b"authorization")
         try:
-            name = self.access.check(given and given.decode("latin-1"), needed, address)
+            name = self.access.check(
+                given and given.decode("latin-1"), needed_on_http(scope["method"], scope["path"]), address
+            )
         except (Unauthenticated, Forbidden) as error:
             reply = error_reply(error, scope.get("state", {}).get("request_id", ""))
             if isinstance(error, Unauthenticated):

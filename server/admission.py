@@ -1,6 +1,7 @@
 """Who may enter: the one bound, in rows and in bytes, on everything the server has accepted and not yet answered.
 
-Calls are counted before that: one whose message is still to be read has no rows or bytes yet, and a flood of them must fit into memory.
+Before that a flood must fit into memory too: gRPC's calls are counted, as a message's size is known only once it is there, and the bytes
+of HTTP's bodies.
 """
 
 import math
@@ -35,7 +36,7 @@ class Admission:
         self.bytes = 0
         self.calls = 0
         self.max_calls = max(LEAST_CALLS, 2 * spec.max_rows)
-        """Of both wires, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
+        """Of gRPC, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
         self.body_bytes = 0
         """Of HTTP bodies, as far as they have come, of requests that are not answered yet."""
         self.rejected = 0

@@ -47,7 +47,7 @@ def make_http_app(
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _validation_problem)
     app.add_exception_handler(ValidationError, _validation_problem)
-    app.add_middleware(AccessGuard, access=access, admission=service.admission)
+    app.add_middleware(AccessGuard, access=access)
     app.add_middleware(
         Guard, max_bytes=max_body_bytes, admission=service.admission
     )  # the outer one: it names the request first

@@ -234,7 +234,7 @@ class Service:
         show("dinoscope_admitted_rows", "Rows accepted and not yet answered", lambda: admission.rows)
         show("dinoscope_admitted_bytes", "Memory reckoned for these rows", lambda: admission.bytes)
         show("dinoscope_body_bytes", "HTTP bodies of requests that are not answered yet", lambda: admission.body_bytes)
-        show("dinoscope_calls", "Calls of both wires that are being answered", lambda: admission.calls)
+        show("dinoscope_calls", "gRPC calls that are being answered", lambda: admission.calls)
         show(
             "dinoscope_rejected_requests",
             "Requests refused because of rows, bytes or calls",

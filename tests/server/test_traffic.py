@@ -331,8 +331,7 @@ def test_a_flood_of_calls_is_refused_before_it_is_read_and_health_is_not(gated):
         refused = {(call.code(), "calls are being answered" in call.details()) for call in flood}
         assert refused == {(grpc.StatusCode.RESOURCE_EXHAUSTED, True)}
         assert dict(flood[0].trailing_metadata())["retry-after"].isdigit()
-        busy = httpx.get(f"{running.addresses.http}/v2/models/backbone")
-        assert (busy.status_code, "calls" in busy.json()["error"]) == (429, True)
+        assert httpx.get(f"{running.addresses.http}/v2/models/backbone").status_code == 200
         assert httpx.get(f"{running.addresses.http}/v2/health/live").status_code == 200
         assert stub.ServerReady(service_pb2.ServerReadyRequest()).ready
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
