@@ -37,6 +37,27 @@ RECIPES: dict[str, Recipe] = PUBLISHED | {
         epochs=48,
         batch_size=32,
     ),
+    # The same backbone and crops, taught by DINOv2: goes on from the bundled checkpoint with --init, see docs/bundled-checkpoint.md.
+    # Sinkhorn-Knopp keeps the prototypes in use at batches as small as these, at the temperature that the first phase ended with.
+    "dinov2_tiny_small_data": Recipe(
+        backbone=ViTSpec(patch_px=16, width=192, depth=6, heads=3, img_px=96, mask_token=True),
+        crops=CropSpec(global_px=96, local_px=48, n_local=6, global_scale=(0.3, 1.0), local_scale=(0.08, 0.35)),
+        head=HeadSpec(prototypes=1024, hidden=768, bottleneck=128, freeze_magnitude=False),
+        optim=OptimSpec(
+            lr=4e-3,
+            warmup_epochs=1,
+            weight_decay=(0.04, 0.1),
+            momentum=(0.992, 1.0),
+            teacher_temperature=(0.03, 0.03),
+            teacher_warmup_epochs=0,
+            freeze_last_layer_epochs=0.1,
+            layer_decay=0.9,
+        ),
+        step=Dinov2Spec(targets="sinkhorn", ibot_weight=0.5),
+        preprocess=Preprocess(size_px=128, resize_px=128, whole_px=224),
+        epochs=20,
+        batch_size=32,
+    ),
     # Seconds on one core; shows that everything runs, learns next to nothing.
     "smoke": Recipe(
         backbone=ViTSpec(patch_px=8, width=48, depth=2, heads=3, img_px=32),
