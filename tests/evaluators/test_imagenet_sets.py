@@ -109,18 +109,19 @@ def test_a_probe_is_tested_on_all_of_them_in_one_run(tmp_path: Path) -> None:
                 picture(tmp_path / "data" / split / wnid / name, 60 * number + 5 * i)
     for number, wnid in enumerate(names):
         picture(tmp_path / "v2" / str(number) / "a.jpeg", 60 * number)
-        picture(tmp_path / "r" / wnid / "a.jpg", 60 * number)
+        for kind in ("a", "r", "sketch"):
+            picture(tmp_path / kind / wnid / "a.jpg", 60 * number)
         picture(tmp_path / "c" / "snow" / "1" / wnid / "a.JPEG", 60 * number)
     (tmp_path / "real.json").write_text(json.dumps([[k // 3] for k in range(9)]))
     ckpt = small_checkpoint(tmp_path / "a.safetensors")
     options = ClassificationRun(
         ckpt=str(ckpt), data=str(tmp_path / "data"), cache_dir=None, threads=1, out=tmp_path / "out.json"
     )
-    sets = [f"imagenet-{kind}:{tmp_path / kind}" for kind in ("v2", "r", "c")]
+    sets = [f"imagenet-{kind}:{tmp_path / kind}" for kind in ("v2", "a", "r", "sketch", "c")]
     result = run(
         options, LinearSpec(min_steps=30, epochs=1), test_data=[*sets, f"imagenet-real:{tmp_path / 'real.json'}"]
     )
-    assert {"v2_top1", "r_top1", "c_mce", "real_top1"} <= set(result["metrics"])
+    assert {"v2_top1", "a_top1", "r_top1", "sketch_top1", "c_mce", "real_top1"} <= set(result["metrics"])
     assert result["metrics"]["real_top1"]["value"] == pytest.approx(result["metrics"]["top1"]["value"])
     assert list(result["settings"]["corruption_errors"]) == ["snow"]
     assert json.loads((tmp_path / "out.json").read_text())["metrics"]["v2_top1"]["n"] == 3
