@@ -9,7 +9,7 @@ TEST_STAMP := .venv/.installed-$(ENGINE)-test
 export GRADIO_ANALYTICS_ENABLED := False
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-slow test-triton test-tensorrt test-perf-analyzer bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators bench-serving reliability clean
+.PHONY: help demo docs test test-slow test-triton test-tensorrt test-perf-analyzer bench-exports check format lint types bench bench-training bench-training-peer bench-training-gpu bench-views bench-curation bench-evaluators bench-serving bench-serving-peers reliability clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -60,6 +60,13 @@ $(VENVS)/schemathesis/.installed: benchmarks/peers/schemathesis.txt
 	$(VENVS)/schemathesis/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/peers/schemathesis.txt
 	@touch $@
 
+PEERS := kserve mlserver litserve
+
+$(foreach peer,$(PEERS),$(VENVS)/$(peer)/.installed): $(VENVS)/%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(VENVS)/$*
+	$(VENVS)/$*/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
 check: $(TEST_STAMP)  ## formatting, then everything `make test` does
 	$(BIN)/ruff format --check .
 	$(MAKE) test
@@ -103,6 +110,9 @@ bench-views: $(TEST_STAMP)  ## CPU time of an image's views: Pillow, our workers
 
 bench-serving: $(TEST_STAMP)  ## what serving costs beside the bare runtime and a real Triton, and what becomes of overload
 	$(BIN)/python -m benchmarks.serving
+
+bench-serving-peers: $(TEST_STAMP) $(VENVS)/triton/.installed $(foreach peer,$(PEERS),$(VENVS)/$(peer)/.installed)  ## requests without compute beside Triton, KServe's SDK, MLServer and LitServe (downloads them once, 300 MB)
+	$(BIN)/python -m benchmarks.serving --part peers --rounds 3
 
 reliability: $(TEST_STAMP) $(VENVS)/schemathesis/.installed  ## hostile requests, reloads, stalling clients, a full disk, SIGTERM (20 minutes)
 	$(BIN)/python -m benchmarks.reliability

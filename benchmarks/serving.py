@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.serving                     every chapter
     .venv/bin/python -m benchmarks.serving --part tensors      one of tensors, two-blocks, jpeg, identity, overload, departures
+    .venv/bin/python -m benchmarks.serving --part peers        identity with other servers beside it; only where they are installed
 
 Servers, clients and the bare runtime are processes of their own on the same cores, so what the clients use is missing to the servers: their
 CPU time is printed, and CPU milliseconds of the server an image (from /proc, children included) are the figure to compare; images a
@@ -27,6 +28,7 @@ from tritonclient.grpc import service_pb2 as pb
 from backbones.checkpoints import Manifest, save_backbone
 from backbones.vit import ViT, ViTSpec
 from benchmarks.serving_overload import departures, overload
+from benchmarks.serving_peers import PEERS, Peer, peer
 from benchmarks.serving_targets import SIDE_PX, Bare, Target, cpu_s, ours, send, triton
 from data.decode import decode_image
 from data.errors import run_cli
@@ -37,7 +39,7 @@ from tests.exports.real_triton import VENV
 
 IMAGE_HW = (375, 500)
 """Height and width of the JPEG files, px."""
-Part = Literal["tensors", "two-blocks", "jpeg", "identity", "overload", "departures"]
+Part = Literal["tensors", "two-blocks", "jpeg", "identity", "overload", "departures", "peers"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,17 @@ def network(folder: Path, depth: int) -> Path:
     return out
 
 
+def tensor() -> bytes:
+    """One normalised image [3,224,224] as 602 KB of float32."""
+    return np.random.default_rng(0).standard_normal((3, SIDE_PX, SIDE_PX), dtype=np.float32).tobytes()
+
+
 def tensor_request(folder: Path) -> Path:
-    """One normalised image as 602 KB of float32, for `backbone`."""
+    """The tensor, for `backbone`."""
     request = pb.ModelInferRequest(model_name="backbone")
     request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, SIDE_PX, SIDE_PX])
     request.outputs.add(name="embedding")
-    request.raw_input_contents.append(
-        np.random.default_rng(0).standard_normal((3, SIDE_PX, SIDE_PX), dtype=np.float32).tobytes()
-    )
+    request.raw_input_contents.append(tensor())
     path = folder / "tensor.bin"
     path.write_bytes(request.SerializeToString())
     return path
@@ -192,23 +197,26 @@ def jpeg(folder: Path, rounds: int) -> None:
     show(title, found, "bare loop, one thread", "wanted: CPU at most 1.10")
 
 
-def identity(folder: Path, rounds: int, others: Sequence[Target] = ()) -> None:
-    """602 KB in, nothing computed: the server's own cost, beside a real Triton's."""
+def identity(folder: Path, rounds: int, beside: Sequence[Peer] = (), count: int = 1000) -> None:
+    """602 KB in, nothing computed: the server's own cost, beside a real Triton's and other servers'."""
     if not VENV.exists():
         print("\n602 KB without compute: no Triton here; `make test-triton` installs it")
         return
+    request, body = tensor_request(folder), folder / "pixels.bin"
+    body.write_bytes(tensor())
     with ExitStack() as stack:
-        targets = [stack.enter_context(ours(None, folder))]
-        targets.append(stack.enter_context(triton(None, folder, usable_cores())))
-        targets += others
-        request = tensor_request(folder)
-        found = take_turns({one.name: closed_loop(one, request, 1000) for one in targets}, rounds)
-    title = f"602 KB in, 1.5 KB out, nothing computed, median of {rounds} rounds of 1000"
+        targets = {stack.enter_context(ours(None, folder)): request}
+        targets[stack.enter_context(triton(None, folder, usable_cores()))] = request
+        for one in beside:
+            sent = request if one.http is None else body
+            targets[stack.enter_context(peer(one, folder, sent))] = sent
+        found = take_turns({one.name: closed_loop(one, sent, count) for one, sent in targets.items()}, rounds)
+    title = f"602 KB in, 1.5 KB out, nothing computed, median of {rounds} rounds of {count}"
     show(title, found, "Triton, Python backend", "wanted: at least 0.90 of Triton's requests a second")
 
 
 def main(part: Part | None = None, rounds: int = 5) -> None:
-    """Run one chapter, or all of them.
+    """Run one chapter, or all of them but the peers'.
 
     Args:
         part: The chapter.
@@ -225,8 +233,9 @@ def main(part: Part | None = None, rounds: int = 5) -> None:
             "identity": lambda: identity(folder, rounds),
             "overload": lambda: overload(network(folder, 2), tensor_request(folder), folder),
             "departures": lambda: departures(network(folder, 2)),
+            "peers": lambda: identity(folder, rounds, PEERS, 300),
         }
-        for chapter in [part] if part else chapters:
+        for chapter in [part] if part else [one for one in chapters if one != "peers"]:
             chapters[chapter]()
 
 
