@@ -194,6 +194,9 @@ class Engine:
     def _run_with(self, runtime: Runtime) -> Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]:
         def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
             assert isinstance(key, tuple)
+            # Off the wire they begin at any byte of a message. Copied here, in the instance's thread, they hold nobody up;
+            # those of several requests were copied anyway when they were joined.
+            pixels = np.require(pixels, requirements="A")
             with self._memory.hold(len(pixels) * self._row_bytes(*key)):
                 outputs = runtime.run(pixels, key[2])
             _spoil(pixels, outputs)

@@ -5,7 +5,7 @@ and log settings) answers UNIMPLEMENTED.
 """
 
 import asyncio
-import uuid
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -134,7 +134,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     async def _infer(self, request: InferMessage, context: grpc.aio.ServicerContext) -> Any:
         given = request.id
         # Logs, and the reply to an internal error, name a request even if its client did not.
-        request.fields.id = given or uuid.uuid4().hex[:12]
+        request.fields.id = given or f"{random.getrandbits(48):012x}"
         left_s, shared = context.time_remaining(), self.service.shared_memory
         wanted = await off_loop_if_large(request.nbytes, request_from, request, left_s, shared)
         return reply_message(self.service, wanted, await self.service.infer(wanted), given)

@@ -64,7 +64,10 @@ class Tensor:
 
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Tensor:
-    """A tensor from its wire bytes; numbers are not copied. Raises InputError when bytes and shape disagree."""
+    """A tensor from its wire bytes. Raises InputError when bytes and shape disagree.
+
+    Numbers are not copied, and begin at any byte of the message: NumPy reads them so, a runtime may not.
+    """
     dtype = _dtype(name, datatype)
     size = _element_count(name, shape, datatype)
     if datatype == "BYTES":
@@ -77,8 +80,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
         raise InputError(
             f"input {name!r}: shape {list(shape)} of {datatype} is {size * dtype.itemsize} bytes, and {len(raw)} came"
         )
-    array = np.frombuffer(raw, dtype).reshape(shape)
-    return Tensor(name, datatype, array if array.flags.aligned else array.copy())
+    return Tensor(name, datatype, np.frombuffer(raw, dtype).reshape(shape))
 
 
 def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> Tensor:

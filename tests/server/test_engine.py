@@ -1,13 +1,18 @@
 """How the machine is shared: cores among copies of the network, memory among batches."""
 
+import asyncio
 import threading
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from server.config import ServerConfig
 from server.cores import Share, share_cores, usable_cores
-from server.engine import Budget
-from tests.server.gate import wait_for
+from server.engine import Budget, Engine, EngineSpec
+from server.statistics import Times
+from server.tensors import from_raw
+from tests.server.gate import GatedRuntime, wait_for
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,23 @@ def test_batches_wait_for_memory_in_turn_and_the_largest_waits_for_all_of_it():
     for thread in threads:
         thread.join()
     assert order == [6, 5, 99, 1]
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_the_network_gets_aligned_numbers_from_whatever_byte_of_a_message_they_begin_at(start):
+    class Looking(GatedRuntime):
+        def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
+            assert pixels_NCHW.flags.aligned
+            return super().run(pixels_NCHW, outputs)
+
+    sent = np.random.default_rng(0).random((1, 3, 32, 32), np.float32)
+    pixels = from_raw("pixels", "FP32", sent.shape, memoryview(bytes(start) + sent.tobytes())[start:]).array
+
+    async def answer() -> np.ndarray:
+        engine = Engine([Looking()], EngineSpec())
+        try:
+            return (await engine.run(pixels, ["embedding"], Times()))["embedding"]
+        finally:
+            await engine.close()
+
+    np.testing.assert_array_equal(asyncio.run(answer()), sent.mean(axis=(2, 3)))
