@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def peer(which: Peer, folder: Path, request: Path) -> Iterator[Target]:
             _await_answer(started, target, request, log)
             yield target
         finally:
-            os.killpg(started.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself, and said why
+                os.killpg(started.pid, signal.SIGKILL)
             started.wait()
 
 

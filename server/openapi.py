@@ -1,6 +1,6 @@
 """What the OpenAPI page says of answers, errors and shared parameters. Documentation only: no answer passes through these classes.
 
-`make test-schemathesis` holds the server to them. Read in this order: errors, answers of the routes for people, answers of v2, the page.
+`make reliability` holds the server to them. Read in this order: errors, answers of the routes for people, answers of v2, the page.
 """
 
 from typing import Annotated, Any
