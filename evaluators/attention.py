@@ -29,11 +29,10 @@ from evaluators.classification import (
     print_result,
     progress_bar,
     refuse_processes,
-    summary,
 )
 from evaluators.extract import MAX_CORRUPT_SHARE
 from evaluators.picture_sheet import heat, numbers_over, save_sheet, spread_picks
-from evaluators.presets import with_preset
+from evaluators.presets import evaluator_cli, settled_by
 from evaluators.results import (
     Context,
     Measurement,
@@ -53,10 +52,17 @@ HEADLINE = "jaccard"
 Preset = Literal["dino"]
 
 
+PRESETS: dict[str, dict[str, Any]] = {"dino": {"size": 480, "interpolation": "bilinear"}}
+"""The authors' script: 480 x 480, bilinear. On the objects of PASCAL VOC 2012 val: ViT-S/16 45.9, ViT-S/8 44.7."""
+
+
+@settled_by(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """The protocol."""
 
+    preset: Preset | None = None
+    """dino: 480 x 480, bilinear, as the published figures; settings given beside it win."""
     mass: float = 0.6
     """Share of a head's attention over the patches that is kept."""
     size: int | None = None
@@ -69,10 +75,6 @@ class AttentionSpec:
             raise InputError(f"--mass {self.mass}: wanted above 0 and up to 1")
         if self.size is not None:
             check_view_px(self.size, "--size")
-
-
-PRESETS: dict[str, AttentionSpec] = {"dino": AttentionSpec(size=480, interpolation="bilinear")}
-"""The authors' script: 480 x 480, bilinear. On the objects of PASCAL VOC 2012 val: ViT-S/16 45.9, ViT-S/8 44.7."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,6 @@ class AttentionRun(NetworkOptions):
     mask_values: MaskValues = "auto"
     """What a mask's values mean: foreground (128 and above, one object), ids (a number an object, 255 void), auto (a
     palette means ids)."""
-    preset: Preset | None = None
-    """dino: 480 x 480, bilinear, as the published figures; settings given beside it win."""
     baselines: tuple[AttentionBaseline, ...] = ()
     """Measured beside the network on the same images: border (how far a patch's colours are from those at the border),
     centre (a spot in the middle), untrained (same network, random weights)."""
@@ -278,7 +278,6 @@ def run(options: AttentionRun, spec: AttentionSpec = AttentionSpec()) -> dict[st
     refuse_processes(options)
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
-    spec = with_preset(spec, PRESETS, options.preset)
     parts = take_parts(options)
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
@@ -394,4 +393,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.attention", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

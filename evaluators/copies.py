@@ -20,10 +20,11 @@ from data.errors import InputError, run_cli
 from data.listings import IMAGE, Item, Record, images_under
 from data.members import Member
 from evaluators.accuracy import mean_metric
-from evaluators.classification import RunOptions, check_tables, print_result, summary
+from evaluators.classification import RunOptions, check_tables, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.measuring import Parts, evaluate_parts
 from evaluators.neighbours import nearest, unit_rows
+from evaluators.presets import evaluator_cli, settled_by
 from evaluators.ranking import average_precisions, pair_average_precision, trapezoid_precision
 from evaluators.results import Measurement, Metric
 from evaluators.view_batches import ViewSpec
@@ -41,22 +42,27 @@ MAX_PAIRED_IMAGES = 20_000
 PAIR_RESAMPLES = 200
 
 
+PRESETS: dict[str, dict[str, Any]] = {"dino": {"size_px": 320}, "dinov2": {"size_px": 322}}
+"""What `--preset` sets."""
+
+
+@settled_by(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class CopiesSpec:
     """The copy detection protocol."""
 
     preset: Literal["dino", "dinov2"] | None = None
-    """Size of the view (the whole image, squashed): dino, 320 px as published; dinov2, which has no such evaluation, 322
-    (a multiple of its patch). Left out: the size at which the network serves whole images."""
+    """dino: views of 320 px, as published; dinov2, which has no such evaluation: 322 (a multiple of its patch)."""
     size_px: int | None = None
-    """Size of the view instead of the preset's; rounded down to whole patches."""
+    """Size of the view (the whole image, squashed), rounded down to whole patches; None: the size at which the network
+    serves whole images."""
     group: str = "group"
     """Column that names groups of near-duplicates, of a set that is not Copydays."""
 
     def view_px(self, runtime: Runtime) -> int:
         """Side of the view for this network."""
-        published = {None: runtime.manifest.preprocess.whole_px, "dino": 320, "dinov2": 322}[self.preset]
-        wanted, step = self.size_px or published, step_px(runtime.manifest)
+        whole_px, step = runtime.manifest.preprocess.whole_px, step_px(runtime.manifest)
+        wanted = whole_px if self.size_px is None else self.size_px
         if wanted < step:
             raise InputError(f"--size-px {wanted}: smaller than one patch of {step} pixels")
         return wanted // step * step
@@ -304,4 +310,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.copies", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

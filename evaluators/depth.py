@@ -31,18 +31,17 @@ from evaluators.classification import (
     print_result,
     progress_bar,
     refuse_processes,
-    summary,
     table_notes,
 )
 from evaluators.depth_dpt import train_dpt_head
 from evaluators.depth_metrics import image_metrics
 from evaluators.depth_pictures import save_comparison
 from evaluators.depth_probe import DepthTable, TrainSpec, predict_depth, train_head
-from evaluators.depth_protocol import FOLDS, PRESETS, DepthSpec, Preset, for_data
+from evaluators.depth_protocol import FOLDS, LINEAR_LR, DepthSpec, for_data
 from evaluators.depth_scores import HEADLINE, SHORT_UNITS, aligned, evaluate_mean, in_range, score
 from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.layers import MirroredRuntime, spread_layers, with_layers
-from evaluators.presets import with_preset
+from evaluators.presets import evaluator_cli
 from evaluators.results import (
     Context,
     Measurement,
@@ -145,9 +144,6 @@ class DepthRun(NetworkOptions):
     `disparity_x64`), a CSV with a column `depth_mm`, a folder with images/ and depth_mm/, nyud:ROOT or kitti:ROOT."""
     group_by: str = "auto"
     """Column that ties images together (views of one scene); `auto`: scene, room, objects, instance or group; `none`."""
-    preset: Preset | None = None
-    """dinov2-nyu or dinov2-kitti: range, steps and mirrored test of the published heads (choose one with --head);
-    settings given beside it win."""
     baselines: tuple[DepthBaseline, ...] = ()
     """Measured beside the network on the same images: mean (the mean training map for every image), colour (mean and
     spread of colour in each patch, linear1 probe), untrained (same network, random weights)."""
@@ -232,7 +228,7 @@ def run(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     depth = open_depth(options.data, options.train_split, options.val_split, options.group_by)
-    spec = for_data(with_preset(spec, PRESETS, options.preset), depth.unit, depth.max_depth)
+    spec = for_data(spec, depth.unit, depth.max_depth)
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
         evaluated = measure(runtime.name, runtime, depth, options, spec)
@@ -267,7 +263,7 @@ def measure_baseline(
             evaluate_mean(network.train, network.test, spec, depth.unit), network.measurement, {"evaluate_s": 0.0}
         )
     if name == "colour":  # has one layer
-        spec = replace(spec, head="linear1", lr=DepthSpec.lr)
+        spec = replace(spec, head="linear1", lr=LINEAR_LR)
     with open_baseline(name, manifest, options.device, options.seed) as runtime:
         other = measure(name, runtime, depth, options, spec)
     return baseline_json(other.measurement, network.measurement, other.timing)
@@ -307,4 +303,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.depth", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

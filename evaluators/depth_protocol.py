@@ -2,29 +2,42 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from backbones.heads import DepthDecoder, DepthHeadSpec
 from data.errors import InputError
 from data.preprocess import check_view_px
 from evaluators.depth_probe import TrainSpec
+from evaluators.presets import settled_by, was_given
 
 FOLDS = 5
 """Parts the training images are cut into by a hash of their scene; some of them choose the learning rate."""
 Head = Literal["linear1", "linear4", "dpt"]
 Preset = Literal["dinov2-nyu", "dinov2-kitti"]
+LINEAR_LR = (1e-3, 3e-3, 1e-2, 3e-2)
+"""Tried for a linear head."""
 DPT_LR = (1e-4, 5e-4)
 """Tried for the DPT head, whose convolutions want smaller steps than a linear layer."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "dinov2-nyu": {"lr": (1e-4,), "steps": 38_400, "max_depth": 10.0, "mirror": True},
+    "dinov2-kitti": {"lr": (1e-4,), "steps": 38_400, "max_depth": 80.0, "mirror": True},
+}
+"""Learning rate, steps, batch, range and mirrored test of the published heads (ViT-S/14, RMSE with linear1, linear4, dpt: NYUd 0.449
+0.417 0.356, KITTI 3.10 2.86 2.34); images are squashed to squares here and not rotated or recoloured in training."""
 
 
+@settled_by(PRESETS, lambda given: {"lr": DPT_LR} if given.get("head") == "dpt" else {})
 @dataclass(frozen=True, kw_only=True)
 class DepthSpec:
     """The depth protocol."""
 
+    preset: Preset | None = None
+    """dinov2-nyu or dinov2-kitti: learning rate, steps, range and mirrored test of the published heads (choose one with
+    --head); settings given beside it win."""
     head: Head = "linear1"
     """linear1: the last layer; linear4: four layers; dpt: four layers through convolutions (both on torch only)."""
-    lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates tried (AdamW, one cosine); left alone, dpt tries 0.0001 and 0.0005."""
+    lr: tuple[float, ...] = LINEAR_LR
+    """Learning rates tried (AdamW, one cosine); left out, dpt tries 0.0001 and 0.0005."""
     weight_decay: float = 1e-2
     """Of AdamW."""
     steps: int = 1000
@@ -34,13 +47,15 @@ class DepthSpec:
     held_out: int = 1
     """How many fifths of the training scenes are held out in turn to choose the learning rate (1 to 5)."""
     max_depth: float = 10.0
-    """Far end of the head's range in metres (10: indoors; 80: streets); measurements beyond it do not count."""
+    """Far end of the head's range in metres (10: indoors; 80: streets); measurements beyond it do not count. Left out, and
+    not set by a preset: 80 on KITTI."""
     size: int | None = None
     """Side in pixels that images are squashed to, to the nearest whole patches; None: the manifest's whole view."""
     mirror: bool = False
     """Whether test images are seen in a mirror as well; the two maps are averaged."""
     align: bool = False
-    """Whether each predicted map is brought to the measured one by a scale and a shift (least squares) before it is scored."""
+    """Whether each predicted map is brought to the measured one by a scale and a shift (least squares) before it is scored. Left out:
+    only where the set's values are no distances."""
     dpt_channels: int = 256
     """Width of the DPT head's maps."""
 
@@ -55,8 +70,6 @@ class DepthSpec:
             raise InputError(f"--max-depth {self.max_depth}: wanted at least 0.1 metres")
         if self.size is not None:
             check_view_px(self.size, "--size")
-        if self.head == "dpt" and self.lr == DepthSpec.lr:
-            object.__setattr__(self, "lr", DPT_LR)
 
     def head_spec(self, width_in: int, layers: tuple[int, ...] = (), unit: str = "metre") -> DepthHeadSpec:
         """The head for `width_in` features (patches and CLS of all `layers`)."""
@@ -91,16 +104,15 @@ class DepthSpec:
         return f"{read}, {into}, {loss}, AdamW, {self.steps} steps of {self.batch} images{seen}"
 
 
-PRESETS: dict[str, DepthSpec] = {
-    "dinov2-nyu": DepthSpec(lr=(1e-4, 1e-3), steps=38_400, max_depth=10.0, mirror=True),
-    "dinov2-kitti": DepthSpec(lr=(1e-4, 1e-3), steps=38_400, max_depth=80.0, mirror=True),
-}
-"""Steps, batch, range and mirrored test of the published heads (ViT-S/14, RMSE with linear1, linear4, dpt: NYUd 0.449 0.417
-0.356, KITTI 3.10 2.86 2.34); images are squashed to squares here and not rotated or recoloured in training."""
-
-
 def for_data(spec: DepthSpec, unit: str, max_depth: float | None) -> DepthSpec:
-    """The settings for a set whose range is known (a benchmark's), or whose values are no distances and must be aligned."""
-    if max_depth is not None and spec.max_depth == DepthSpec.max_depth:
-        spec = replace(spec, max_depth=max_depth)
-    return spec if unit == "metre" else replace(spec, align=True)
+    """The settings for a set whose range is known (a benchmark's), or whose values are no distances and must be aligned.
+
+    What was given stays, and so does a preset's range, where the set is in metres as well.
+    """
+    changes: dict[str, Any] = {}
+    by_preset = unit == "metre" and spec.preset is not None
+    if max_depth is not None and not (by_preset or was_given(spec, "max_depth")):
+        changes["max_depth"] = max_depth
+    if unit != "metre" and not was_given(spec, "align"):
+        changes["align"] = True
+    return replace(spec, **changes)

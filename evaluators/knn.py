@@ -24,10 +24,10 @@ from evaluators.classification import (
     index_labels,
     print_result,
     run_classification,
-    summary,
 )
 from evaluators.extract import FeatureTable
 from evaluators.neighbours import similarity_chunks, top_rows, unit_rows
+from evaluators.presets import evaluator_cli
 from evaluators.results import Measurement
 
 VERSION = 1
@@ -259,4 +259,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.knn", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

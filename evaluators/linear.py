@@ -30,12 +30,12 @@ from evaluators.classification import (
     index_labels,
     print_result,
     run_classification,
-    summary,
 )
 from evaluators.combinations import Wide, names_for, wide
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.imagenet_sets import measure_sets, parse_sets
 from evaluators.linear_grid import Heads, train_grid
+from evaluators.presets import evaluator_cli, settled_by
 from evaluators.published_figures import published_reference
 from evaluators.results import Measurement, check_writable, metrics_json, save_result
 from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
@@ -53,6 +53,14 @@ ROWS_AT_ONCE = 8192
 """Test images that are classified at a time."""
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "dino": {"lr": DINO_LR_PER_256, "epochs": 100, "views": 10},
+    "dinov2": {"lr": LR_PER_256, "epochs": 10, "views": 10},
+}
+"""What `--preset` sets, beside the feature combinations and the filter of the crops."""
+
+
+@settled_by(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
     """The linear protocol."""
@@ -62,17 +70,17 @@ class LinearSpec:
     epochs. dino: CLS of the last 4 blocks (ViT-S) or CLS with mean patch (wider), 1 learning rate, 100 epochs. Both on
     cropped and flipped training images. The last 4 blocks need torch (a checkpoint, not an exported file or a server).
     Left out: CLS without and with mean patch of the last block, 13 learning rates, centre views, on any engine."""
-    lr: tuple[float, ...] | None = None
-    """Learning rates for a batch of 256; multiplied by batch / 256 for the batch used. Left out: the preset's."""
+    lr: tuple[float, ...] = LR_PER_256
+    """Learning rates for a batch of 256; multiplied by batch / 256 for the batch used."""
     batch: int | None = None
     """Images a step; left out: 1024 as published, or 256 where an epoch would have fewer than 10 such batches."""
-    epochs: int | None = None
-    """Passes over the training images; left out: 10, or 100 for dino."""
+    epochs: int = 10
+    """Passes over the training images."""
     min_steps: int = 1000
     """Small sets are passed over more often, until this many steps are made."""
-    views: int | None = None
+    views: int = 0
     """Randomly cropped and flipped views of each training image, extracted once and taken in turn, one an epoch; 0: its
-    centre view. Left out: 0, or 10 with a preset."""
+    centre view. Presets: 10."""
     held_out: int | None = None
     """How many fifths of the training images are held out in turn to choose the head (1 to 5); left out: 3 below
     10,000 images, else 1."""
@@ -80,40 +88,19 @@ class LinearSpec:
     """Where the headline's head is chosen: held-out training images, or, as published, the test images."""
 
     def __post_init__(self) -> None:
-        if not self.rates or not all(0 < lr < math.inf for lr in self.rates):
-            raise InputError(f"--lr {' '.join(map(str, self.rates)) or '(empty)'}: wanted learning rates above 0")
-        if self.passes < 1 or self.min_steps < 1 or (self.batch is not None and self.batch < 1):
+        if not self.lr or not all(0 < lr < math.inf for lr in self.lr):
+            raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
+        if self.epochs < 1 or self.min_steps < 1 or (self.batch is not None and self.batch < 1):
             raise InputError("--epochs, --min-steps and --batch: wanted at least 1 each")
-        if self.n_views < 0:
+        if self.views < 0:
             raise InputError(f"--views {self.views}: wanted 0 or more")
         if self.held_out is not None and not 1 <= self.held_out <= FOLDS:
             raise InputError(f"--held-out {self.held_out}: wanted 1 to {FOLDS} fifths of the training images")
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates for a batch of 256."""
-        if self.lr is not None:
-            return self.lr
-        return DINO_LR_PER_256 if self.preset == "dino" else LR_PER_256
-
-    @property
-    def passes(self) -> int:
-        """Epochs."""
-        if self.epochs is not None:
-            return self.epochs
-        return 100 if self.preset == "dino" else 10
-
-    @property
-    def n_views(self) -> int:
-        """Random views of each training image; 0: the centre view."""
-        if self.views is not None:
-            return self.views
-        return 0 if self.preset is None else 10
-
     def extraction(self) -> ExtractSpec:
         """What is extracted: centre views of all images, and random ones of those trained on."""
         filter_used: Interpolation = "bilinear" if self.preset == "dino" else "bicubic"
-        random = (ViewSpec(view="random", number=number, interpolation=filter_used) for number in range(self.n_views))
+        random = (ViewSpec(view="random", number=number, interpolation=filter_used) for number in range(self.views))
         return ExtractSpec(augmented=tuple(random))
 
     def batch_for(self, n_train: int) -> int:
@@ -122,7 +109,7 @@ class LinearSpec:
 
     def steps_for(self, n_train: int) -> int:
         """Steps on a training set of this size."""
-        return max(self.min_steps, self.passes * (n_train // self.batch_for(n_train)))
+        return max(self.min_steps, self.epochs * (n_train // self.batch_for(n_train)))
 
     def folds_for(self, n_train: int) -> int:
         """Parts held out in turn."""
@@ -169,7 +156,7 @@ def _train(
         seen.slices,
         labels_n[rows],
         n_classes,
-        [lr * batch / 256 for lr in spec.rates],
+        [lr * batch / 256 for lr in spec.lr],
         steps=spec.steps_for(n),
         batch=batch,
         seed=seed,
@@ -198,7 +185,7 @@ def evaluate(
     grid: list[dict[str, Any]] = []
     fitted: list[tuple[Guesses, Tensor, Tensor]] = []
     for name, heads in _train(seen, np.arange(len(train)), labels_n, len(classes), spec, seed).items():
-        for head, lr in enumerate(spec.rates):
+        for head, lr in enumerate(spec.lr):
             guesses = _guess(heads, head, tested, name, test_labels_n)
             entry = {"features": name, "lr_per_256": lr, "lr": lr * spec.batch_for(len(labels_n)) / 256}
             entry |= accuracies(guesses, test_labels_n, len(classes))
@@ -264,8 +251,7 @@ def _measurement(
         | {
             "batch": spec.batch_for(n),
             "steps": spec.steps_for(n),
-            "lr": list(spec.rates),
-            "epochs": spec.passes,
+            "lr": list(spec.lr),
             "views": len(train.augmented),
         },
         notes=_notes(grid, chosen, spec, train),
@@ -312,7 +298,7 @@ def _notes(grid: list[dict[str, Any]], chosen: int, spec: LinearSpec, train: Fea
     notes.append(f"effective learning rates {rates[0]:.3g} to {rates[-1]:.3g}, scaled to the batch that is used")
     if spec.preset is not None and "cls_last4" not in train.columns:
         notes.append("the last 4 blocks are not to be had here (they need a ViT of 4 blocks on torch): last block only")
-    if len(spec.rates) > 1 and lr in (min(spec.rates), max(spec.rates)):
+    if len(spec.lr) > 1 and lr in (min(spec.lr), max(spec.lr)):
         notes.append(f"the chosen learning rate {lr:g} is at the edge of the grid; widen it with --lr")
     diverged = sum(entry["diverged"] for entry in grid)
     if diverged:
@@ -389,4 +375,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.linear", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

@@ -28,11 +28,11 @@ from evaluators.classification import (
     print_result,
     progress_bar,
     run_classification,
-    summary,
 )
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.linear import save_linear_head
 from evaluators.logistic_path import Fit, fit_path
+from evaluators.presets import evaluator_cli
 from evaluators.results import Measurement, check_writable
 from evaluators.splits import hash_bucket
 from evaluators.view_batches import ViewSpec
@@ -231,4 +231,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.logistic", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

@@ -1,16 +1,73 @@
-"""A published protocol's settings in, one's own on top of them: what `--preset` does."""
+"""What was asked for, a published protocol's settings and defaults in, one Spec out: in this order the first that says something wins.
+
+So a setting that is given wins over `--preset` even at its default value, in Python, on a command line and in a request alike.
+Read in this order: settled_by, as_typed, evaluator_cli.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TypeVar
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import tyro
+
+from evaluators.classification import summary
+
+SpecClass = TypeVar("SpecClass", bound=type)
 Spec = TypeVar("Spec")
+Settings = Mapping[str, Any]
 
 
-def with_preset(spec: Spec, presets: Mapping[str, Spec], name: str | None) -> Spec:
-    """The preset, with every setting of `spec` that was changed from its default."""
-    if name is None:
-        return spec
-    fields = dataclasses.fields(spec)  # type: ignore[arg-type]
-    changed = {field.name: getattr(spec, field.name) for field in fields if getattr(spec, field.name) != field.default}
-    return dataclasses.replace(presets[name], **changed)  # type: ignore[type-var]
+def settled_by(
+    presets: Mapping[str, Settings], otherwise: Callable[[Settings], Settings] = lambda _: {}
+) -> Callable[[SpecClass], SpecClass]:
+    """Decorate a dataclass with a field `preset`: what its caller leaves out comes from the preset named, then from the defaults.
+
+    `otherwise`, given what the caller said, tells defaults that hang on other settings; a preset wins over them.
+    """
+
+    def decorate(spec_class: SpecClass) -> SpecClass:
+        plain = spec_class.__init__  # type: ignore[misc]
+
+        @functools.wraps(plain)
+        def settle(self: Any, **given: Any) -> None:
+            chosen = presets.get(given.get("preset") or "", {})
+            object.__setattr__(self, "_given", frozenset(given))
+            plain(self, **{**otherwise(given), **chosen, **given})
+
+        spec_class.__init__ = settle  # type: ignore[misc]
+        return spec_class
+
+    return decorate
+
+
+def was_given(spec: object, name: str) -> bool:
+    """Whether whoever made the Spec gave this setting, so that nothing else has a say in it."""
+    return name in getattr(spec, "_given", ())
+
+
+def as_typed(spec: Spec, words: Sequence[str]) -> Spec:
+    """The Spec that a command line's words give: a parser fills in every default, and those would count as given."""
+    flags = {word.split("=", 1)[0].replace("_", "-") for word in words if word.startswith("--")}
+    names = [field.name for field in dataclasses.fields(spec)]  # type: ignore[arg-type]
+    spelt = {name: name.replace("_", "-") for name in names}
+    typed = [name for name in names if flags & {f"--{spelt[name]}", f"--no-{spelt[name]}"}]
+    return type(spec)(**{name: getattr(spec, name) for name in typed})
+
+
+def evaluator_cli(main: Callable[..., None], words: Sequence[str] | None = None) -> None:
+    """Run an evaluator's `main`, which has a parameter `spec`, with a command's words (left out: the program's own)."""
+    module = inspect.getmodule(main)
+    assert module is not None
+    given = list(sys.argv[1:] if words is None else words)
+
+    @functools.wraps(main)
+    def typed(*args: Any, **named: Any) -> None:
+        call = inspect.signature(main).bind(*args, **named)
+        call.arguments["spec"] = as_typed(call.arguments["spec"], given)
+        main(*call.args, **call.kwargs)
+
+    name = (module.__spec__.name if module.__spec__ else module.__name__).rsplit(".", 1)[-1]
+    tyro.cli(typed, args=given, prog=f"python -m evaluators.{name}", description=summary(module.__doc__))

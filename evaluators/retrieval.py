@@ -18,11 +18,12 @@ import tyro
 from data.datasets import open_dataset
 from data.errors import InputError, run_cli
 from evaluators.accuracy import mean_metric
-from evaluators.classification import RunOptions, check_tables, index_groups, print_result, summary
+from evaluators.classification import RunOptions, check_tables, index_groups, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.landmarks import Landmarks, landmarks_at, open_landmarks
 from evaluators.measuring import Parts, evaluate_parts
 from evaluators.neighbours import similarity_chunks, top_rows, unit_rows
+from evaluators.presets import evaluator_cli
 from evaluators.ranking import REVISITED_SETTINGS, average_precisions, revisited_figures
 from evaluators.results import Measurement
 from evaluators.splits import GROUP_COLUMNS, VAL_NAMES, pick_group_column
@@ -250,4 +251,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.retrieval", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

@@ -25,11 +25,11 @@ from evaluators.classification import (
     index_labels,
     print_result,
     run_classification,
-    summary,
 )
 from evaluators.extract import FeatureTable
 from evaluators.knn import few_shot_voters
 from evaluators.neighbours import unit_rows
+from evaluators.presets import evaluator_cli
 from evaluators.results import Measurement
 
 VERSION = 1
@@ -148,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.ridge", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

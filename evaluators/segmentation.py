@@ -27,10 +27,9 @@ from evaluators.classification import (
     describe_model,
     print_result,
     refuse_processes,
-    summary,
 )
 from evaluators.layers import last_layers, with_layers
-from evaluators.presets import with_preset
+from evaluators.presets import evaluator_cli
 from evaluators.results import (
     Context,
     Measurement,
@@ -42,7 +41,7 @@ from evaluators.results import (
 )
 from evaluators.segmentation_pictures import masks_path, picture_path, save_masks, save_pictures
 from evaluators.segmentation_probe import ImageTable, SegmentationTable, check_range, predict, train_head
-from evaluators.segmentation_protocol import FOLDS, PRESETS, Preset, SegmentationSpec
+from evaluators.segmentation_protocol import FOLDS, SegmentationSpec
 from evaluators.segmentation_scores import (
     Counts,
     class_iou,
@@ -169,9 +168,6 @@ class SegmentationRun(NetworkOptions):
     data: str
     """Images with masks of classes (PNG; 255: does not count): ade20k:ROOT, voc2012:ROOT, a folder with images/ and masks/,
     or a packed set, CSV or tar shards with `sem` or `masks`."""
-    preset: Preset | None = None
-    """dinov2: crops and a sliding window of 518 px, one layer, 40,000 steps; dinov2-ms: of 644 px, four layers, three scales and a
-    mirror. Settings given beside it win."""
     baselines: tuple[SegmentationBaseline, ...] = ()
     """Measured beside the network on the same images: colour (mean and spread of colour in each patch, same probe),
     untrained (same network, random weights)."""
@@ -211,7 +207,6 @@ def run(
         check_writable(save_head_to, "--save-head", ".safetensors")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    spec = with_preset(spec, PRESETS, options.preset)
     parts = open_parts(options)
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
@@ -278,4 +273,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.segmentation", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

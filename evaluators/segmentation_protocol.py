@@ -1,10 +1,11 @@
 """How segmentation is measured: the settings, and those of the published protocols."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from data.errors import InputError
 from data.preprocess import check_view_px
+from evaluators.presets import settled_by
 from evaluators.segmentation_probe import TrainSpec
 
 FOLDS = 5
@@ -14,10 +15,32 @@ Seen = Literal["whole", "crops"]
 Preset = Literal["dinov2", "dinov2-ms"]
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "dinov2": {"lr": (1e-3,), "steps": 40_000, "seen": "crops", "size": 518},
+    "dinov2-ms": {
+        "lr": (1e-3,),
+        "steps": 40_000,
+        "seen": "crops",
+        "size": 644,
+        "enlarge": (1.0, 3.0),
+        "stride": 0.5,
+        "layers": "last4",
+        "scales": (1.0, 1.32, 1.73),
+        "mirror": True,
+    },
+}
+"""As the published heads on ADE20K: crops and windows of 512 px (a window every 341) and 640 px (every 320), here in whole patches of
+14 px; three of the five published scales. How much the first head's images are enlarged is not published; DINOv3's range is taken."""
+
+
+@settled_by(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSpec:
     """The segmentation protocol."""
 
+    preset: Preset | None = None
+    """dinov2: crops and a sliding window of 518 px, one layer, 40,000 steps; dinov2-ms: of 644 px, four layers, three scales and a
+    mirror. Settings given beside it win."""
     lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates tried (AdamW, warm-up, then a straight fall to 0)."""
     weight_decay: float = 1e-4
@@ -83,21 +106,3 @@ class SegmentationSpec:
             f"batch norm and a linear layer on patches of {read} of {views}, cross-entropy, AdamW, {self.steps} steps of "
             f"{self.batch}; {tested}, scored at the mask's size"
         )
-
-
-PRESETS: dict[str, SegmentationSpec] = {
-    "dinov2": SegmentationSpec(lr=(1e-3,), steps=40_000, seen="crops", size=518),
-    "dinov2-ms": SegmentationSpec(
-        lr=(1e-3,),
-        steps=40_000,
-        seen="crops",
-        size=644,
-        enlarge=(1.0, 3.0),
-        stride=0.5,
-        layers="last4",
-        scales=(1.0, 1.32, 1.73),
-        mirror=True,
-    ),
-}
-"""As the published heads on ADE20K: crops and windows of 512 px (a window every 341) and 640 px (every 320), here in whole patches of
-14 px; three of the five published scales. How much the first head's images are enlarged is not published; DINOv3's range is taken."""

@@ -26,6 +26,7 @@ import tyro
 from data.datasets import open_dataset
 from data.errors import CheckFailed, InputError, run_cli
 from evaluators.classification import RunOptions, summary
+from evaluators.presets import evaluator_cli
 from evaluators.results import check_writable, load_result, replacing
 from runtimes.open import open_runtime
 
@@ -164,7 +165,7 @@ def evaluate(entry: Entry, out: Path, options: RunOptions, more: Sequence[str] =
     words += ["--cache-dir", str(options.cache_dir)] + (["--threads", str(options.threads)] if options.threads else [])
     words += more
     with contextlib.redirect_stdout(io.StringIO()):  # its table; the results hold it
-        tyro.cli(module.main, args=words, prog=f"python -m evaluators.{entry.name}")
+        evaluator_cli(module.main, words)
     return load_result(out)
 
 

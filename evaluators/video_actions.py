@@ -23,9 +23,9 @@ from evaluators.classification import (
     measure_baseline,
     print_result,
     refuse_processes,
-    summary,
 )
 from evaluators.extract import ExtractSpec, FeatureTable
+from evaluators.presets import evaluator_cli
 from evaluators.results import (
     Context,
     Measurement,
@@ -172,4 +172,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.video_actions", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

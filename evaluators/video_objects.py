@@ -32,10 +32,9 @@ from evaluators.classification import (
     print_result,
     progress_bar,
     refuse_processes,
-    summary,
 )
 from evaluators.picture_sheet import number_colours, numbers_over, save_sheet, spread_picks
-from evaluators.presets import with_preset
+from evaluators.presets import evaluator_cli, settled_by
 from evaluators.results import (
     Context,
     Measurement,
@@ -62,10 +61,17 @@ Preset = Literal["dino"]
 VideoBaseline = Literal["copy", "colour", "untrained"]
 
 
+PRESETS: dict[str, dict[str, Any]] = {"dino": {"std": DINO_STD}}
+"""J&F on DAVIS-2017 val: ViT-S/16 61.8, ViT-B/16 62.3, ViT-S/8 69.9, ViT-B/8 71.4."""
+
+
+@settled_by(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class VideoObjectsSpec(PropagationSpec):
     """The protocol of Caron et al. 2021."""
 
+    preset: Preset | None = None
+    """dino: red is divided by 0.228, as in the published script; settings given beside it win."""
     size: int = 480
     """Short side in pixels that frames are resized to; the long side follows, down to a multiple of 64."""
     std: tuple[float, float, float] | None = None
@@ -74,10 +80,6 @@ class VideoObjectsSpec(PropagationSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_view_px(self.size, "--size")
-
-
-PRESETS: dict[str, VideoObjectsSpec] = {"dino": VideoObjectsSpec(std=DINO_STD)}
-"""J&F on DAVIS-2017 val: ViT-S/16 61.8, ViT-B/16 62.3, ViT-S/8 69.9, ViT-B/8 71.4."""
 
 
 def frame_hw(hw: tuple[int, int], size: int, patch_px: int) -> tuple[int, int]:
@@ -216,8 +218,6 @@ class VideoObjectsRun(RunOptions):
 
     data: str
     """Videos with object masks: davis:ROOT (DAVIS-2017), a folder with images/CLIP/ and masks/CLIP/ (PNG), or a packed set."""
-    preset: Preset | None = None
-    """dino: red is divided by 0.228, as in the published script; settings given beside it win."""
     baselines: tuple[VideoBaseline, ...] = ()
     """Measured beside the network on the same videos: copy (the first mask for every frame), colour (mean and spread of
     colour in each patch), untrained (same network, random weights)."""
@@ -230,7 +230,6 @@ def run(options: VideoObjectsRun, spec: VideoObjectsSpec = VideoObjectsSpec()) -
         check_writable(options.out, "--out", ".json")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    spec = with_preset(spec, PRESETS, options.preset)
     videos = open_videos(options.data)
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
@@ -344,4 +343,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(main, prog="python -m evaluators.video_objects", description=summary(__doc__)))
+    run_cli(lambda: evaluator_cli(main))

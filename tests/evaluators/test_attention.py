@@ -13,7 +13,6 @@ from data.errors import InputError
 from evaluators.attention import AttentionRun, AttentionSpec, evaluate, main, overlaps, run
 from evaluators.attention_baselines import OneHead
 from evaluators.attention_maps import cell_of_pixels, head_jaccards, top_mass
-from evaluators.presets import with_preset
 from evaluators.results import load_result
 from evaluators.segmentation_data import open_masks
 from runtimes.open import open_runtime
@@ -146,15 +145,6 @@ def test_the_command_prints_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "6 test and 6 training images; split 'val' of the set" in printed
     assert "jaccard*" in printed
-
-
-def test_a_preset_gives_way_to_settings_of_ones_own() -> None:
-    presets = {"dino": AttentionSpec(size=480, interpolation="bilinear")}
-    assert with_preset(AttentionSpec(mass=0.5), presets, "dino") == AttentionSpec(
-        mass=0.5, size=480, interpolation="bilinear"
-    )
-    assert with_preset(AttentionSpec(size=96), presets, "dino").size == 96
-    assert with_preset(AttentionSpec(), presets, None) == AttentionSpec()
 
 
 class TestBadInput:

@@ -57,8 +57,8 @@ def test_presets_ask_for_the_published_combinations() -> None:
     assert names_for("dino", table(768)) == ("cls*patch_mean",)
     plain = FeatureTable(("a",), ("a",), ("a",), {"embedding": np.zeros((1, 4), np.float32)})
     assert [names_for(preset, plain) for preset in ("dino", "dinov2", None)] == [("cls",)] * 3
-    assert len(LinearSpec(preset="dinov2").rates) * len(four) == 52
-    assert (LinearSpec(preset="dino").passes, LinearSpec(preset="dino").rates) == (100, (1e-3,))
+    assert len(LinearSpec(preset="dinov2").lr) * len(four) == 52
+    assert (LinearSpec(preset="dino").epochs, LinearSpec(preset="dino").lr) == (100, (1e-3,))
 
 
 def test_random_views_repeat_for_a_name_and_differ_between_numbers() -> None:

@@ -17,7 +17,7 @@ from data.errors import InputError
 from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired
 from evaluators.published_figures import FIGURES, published_reference
 from evaluators.results import Context, Measurement, Metric, load_predictions, load_result, result_json, save_result
-from evaluators.segmentation_protocol import PRESETS, SegmentationSpec
+from evaluators.segmentation_protocol import SegmentationSpec
 
 N = 200
 
@@ -210,8 +210,8 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
         ("depth", "nyud", "rmse", {"head": "linear4"}, 0.417),
         ("depth", "nyud", "rmse", {"head": "dpt"}, 0.356),
         ("depth", "kitti", "rmse", {"head": "linear4"}, 2.86),
-        ("segmentation", "ade20k", "miou", asdict(PRESETS["dinov2"]), 0.443),
-        ("segmentation", "ade20k", "miou", asdict(PRESETS["dinov2-ms"]), 0.472),
+        ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2")), 0.443),
+        ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2-ms")), 0.472),
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec()), None),  # whole views are another protocol
         ("linear", "imagenet", "v2_top1", {}, 0.708),
     ],

@@ -47,7 +47,7 @@ def test_the_combinations_are_cls_alone_and_cls_followed_by_the_mean_patch() -> 
 def test_a_head_of_the_grid_is_the_head_trained_alone() -> None:
     train, test = blobs(90, 0), blobs(60, 1)
     together = evaluate(train, test, QUICK, seed=4)
-    for lr in QUICK.rates:
+    for lr in QUICK.lr:
         alone = evaluate(train, test, LinearSpec(lr=(lr,), min_steps=40, epochs=1), seed=4)
         for entry in alone.grid:
             (same,) = (e for e in together.grid if (e["features"], e["lr_per_256"]) == (entry["features"], lr))

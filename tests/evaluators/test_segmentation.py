@@ -27,7 +27,7 @@ from evaluators.segmentation_probe import (
     folded,
     train_head,
 )
-from evaluators.segmentation_protocol import PRESETS, SegmentationSpec
+from evaluators.segmentation_protocol import SegmentationSpec
 from evaluators.segmentation_scores import Counts, class_iou, count, miou_difference, segmentation_metrics
 from runtimes.open import open_runtime
 from tests.evaluators.fakes import MeanColourRuntime, small_checkpoint
@@ -360,8 +360,8 @@ class TestCrops:
 
     def test_presets_state_the_published_protocol(self) -> None:
         for name, px, stride in (("dinov2", 512, 341), ("dinov2-ms", 640, 320)):
-            preset = PRESETS[name]
+            preset = SegmentationSpec(preset=name)  # type: ignore[arg-type]
             assert preset.seen == "crops"
             assert preset.size == pytest.approx(px, abs=6)  # the nearest whole patches of 14 px
             assert preset.stride == pytest.approx(stride / px)
-        assert PRESETS["dinov2-ms"].scales == (1.0, 1.32, 1.73)
+        assert SegmentationSpec(preset="dinov2-ms").scales == (1.0, 1.32, 1.73)

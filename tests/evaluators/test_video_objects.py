@@ -15,7 +15,6 @@ from data.preprocess import Preprocess
 from evaluators.results import load_result
 from evaluators.video_data import open_videos
 from evaluators.video_objects import (
-    PRESETS,
     VideoObjectsRun,
     VideoObjectsSpec,
     follow,
@@ -184,7 +183,7 @@ def test_the_preset_divides_red_by_the_scripts_deviation(tmp_path: Path) -> None
     runtime = MeanColourRuntime(preprocess=Preprocess(size_px=32, resize_px=32, whole_px=32))
     runtime.manifest.architecture["patch_px"] = 32
     plain = next(frame_features(runtime, video, VideoObjectsSpec(), (32, 32)))
-    published = next(frame_features(runtime, video, PRESETS["dino"], (32, 32)))
+    published = next(frame_features(runtime, video, VideoObjectsSpec(preset="dino"), (32, 32)))
     np.testing.assert_allclose(published[:, 0], plain[:, 0] * 0.229 / 0.228, rtol=1e-5)
     np.testing.assert_allclose(published[:, 1:], plain[:, 1:], rtol=1e-5)
 
