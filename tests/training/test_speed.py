@@ -12,7 +12,7 @@ from training.loop import Plan
 from training.methods import make_state, take_step_
 from training.published import PUBLISHED
 from training.recipes import RECIPES
-from training.speed import Speed, peak_flops, peak_memory_gb, step_flops, view_flops
+from training.speed import MEASURED, Speed, peak_flops, peak_memory_gb, step_flops, view_flops
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,11 @@ def test_mfu_is_model_flops_over_time_and_peak() -> None:
     assert found["mfu"] == pytest.approx(0.12)
     assert found["peak_memory_gb"] == pytest.approx(peak_memory_gb(torch.device("cpu")), rel=0.2)
     assert found["peak_memory_gb"] > 0.1
+
+
+def test_a_step_faster_than_the_measured_product_is_the_new_peak() -> None:
+    # The product was measured while the machine was busy; at that rate the steps after it would be at 192 %.
+    speed = Speed(torch.device("cpu"), batch_size=8, flops=6e9, peak=1e9, peak_from=MEASURED)
+    assert speed.of_step(took_s=1.0, waited_s=0.0)["mfu"] == pytest.approx(1.0)
+    assert speed.of_step(took_s=2.0, waited_s=0.0)["mfu"] == pytest.approx(0.5)
+    assert Speed(torch.device("cpu"), 8, 6e9, 1e9, "data sheet of X").of_step(1.0, 0.0)["mfu"] == pytest.approx(6.0)
