@@ -17,7 +17,7 @@ from data.datasets import open_dataset
 from data.errors import InputError
 from data.preprocess import Preprocess
 from tests.training.conftest import write_images
-from training.curves import MAX_POINTS, Curve, History, chart, ticks
+from training.curves import MAX_POINTS, Curve, History
 from training.loop import train
 from training.picture import Album, principal_components
 from training.probe import EvalEvery
@@ -153,19 +153,3 @@ def test_a_log_is_read_on_from_where_it_stopped_and_survives_a_line_cut_short(tm
     assert history.curves["loss"].points == [(0, 2.0, 1), (1, 1.0, 1)]
     assert history.notes == [(1, "look")]
     assert list(history.curves) == ["loss"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 7.9), (64.0, 64.0), (0.0, 0.0), (1e-9, 3e-7), (1e5, 2e6)])
-def test_ticks_are_few_and_cover_the_values(low: float, high: float) -> None:
-    found = ticks(low, high, 4)
-    assert found[0] <= low
-    assert found[-1] >= high
-    assert 2 <= len(found) <= 7
-
-
-def test_a_chart_of_one_point_and_of_none() -> None:
-    one = Curve()
-    one.add(0, 5.0)
-    assert "circle" in chart("t <x>", {"a": one})
-    assert "<x>" not in chart("t <x>", {"a": one})
-    assert chart("t", {"a": Curve()}) == ""
