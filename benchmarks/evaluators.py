@@ -7,6 +7,7 @@ CPU seconds of one thread; cases take turns, so that a noisy machine disturbs al
   classifier (one k); memory beyond the database, in chunks of similarities.
 - Logistic regression: 45 values of C, beside scikit-learn's cold fits and its warm-started path; worst objective.
 - Linear grid: 52 heads, beside their products alone.
+- Start: what a second evaluator does before it evaluates, on a folder of files whose features are in the cache.
 """
 
 import json
@@ -28,6 +29,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from benchmarks.evaluators_start import start_times
 from data.errors import run_cli
 from evaluators.knn import PROTOCOL_K, Voters, classify
 from evaluators.linear import LR_PER_256
@@ -43,8 +45,8 @@ Case = Callable[[], object]
 class Sizes:
     """How large the problems are; the defaults are those of the stated bounds."""
 
-    part: tuple[str, ...] = ("knn", "linear", "logistic")
-    """What is measured: knn, linear, logistic."""
+    part: tuple[str, ...] = ("start", "knn", "linear", "logistic")
+    """What is measured: start, knn, linear, logistic."""
     rounds: int = 3
     """Of each case of k-NN and linear; logistic regression runs once."""
     database: int = 50_000
@@ -211,6 +213,9 @@ def main(sizes: Sizes) -> None:
     if sizes.measure_memory:
         print_memory(sizes)
         return
+    if "start" in sizes.part:
+        title = f"start of a second evaluator, {sizes.database} files"
+        show(title, start_times(sizes.database, sizes.classes, sizes.rounds), "all three")
     if "knn" in sizes.part:
         title = f"k-NN, {sizes.queries} x {sizes.database} x {sizes.width}"
         show(title, compare(knn_cases(sizes), sizes.rounds), "product")

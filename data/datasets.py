@@ -9,11 +9,13 @@
 Nothing is decoded here before it is asked for. Every problem is an InputError of one line.
 """
 
+import contextlib
 import dataclasses
+import gc
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,18 @@ ACCEPTED_FORMS = (
     "NAME.csv beside NAME.zip; or several of these with commas between"
 )
 _MAX_NAMED_SPLITS = 8
+
+
+@contextlib.contextmanager
+def _nothing_to_collect() -> Iterator[None]:
+    """Rows are made by the hundred thousand and all stay: looking for garbage among them takes as long as to make them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Dataset:
@@ -120,13 +134,20 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over each item's name, label, split, size in bytes and checksum; see `content_mark`. Read once a data set."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            marks = content_marks([record.members[IMAGE] for record in self._records])
-            for item, mark in zip(self.items, marks, strict=True):
-                fields = (item.name, item.label or "", item.split or "", *mark.split())
-                digest.update("\0".join(fields).encode("utf-8", "surrogateescape") + b"\n")
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = self._fingerprint_now()
         return self._fingerprint
+
+    @_nothing_to_collect()
+    def _fingerprint_now(self) -> str:
+        digest = hashlib.sha256()
+        marks = content_marks([record.members[IMAGE] for record in self._records])
+        lines = [
+            f"{item.name}\0{item.label or ''}\0{item.split or ''}\0{mark.replace(' ', chr(0))}\n"
+            for item, mark in zip(self.items, marks, strict=True)
+        ]
+        for start in range(0, len(lines), 10_000):
+            digest.update("".join(lines[start : start + 10_000]).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
 
 def open_dataset(data: str | Path, split: str | None = None) -> Dataset:
@@ -176,6 +197,7 @@ def _take(dataset: Dataset, split: str) -> Dataset:
     return dataset.subset(chosen)
 
 
+@_nothing_to_collect()
 def _scan(path: Path) -> list[Record]:
     """Find out which form lies at `path` and list it."""
     text = str(path)

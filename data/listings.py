@@ -70,7 +70,7 @@ def scan_folder(root: Path) -> list[Record]:
     """
     images, folders = _entries(root)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
-    _refuse_stray(root, images, [folder for folder in splits if _has_images(folder)])
+    _refuse_stray(root, images, splits)
     if splits and not images:
         others = [folder for folder in folders if folder not in splits and _has_images(folder)]
         if not others:
@@ -91,10 +91,11 @@ def scan_folder(root: Path) -> list[Record]:
 
 
 def _refuse_stray(folder: Path, images: list[Path], beside: list[Path]) -> None:
-    """An image beside folders that mean something would have to lose them their meaning, splits among them. Raises InputError."""
-    if images and beside:
+    """An image beside folders of images that mean something would lose them their meaning, splits among them. Raises InputError."""
+    meant = next((one for one in beside if _has_images(one)), None) if images else None
+    if meant is not None:
         raise InputError(
-            f"{folder}: {images[0].name} lies beside the folder {beside[0].name}/; "
+            f"{folder}: {images[0].name} lies beside the folder {meant.name}/; "
             "move such images into a folder, or out, so that it is clear what they belong to"
         )
 
@@ -108,7 +109,7 @@ def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
             raise InputError(f"{root}: {taken[split]}/ and {folder.name}/ both mean split {split!r}; keep one of them")
         taken[split] = folder.name
         images, classes = _entries(folder)
-        _refuse_stray(folder, images, [inner for inner in classes if _has_images(inner)])
+        _refuse_stray(folder, images, classes)
         if images:
             records += _file_records(root, folder, None, split)
         else:
@@ -151,7 +152,20 @@ def _image_paths(folder: str) -> Iterator[str]:
 
 
 def _has_images(folder: Path) -> bool:
-    return next(images_under(folder), None) is not None
+    """Whether there is an image in a folder or below; looks no further than the first one."""
+    seen: set[tuple[int, int]] = set()
+    stack = [str(folder)]
+    while stack:
+        current = stack.pop()
+        status = os.stat(current)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name, is_folder in _visible(current):
+            if not is_folder:
+                return True
+            stack.append(os.path.join(current, name))
+    return False
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -161,19 +175,29 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _names(folder: str) -> tuple[list[str], list[str]]:
-    images, folders = [], []
+    images: list[str] = []
+    folders: list[str] = []
+    for name, is_folder in _visible(folder):
+        (folders if is_folder else images).append(name)
+    images.sort()
+    folders.sort()
+    return images, folders
+
+
+def _visible(folder: str) -> Iterator[tuple[str, bool]]:
+    """Names of images and folders directly inside, in no order, with whether each is a folder. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                name = entry.name
+                if name[0] == "." or name == "__MACOSX":
                     continue
                 if entry.is_dir():
-                    folders.append(entry.name)
-                elif is_image_name(entry.name) and entry.is_file():
-                    images.append(entry.name)
+                    yield name, True
+                elif name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+                    yield name, False
     except OSError as error:
         raise InputError(f"{folder}: this folder cannot be listed ({error.strerror or error})") from error
-    return sorted(images), sorted(folders)
 
 
 def read_csv_rows(path: Path) -> dict[int, dict[str, str]]:

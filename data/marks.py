@@ -3,16 +3,20 @@
 A file counts as unchanged while its size, its inode and both its times (of content and of status, in nanoseconds) are: what git goes by.
 Status times cannot be set back by a program, so a file that was overwritten and given its old date is read again. A file younger than
 `SETTLED_S` when it was read is not remembered, since it may be written again within one tick of the clock.
+Legend: n files.
 """
 
 import hashlib
-import json
+import itertools
 import os
 import time
+import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from data.errors import InputError
 from data.members import Member, content_mark
@@ -22,61 +26,112 @@ REMEMBERED_FROM = 256
 SETTLED_S = 2.0
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What is remembered of files below one folder."""
+
+    keys: list[str]
+    """Path from that folder on, and which part of the file."""
+    states_n4: np.ndarray
+    """int64: size, inode, times of content and of status in nanoseconds, as they were when the file was read."""
+    marks_n2: np.ndarray
+    """int64: size in bytes and CRC-32."""
+
+
 def content_marks(members: Sequence[Member]) -> list[str]:
     """`members.content_mark` of each. Raises InputError where one cannot be read."""
-    unknown = [member.path for member in members if member.crc32 is None]
+    unknown = [member for member in members if member.crc32 is None]
     if len(unknown) < REMEMBERED_FROM:
         return [content_mark(member) for member in members]
-    common = os.path.commonpath([os.path.dirname(path) for path in (min(unknown), max(unknown))])
-    notes = _notes_file(os.path.abspath(common))
-    before, now_ns, after = _read(notes), time.time_ns(), {}
-    states: dict[str, list[int]] = {}
-    marks = []
-    for member in members:
-        if member.crc32 is not None:
-            marks.append(content_mark(member))
-            continue
-        state = states.get(member.path)
-        if state is None:
-            state = states[member.path] = _state(member.path)
-        key = f"{member.path[len(common) :]}@{member.offset}+{member.stored_bytes}"
-        known = before.get(key)
-        mark = known[1] if known and known[0] == state else content_mark(member)
-        if max(state[2:]) < now_ns - SETTLED_S * 1e9:
-            after[key] = [state, mark]
-        marks.append(mark)
-    if after != before:
-        _write(notes, after)
-    return marks
+    paths = [member.path for member in unknown]
+    common = os.path.commonpath([os.path.dirname(path) for path in (min(paths), max(paths))])
+    file, now_ns = _notes_file(os.path.abspath(common)), time.time_ns()
+    keys = [f"{member.path[len(common) :]}@{member.offset}+{member.stored_bytes}" for member in unknown]
+    states_n4, before = _states(paths), _read(file)
+    marks_n2, known_n = _remembered(before, keys, states_n4)
+    for row in np.flatnonzero(~known_n).tolist():
+        marks_n2[row] = [int(part) for part in content_mark(unknown[row]).split()]
+    settled_n = states_n4[:, 2:].max(axis=1) < now_ns - SETTLED_S * 1e9
+    if not known_n[settled_n].all():
+        _write(file, _merged(before, keys, states_n4, marks_n2, settled_n))
+    found = iter([f"{size} {crc}" for size, crc in marks_n2.tolist()])
+    return [next(found) if member.crc32 is None else content_mark(member) for member in members]
 
 
-def _state(path: str) -> list[int]:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+def _remembered(notes: Notes, keys: Sequence[str], states_n4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Marks [n, 2] of the files that are as they were when they were read, and which these are."""
+    rows = {key: row for row, key in enumerate(notes.keys)}
+    at_n = np.array([rows.get(key, -1) for key in keys], np.int64)
+    marks_n2, known_n = np.zeros((len(keys), 2), np.int64), at_n >= 0
+    known_n[known_n] = (notes.states_n4[at_n[known_n]] == states_n4[known_n]).all(axis=1)
+    marks_n2[known_n] = notes.marks_n2[at_n[known_n]]
+    return marks_n2, known_n
+
+
+def _merged(
+    before: Notes, keys: Sequence[str], states_n4: np.ndarray, marks_n2: np.ndarray, settled_n: np.ndarray
+) -> Notes:
+    """What is worth remembering now, and all that was remembered of other files: of another part of the same folder, say."""
+    own = set(keys)
+    kept = [row for row, key in enumerate(before.keys) if key not in own]
+    return Notes(
+        [before.keys[row] for row in kept] + [keys[row] for row in np.flatnonzero(settled_n).tolist()],
+        np.concatenate([before.states_n4[kept], states_n4[settled_n]]),
+        np.concatenate([before.marks_n2[kept], marks_n2[settled_n]]),
+    )
+
+
+def _states(paths: Sequence[str]) -> np.ndarray:
+    """int64 [n, 4]: see `Notes`. Asked from within each folder, since to follow a long path takes longer than the answer."""
+    distinct = list(dict.fromkeys(paths))  # all entries of an archive share theirs
+    states: list[tuple[int, int, int, int]] = []
+    for above, below in itertools.groupby(distinct, lambda path: path.rpartition(os.sep)[0]):
+        files = list(below)
+        cut = len(files[0]) - len(files[0].rpartition(os.sep)[2])
+        try:
+            folder = os.open(above or files[0][:cut] or ".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+            try:
+                found = [os.stat(path[cut:], dir_fd=folder) for path in files]
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise InputError(
+                f"{os.path.join(above, error.filename)}: cannot be read ({error.strerror or error})"
+            ) from error
+        states += [(one.st_size, one.st_ino, one.st_mtime_ns, one.st_ctime_ns) for one in found]
+    states_n4 = np.array(states, np.int64)
+    if len(distinct) == len(paths):
+        return states_n4
+    rows = {path: row for row, path in enumerate(distinct)}
+    return states_n4[[rows[path] for path in paths]]
 
 
 def _notes_file(common: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoscope" / "marks"
-    return root / f"{hashlib.sha256(os.fsencode(common)).hexdigest()[:32]}.json"
+    return root / f"{hashlib.sha256(os.fsencode(common)).hexdigest()[:32]}.npz"
 
 
-def _read(notes: Path) -> dict[str, Any]:
+def _read(file: Path) -> Notes:
     """What was remembered; nothing where it is absent or damaged."""
+    nothing = Notes([], np.zeros((0, 4), np.int64), np.zeros((0, 2), np.int64))
     try:
-        found = json.loads(notes.read_text())
-        assert all(isinstance(state, list) and isinstance(mark, str) for state, mark in found.values())
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError):
-        return {}
-    return dict(found)
+        with np.load(file, allow_pickle=False) as arrays:
+            keys = arrays["keys"].tobytes().decode("utf-8", "surrogateescape").split("\0")
+            notes = Notes(keys, arrays["states"], arrays["marks"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return nothing
+    fits = notes.states_n4.shape == (len(keys), 4) and notes.marks_n2.shape == (len(keys), 2)
+    return notes if fits and notes.states_n4.dtype == notes.marks_n2.dtype == np.int64 else nothing
 
 
-def _write(notes: Path, marks: dict[str, Any]) -> None:
+def _write(file: Path, notes: Notes) -> None:
     """Whole or not at all; a cache that cannot be written costs time only."""
-    scratch = notes.with_name(f".{notes.name}.{os.getpid()}.tmp")
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    keys = np.frombuffer("\0".join(notes.keys).encode("utf-8", "surrogateescape"), np.uint8)
     with suppress(OSError):
-        notes.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(marks))
-        os.replace(scratch, notes)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as body:
+            np.savez(body, keys=keys, states=notes.states_n4, marks=notes.marks_n2)
+        os.replace(scratch, file)
+    with suppress(OSError):
+        scratch.unlink()

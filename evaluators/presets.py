@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from data.errors import InputError
 from evaluators.classification import summary
 
 SpecClass = TypeVar("SpecClass", bound=type)
@@ -33,7 +34,10 @@ def settled_by(
 
         @functools.wraps(plain)
         def settle(self: Any, **given: Any) -> None:
-            chosen = presets.get(given.get("preset") or "", {})
+            name = given.get("preset")
+            if name is not None and name not in presets:
+                raise InputError(f"--preset {name}: wanted {' or '.join(presets)}")
+            chosen = presets[name] if name is not None else {}
             object.__setattr__(self, "_given", frozenset(given))
             plain(self, **{**otherwise(given), **chosen, **given})
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from data.errors import InputError
 from evaluators.published_figures import published_reference
+from runtimes.onnx_build import installed_builds
 
 SCHEMA = "dinoscope.result/1"
 REQUIRED: dict[str, type] = {
@@ -99,8 +99,7 @@ class Context:
 def describe_environment(device: str, threads: int | None) -> dict[str, Any]:
     """Versions and machine behind a figure."""
     packages = {name: version(name) for name in ("torch", "numpy", "opencv-python-headless", "pillow")}
-    # asked of the module, because the GPU build is a package of another name
-    packages["onnxruntime"] = onnxruntime.__version__
+    packages["onnxruntime"] = next(iter(installed_builds().values()))
     return {
         "python": platform.python_version(),
         **packages,

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,21 +118,33 @@ def versions_of(name: str) -> list[int]:
 
 
 def data_mark(data: str) -> str:
-    """Hash of the names, sizes and times of change of the files that `data` names, and of the images that its tables name elsewhere."""
+    """Hash of what git goes by (names, sizes, inodes, times) of the files that `data` names, and of images that its tables name."""
     digest = hashlib.sha256()
     for part in [data] if _there(Path(data)) else data.split(","):
         path = Path(part.strip())
         if not _there(path) and ":" in part:
             path = Path(part.split(":", 1)[1].strip())
-        found = sorted(path.rglob("*")) if path.is_dir() else [path, *sorted(path.parent.glob(f"{path.stem}.*"))]
-        for file in found:
-            with contextlib.suppress(OSError):
-                about = file.stat()
-                digest.update(f"{file.relative_to(path.parent)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        for name, about in _files_of(path):
+            line = f"{name}\0{about.st_size}\0{about.st_ino}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\n"
+            digest.update(os.fsencode(line))
         if path.suffix == ".csv":
             with contextlib.suppress(InputError):
                 digest.update(open_dataset(part).fingerprint().encode())
     return digest.hexdigest()
+
+
+def _files_of(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file below a folder, or a file and its namesakes of other suffixes, in a fixed order; those that have gone are left out."""
+    if not path.is_dir():
+        for file in [path, *sorted(path.parent.glob(f"{path.stem}.*"))]:
+            with contextlib.suppress(OSError):
+                yield file.name, file.stat()
+        return
+    for above, folders, names, handle in os.fwalk(path):
+        folders.sort()
+        for name in sorted(names):
+            with contextlib.suppress(OSError):
+                yield os.path.join(above, name), os.stat(name, dir_fd=handle)
 
 
 def _there(path: Path) -> bool:

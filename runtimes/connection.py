@@ -8,15 +8,13 @@ What must not stand in an address or in a result file comes from the environment
     DINOSCOPE_CLIENT_KEY
 """
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import tritonclient.grpc as grpc_client
-import tritonclient.http as http_client
 
 from data.errors import InputError
 
@@ -54,8 +52,9 @@ class Connection:
         """Raises InputError for an address, a token or a certificate that cannot be used."""
         environment = os.environ if environment is None else environment
         self.scheme, self.where = split_address(address)
-        self.wire: Any = grpc_client if self.scheme.startswith("grpc") else http_client
-        """The module with InferInput and InferRequestedOutput that fit."""
+        self._grpc = self.scheme.startswith("grpc")
+        self.wire: Any = importlib.import_module(f"tritonclient.{'grpc' if self._grpc else 'http'}")
+        """The module with InferInput and InferRequestedOutput that fit; loaded here, since it takes a while and most commands need none."""
         self.headers = _headers(environment)
         self._tls = _tls(environment) if self.scheme in ("grpcs", "https") else None
         self._channel: Any = None
@@ -64,7 +63,7 @@ class Connection:
     def client(self, timeout_s: float) -> Iterator[tuple[Any, dict[str, Any]]]:
         """A client for one exchange, and what each of its calls must be given: the token, and that it ends after `timeout_s`."""
         said: dict[str, Any] = {"headers": self.headers} if self.headers else {}
-        if self.wire is grpc_client:
+        if self._grpc:
             if self._channel is None:
                 self._channel = self._open_channel()
             yield self._channel, said | {"client_timeout": timeout_s}
@@ -78,9 +77,9 @@ class Connection:
     def _open_channel(self) -> Any:
         where = f"unix:{self.where}" if self.scheme == "grpc+unix" else self.where
         if self._tls is None:
-            return grpc_client.InferenceServerClient(where)
+            return self.wire.InferenceServerClient(where)
         files = {"root_certificates": CA, "certificate_chain": CLIENT_CERT, "private_key": CLIENT_KEY}
-        return grpc_client.InferenceServerClient(
+        return self.wire.InferenceServerClient(
             where, ssl=True, **{name: self._tls.get(variable) for name, variable in files.items()}
         )
 
@@ -89,7 +88,7 @@ class Connection:
         if self._tls is not None:
             names = {CA: "ca_certs", CLIENT_CERT: "certfile", CLIENT_KEY: "keyfile"}
             options |= {"ssl": True, "ssl_options": {names[key]: path for key, path in self._tls.items()}}
-        return http_client.InferenceServerClient(self.where, **options)
+        return self.wire.InferenceServerClient(self.where, **options)
 
     def close(self) -> None:
         """Give the channel back."""

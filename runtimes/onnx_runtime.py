@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from google.protobuf.message import DecodeError as ProtobufError
 from backbones.checkpoints import MANIFEST_KEY, CheckpointError, Manifest
 from data.errors import InputError
 from data.preprocess import Preprocess
+from runtimes.onnx_build import check_one_build
 from runtimes.onnx_graph import fuse_attention, outputs_of, split_heads
 from runtimes.runtime import Runtime, gpu_number, run_in_parts
 from runtimes.weight_file import FOLDER_ENTRY, check_weight_file
@@ -195,14 +195,3 @@ def pick_providers(device: str) -> list[Any]:
     if number is not None:
         return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
     return ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu and device != "cpu" else ["CPUExecutionProvider"]
-
-
-def check_one_build() -> None:
-    """Raise InputError where both onnxruntime and onnxruntime-gpu are installed: their files overwrite each other."""
-    wanted = {"onnxruntime", "onnxruntime-gpu"}
-    names = {str(d.metadata["Name"]).lower().replace("_", "-") for d in distributions() if d.metadata["Name"]}
-    if wanted <= names:
-        raise InputError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            "uninstall both, then install the one that is wanted (make clean, then make test or make GPU=1 test)"
-        )

@@ -6,10 +6,8 @@ from backbones.checkpoints import load_backbone
 from backbones.heads import load_depth_head, load_segmentation_head
 from data.errors import InputError
 from runtimes.connection import REMOTE_SCHEMES
-from runtimes.onnx_runtime import OnnxRuntime, check_one_build
-from runtimes.remote import RemoteRuntime
+from runtimes.onnx_build import check_one_build
 from runtimes.runtime import Runtime
-from runtimes.tensorrt_runtime import TensorRTRuntime
 from runtimes.torch_runtime import TorchRuntime
 
 
@@ -36,11 +34,18 @@ def open_runtime(
         if head is not None and (remote or exported or planned):
             where = "a server" if remote else "an exported file"
             raise InputError(f"{ckpt}: a {kind} head cannot be added to {where}")
+    # Each engine's library takes a while to load, and a command needs one of them.
     if remote:
+        from runtimes.remote import RemoteRuntime
+
         return RemoteRuntime(name)
     if planned:
+        from runtimes.tensorrt_runtime import TensorRTRuntime
+
         return TensorRTRuntime(name, device=device, max_batch=max_batch)
     if exported:
+        from runtimes.onnx_runtime import OnnxRuntime
+
         return OnnxRuntime(name, device=device, threads=threads, max_batch=max_batch)
     check_one_build()  # said at every start, whichever engine runs
     backbone = load_backbone(ckpt)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from backbones.checkpoints import MANIFEST_KEY, load_backbone
 from backbones.heads import HEADS, load_depth_head, load_segmentation_head
 from data.errors import InputError
-from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY, OnnxRuntime, check_one_build
+from runtimes.onnx_build import check_one_build
+from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY, OnnxRuntime
 from runtimes.runtime import Runtime
 from runtimes.tensorrt_runtime import TensorRTRuntime
 from runtimes.torch_runtime import TorchRuntime, pick_device

@@ -78,7 +78,30 @@ def test_a_file_that_was_just_written_is_not_remembered(
     assert len(read) == 2 * N
 
 
-@pytest.mark.parametrize("damage", [b"", b"[]", b'{"x": 1}', b"\xff\xfe", b'{"/0000.jpg@0+None": [[], 3]}'])
+def test_parts_of_one_folder_do_not_forget_each_other(tmp_path: Path, read: list[str]) -> None:
+    files(tmp_path / "large", 2 * N)
+    for times in (1, 2):
+        whole = open_dataset(tmp_path / "large")
+        prints = [whole.subset(range(start, 2 * N, 2)).fingerprint() for start in (0, 1)]
+        assert len(set(prints)) == 2
+        assert len(read) == 2 * N, f"read once, at the first of {times} times"
+
+
+def test_an_archive_without_checksums_is_asked_about_once_for_all_its_entries(tmp_path: Path, read: list[str]) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(bytes(range(256)) * N)
+    entries = [Member(str(path), 256 * i, 16 + i % 7) for i in range(N)]
+    found = marks.content_marks(entries)
+    assert found == [members.content_mark(entry) for entry in entries]
+    read.clear()
+    assert marks.content_marks(entries) == found
+    assert read == []
+    path.write_bytes(bytes(range(256)) * (N + 1))
+    marks.content_marks(entries)
+    assert len(read) == N
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"x": 1}', b"\xff\xfe", b'{"/0000.jpg@0+None": [[], 3]}', b"PK\3\4"])
 def test_damaged_notes_cost_time_only(tmp_path: Path, read: list[str], damage: bytes) -> None:
     files(tmp_path / "large")
     first = open_dataset(tmp_path / "large").fingerprint()
