@@ -4,6 +4,7 @@
     list.csv                        path,label,split and any more columns; paths relative to the list
     shard-*.tar, a folder of tars   WebDataset: 000.jpg, 000.cls
     NAME, NAME.csv or NAME.zip      a packed set: NAME.csv beside NAME.zip
+    imagenet:ROOT                   ImageNet-1k as distributed; see data/imagenet.py
     a,b,c                           several of these in one, for training
 
 Nothing is decoded here before it is asked for. Every problem is an InputError of one line.
@@ -22,6 +23,7 @@ import numpy as np
 
 from data.decode import DEFAULT_LIMITS, DecodeError, DecodeLimits, decode_image
 from data.errors import InputError
+from data.imagenet import PREFIX, scan_imagenet
 from data.listings import IMAGE, Item, Record, scan_csv, scan_folder, split_name
 from data.marks import content_marks
 from data.members import Member, read_bytes
@@ -29,7 +31,7 @@ from data.packs import scan_packed, scan_shards
 
 ACCEPTED_FORMS = (
     "a folder of images, of classes, or with train/ and val/; a CSV with a column `path`; tar shards; "
-    "NAME.csv beside NAME.zip; or several of these with commas between"
+    "NAME.csv beside NAME.zip; imagenet:ROOT; or several of these with commas between"
 )
 _MAX_NAMED_SPLITS = 8
 
@@ -201,6 +203,8 @@ def _take(dataset: Dataset, split: str) -> Dataset:
 def _scan(path: Path) -> list[Record]:
     """Find out which form lies at `path` and list it."""
     text = str(path)
+    if text.startswith(PREFIX) and not _exists(path):
+        return scan_imagenet(Path(text.removeprefix(PREFIX)))
     try:
         path.stat()
     except FileNotFoundError:
@@ -265,5 +269,5 @@ def _exists(path: Path) -> bool:
 
 def _refuse_missing(path: Path) -> None:
     if re.match(r"^[a-z0-9_]+:", str(path)) and not _exists(path):
-        raise InputError(f"{path}: benchmarks by name are not known here; wanted {ACCEPTED_FORMS}")
+        raise InputError(f"{path}: this benchmark is not read here; wanted {ACCEPTED_FORMS}")
     raise InputError(f"{path}: nothing there; wanted {ACCEPTED_FORMS}")

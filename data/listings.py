@@ -84,7 +84,7 @@ def scan_folder(root: Path) -> list[Record]:
         with_images = [folder for folder in folders if _has_images(folder)]
         if len(with_images) >= 2:
             return [record for folder in with_images for record in _scan_class(root, folder, None)]
-    records = _file_records(root, root, None, None)
+    records = file_records(root, root, None, None)
     if not records:
         raise InputError(f"{root}: no images in this folder; wanted files ending in {', '.join(IMAGE_SUFFIXES)}")
     return records
@@ -111,7 +111,7 @@ def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
         images, classes = _entries(folder)
         _refuse_stray(folder, images, classes)
         if images:
-            records += _file_records(root, folder, None, split)
+            records += file_records(root, folder, None, split)
         else:
             records += [record for inner in classes for record in _scan_class(root, inner, split)]
     if not records:
@@ -120,10 +120,10 @@ def _scan_splits(root: Path, splits: list[Path]) -> list[Record]:
 
 
 def _scan_class(root: Path, folder: Path, split: str | None) -> list[Record]:
-    return _file_records(root, folder, folder.name, split)
+    return file_records(root, folder, folder.name, split)
 
 
-def _file_records(root: Path, folder: Path, label: str | None, split: str | None) -> list[Record]:
+def file_records(root: Path, folder: Path, label: str | None, split: str | None) -> list[Record]:
     """A row for each image under `folder`, named from `root` on."""
     inside = folder.relative_to(root).parts
     before = len(os.path.join(str(folder), "")) - sum(len(part) + 1 for part in inside)

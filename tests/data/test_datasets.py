@@ -107,7 +107,7 @@ def test_an_empty_folder_a_missing_one_and_no_name_are_refused(tmp_path: Path) -
         open_dataset(tmp_path)
     with pytest.raises(InputError, match="nothing there; wanted a folder of images"):
         open_dataset(tmp_path / "missing")
-    with pytest.raises(InputError, match="benchmarks by name are not known here"):
+    with pytest.raises(InputError, match=r"this benchmark is not read here; wanted .* imagenet:ROOT"):
         open_dataset("imagewoof:/nowhere")
     for text in ("", "  "):
         with pytest.raises(InputError, match="no data was named"):
