@@ -5,8 +5,9 @@
     NAME.csv beside NAME.zip, a CSV, tars     with a further file an image: `masks`, `sem` or `instances`
     voc2012:ROOT                              VOCdevkit/VOC2012 (or ROOT itself): JPEGImages, SegmentationClass, -Object
     ade20k:ROOT                               ADEChallengeData2016 (or ROOT itself): images, annotations
+    cityscapes:ROOT                           leftImg8bit and gtFine, both unpacked in ROOT
 
-The two benchmarks are also known by their folders, without the prefix. Nothing is decoded before it is asked for.
+The benchmarks are also known by their folders, without the prefix. Nothing is decoded before it is asked for.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from PIL import Image
 from data.datasets import Dataset, open_dataset
 from data.decode import DEFAULT_LIMITS
 from data.errors import InputError
-from data.listings import IMAGE, Item, Record, scan_folder
+from data.listings import IMAGE, Item, Record, images_under, scan_folder
 from data.members import Member
 
 Purpose = Literal["objects", "classes"]
@@ -49,6 +50,13 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
+CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign",
+    21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train",
+    32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+"""Names of the ids that are scored; all others are void."""
+
 
 @dataclass(frozen=True)
 class MaskedImages:
@@ -61,6 +69,8 @@ class MaskedImages:
     """Whether values are numbers; None: told by each mask itself (a palette means numbers)."""
     zero_is_void: bool = False
     """ADE20K, rooms: 0 is no class, and classes count from 1."""
+    ids: tuple[int, ...] = ()
+    """Cityscapes: the values that are classes 0, 1, ...; all others are void. Empty: values are classes."""
     classes: tuple[str, ...] = ()
     """Names of the classes where the set has them; the first is number 0 of a mask that was read."""
     source: str = ""
@@ -85,6 +95,10 @@ class MaskedImages:
             raise InputError(f"{name}: its mask is a JPEG, whose values are not exact; wanted numbers in a PNG")
         if not numbered:
             return ((values >= FOREGROUND_FROM) | (values == 1) & (values.max() == 1)).astype(np.int32)
+        if self.ids:
+            class_of = np.full(values.max(initial=max(self.ids)) + 1, VOID, np.int32)
+            class_of[list(self.ids)] = np.arange(len(self.ids))
+            return class_of[values]
         mask: np.ndarray = values - 1 if self.zero_is_void else values.copy()
         mask[values == VOID_VALUE] = VOID
         return mask
@@ -235,6 +249,8 @@ def open_voc(root: Path, purpose: Purpose) -> MaskedImages:
         path = lists / f"{listed}.txt"
         for name in read_names(path) if path.is_file() else []:
             image, mask = root / "JPEGImages" / f"{name}.jpg", root / folder / f"{name}.png"
+            if split == "val" and purpose == "classes" and (root / "SegmentationClass" / mask.name).is_file():
+                mask = root / "SegmentationClass" / mask.name  # the added masks are coarser
             records.append(listed_record(name, split, image, "masks", mask, path))
     if not records:
         raise InputError(f"{lists}: no train.txt or val.txt with names in it; wanted VOC2012 as distributed")
@@ -273,6 +289,29 @@ def ade_names(path: Path) -> tuple[str, ...]:
     return tuple(names) if len(names) == 150 else tuple(f"class {number}" for number in range(1, 151))
 
 
+def find_cityscapes(root: Path) -> Path | None:
+    """The folder that holds leftImg8bit/val and gtFine/val."""
+    return root if all((root / kind / "val").is_dir() for kind in ("leftImg8bit", "gtFine")) else None
+
+
+def open_cityscapes(root: Path, purpose: Purpose) -> MaskedImages:
+    """Cityscapes, fine annotations: 2,975 training and 500 validation images of 19 classes; those of its test set are not public."""
+    if purpose == "objects":
+        raise InputError(f"{root}: Cityscapes is read as classes, and has classes, no objects; wanted object masks")
+    records = []
+    for split in ("train", "val"):
+        for image in images_under(root / "leftImg8bit" / split) if (root / "leftImg8bit" / split).is_dir() else []:
+            name = image.relative_to(root / "leftImg8bit").as_posix()
+            mask = root / "gtFine" / name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+            record = listed_record(name, split, image, "masks", mask, root / "leftImg8bit")
+            # a city is a scene: images of one film must not be on both sides of a choice
+            records.append(Record(Item(name, None, split, {"scene": image.parent.name}), record.members))
+    dataset = Dataset(records, name=str(root))
+    return MaskedImages(
+        dataset, "masks", True, ids=tuple(CITYSCAPES), classes=tuple(CITYSCAPES.values()), source="Cityscapes, gtFine"
+    )
+
+
 def read_names(path: Path) -> list[str]:
     """First word of each line of a list."""
     try:
@@ -297,5 +336,6 @@ def listed_record(name: str, split: str | None, image: Path, kind: str, truth: P
 BENCHMARKS: dict[str, tuple[Callable[[Path, Purpose], MaskedImages], Callable[[Path], Path | None]]] = {
     "voc2012": (open_voc, find_voc),
     "ade20k": (open_ade, find_ade),
+    "cityscapes": (open_cityscapes, find_cityscapes),
 }
 """Prefix of `--data` to what opens the set, and what finds its folder."""

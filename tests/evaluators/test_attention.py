@@ -36,7 +36,7 @@ def blob_folder(root: Path, n: int = 6, splits: tuple[str, ...] = ("train", "val
 
 
 def voc_folder(root: Path) -> Path:
-    """Two images of VOC2012 as distributed, one with two objects and a void edge; the other list has no object."""
+    """Two images of VOC2012 as distributed, one with two objects and a void edge, the other without an object."""
     voc = root / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationObject", "SegmentationClass", "ImageSets/Segmentation"):
         (voc / folder).mkdir(parents=True)

@@ -70,8 +70,12 @@ def test_perfect_features_find_everything_and_shared_values_are_needed() -> None
 
 @pytest.fixture
 def oxford(tmp_path: Path) -> Path:
+    return oxford_folder(tmp_path)
+
+
+def oxford_folder(root: Path) -> Path:
     """The layout of Revisited Oxford: two queries, six database images, arrays and lists mixed as in the real file."""
-    folder = tmp_path / "roxford5k"
+    folder = root / "roxford5k"
     (folder / "jpg").mkdir(parents=True)
     rng = np.random.default_rng(0)
     colours = {"a": (200, 40, 40), "b": (40, 200, 40)}
@@ -87,7 +91,7 @@ def oxford(tmp_path: Path) -> Path:
     ]
     with (folder / "gnd_roxford5k.pkl").open("wb") as file:
         pickle.dump({"gnd": gnd, "imlist": names, "qimlist": ["qa", "qb"]}, file)
-    return tmp_path
+    return root
 
 
 def test_revisited_oxford_is_read_as_distributed(oxford: Path, tmp_path: Path) -> None:

@@ -79,16 +79,18 @@ def nyud_folder(root: Path) -> Path:
 
 def kitti_folder(root: Path) -> Path:
     """KITTI: raw drives, annotated depth in 1/256 metres, Eigen's lists."""
-    for listed, drive in (("train", "0001"), ("test", "0002")):
-        image = f"2011_09_26/2011_09_26_drive_{drive}_sync/image_02/data/0000000005.png"
-        depth = f"2011_09_26_drive_{drive}_sync/proj_depth/groundtruth/image_02/0000000005.png"
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for listed, drive, frame in (("train", "0001", 5), ("train", "0001", 6), ("train", "0001", 7), ("test", "0002", 5)):
+        image = f"2011_09_26/2011_09_26_drive_{drive}_sync/image_02/data/{frame:010d}.png"
+        depth = f"2011_09_26_drive_{drive}_sync/proj_depth/groundtruth/image_02/{frame:010d}.png"
         for folder, name, array in (
             ("input", image, np.full((375, 1242, 3), 90, np.uint8)),
             ("gt_depth", depth, np.full((375, 1242), 20 * 256, np.uint16)),
         ):
             (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(root / folder / name), array)
-        (root / f"kitti_eigen_{listed}.txt").write_text(f"{image} {depth} 721.5377\n")
+        lines[listed].append(f"{image} {depth} 721.5377\n")
+        (root / f"kitti_eigen_{listed}.txt").write_text("".join(lines[listed]))
     return root
 
 

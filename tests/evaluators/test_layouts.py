@@ -1,0 +1,121 @@
+"""Benchmarks as they are distributed, each through the command's own parser: `python -m evaluators.NAME --data BENCHMARK:ROOT`."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from evaluators.presets import evaluator_cli
+from evaluators.results import load_result
+from evaluators.segmentation_data import open_masks
+from tests.data.test_imagenet import NAMED, devkit, flat_val, picture, train_folders
+from tests.evaluators.fakes import small_checkpoint
+from tests.evaluators.test_attention import voc_folder
+from tests.evaluators.test_copies import copydays
+from tests.evaluators.test_retrieval import oxford_folder
+from tests.evaluators.test_rgbd import kitti_folder, nyud_folder
+from tests.evaluators.test_segmentation import ade_folder
+from tests.evaluators.test_video_actions import ucf_folder
+from tests.evaluators.test_video_objects import davis_folder
+
+
+def imagenet_folder(root: Path) -> Path:
+    train_folders(root)
+    flat_val(root)
+    devkit(root / "ILSVRC2012_devkit_t12" / "data")
+    return root
+
+
+def voc_with_training(root: Path) -> Path:
+    lists = voc_folder(root) / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_text("2007_000001\n2007_000002\n")
+    (lists / "val.txt").write_text("2007_000001\n")
+    return root
+
+
+def cityscapes_folder(root: Path) -> Path:
+    """Two cities; masks of ids as annotated: road, car, licence plate (counts as nothing), unlabelled."""
+    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "lindau")):
+        for i in range(2):
+            ids = np.kron(np.array([[7, 26], [34 - 33 * i, 0]]), np.ones((16, 32), int)).astype(np.uint8)
+            stem = f"{city}_{i:06d}_000019"
+            for path, array in (
+                (root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", np.dstack([ids * 5] * 3)),
+                (root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", ids),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), array)
+    return root
+
+
+def measured(tmp_path: Path, name: str, data: str, words: str) -> dict[str, Any]:
+    """The result that the command writes."""
+    ckpt, out = small_checkpoint(tmp_path / "a.safetensors"), tmp_path / "out" / "result.json"
+    common = ["--ckpt", str(ckpt), "--data", data, "--out", str(out), "--cache-dir", "None", "--threads", "1"]
+    evaluator_cli(importlib.import_module(f"evaluators.{name}").main, [*common, *words.split()])
+    return load_result(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "benchmark", "folder", "words", "headline", "n"),
+    [
+        ("knn", "imagenet", imagenet_folder, "--k 1 3", "top1", 4),
+        ("logistic", "imagenet", imagenet_folder, "--C 1", "top1", 4),
+        ("copies", "copydays", copydays, "--size-px 32", "map_strong", 6),
+        ("retrieval", "roxford5k", oxford_folder, "--size-px 64 --scales 1", "map_medium", 2),
+        ("segmentation", "ade20k", ade_folder, "--lr 0.03 --steps 2 --batch 4 --held-out 1", "miou", 6),
+        ("segmentation", "voc2012", voc_with_training, "--lr 0.03 --steps 2 --batch 4 --held-out 5", "miou", 1),
+        ("segmentation", "cityscapes", cityscapes_folder, "--lr 0.03 --steps 2 --batch 4 --held-out 5", "miou", 2),
+        ("attention", "voc2012", voc_folder, "", "jaccard", 1),
+        ("depth", "nyud", nyud_folder, "--lr 0.01 --steps 3 --group-by none --held-out 5", "abs_rel", 1),
+        ("depth", "kitti", kitti_folder, "--lr 0.01 --steps 3 --group-by none --held-out 5", "abs_rel", 1),
+        ("video_objects", "davis", davis_folder, "--size 64", "jf_mean", 2),
+        ("video_actions", "ucf101", ucf_folder, "--frames 2 --classifier knn", "top1", 4),
+    ],
+)
+def test_a_benchmark_as_distributed(
+    tmp_path: Path, name: str, benchmark: str, folder: Callable[[Path], Path], words: str, headline: str, n: int
+) -> None:
+    data = f"{benchmark}:{folder(tmp_path / 'benchmark')}"
+    result = measured(tmp_path, name, data, words)
+    assert (result["evaluator"], result["data"]["source"]) == (name, data)
+    assert (result["headline"], result["metrics"][result["headline"]]["n"]) == (headline, n)
+
+
+def test_cityscapes_ids_become_its_nineteen_classes(tmp_path: Path) -> None:
+    images = open_masks(f"cityscapes:{cityscapes_folder(tmp_path)}", "classes")
+    assert (len(images.classes), images.classes[0], images.classes[13]) == (19, "road", "car")
+    masks = [images.mask(row) for row in (0, 1)]
+    assert [sorted(np.unique(mask)) for mask in masks] == [[-1, 0, 13], [-1, 0, 13]]
+    assert masks[0][0, 0] == 0
+    assert masks[0][0, -1] == 13
+    with pytest.raises(InputError, match="has classes, no objects"):
+        open_masks(tmp_path, "objects")
+    next(iter((tmp_path / "gtFine").rglob("*.png"))).unlink()
+    with pytest.raises(InputError, match=r"labelIds\.png: nothing there"):
+        open_masks(tmp_path, "classes")
+
+
+def test_a_probe_of_imagenet_is_tested_on_every_further_set(tmp_path: Path) -> None:
+    root, extra = imagenet_folder(tmp_path / "imagenet"), tmp_path / "extra"
+    wnids = sorted(set(NAMED.values()))
+    for number, wnid in enumerate(wnids):
+        picture(extra / "v2" / "imagenetv2-matched-frequency-format-val" / str(number) / "a.jpeg", 50 * number)
+        for kind in ("a", "r", "sketch/sketch"):
+            picture(extra / kind / wnid / "a.jpg", 50 * number)
+        picture(extra / "c" / "weather" / "snow" / "3" / wnid / "a.JPEG", 50 * number)
+    labels = [[wnids.index(wnid)] for wnid in NAMED.values()]
+    (extra / "real").write_text(json.dumps([*labels[:-1], []]))
+    sets = " ".join(f"imagenet-{kind}:{extra / kind}" for kind in ("v2", "real", "a", "r", "sketch", "c"))
+    words = f"--lr 0.01 --epochs 1 --min-steps 5 --select-on val --test-data {sets}"
+    metrics = measured(tmp_path, "linear", f"imagenet:{root}", words)["metrics"]
+    assert {name: metrics[f"{name}_top1"]["n"] for name in ("v2", "real", "a", "r", "sketch")} == {
+        "v2": 3, "real": 3, "a": 3, "r": 3, "sketch": 3,
+    }  # fmt: skip
+    assert metrics["c_mce"]["n"] == 3
