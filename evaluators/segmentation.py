@@ -166,8 +166,8 @@ class SegmentationRun(NetworkOptions):
     """Options of the segmentation evaluator."""
 
     data: str
-    """Images with masks of classes (PNG; 255: does not count): ade20k:ROOT, voc2012:ROOT, cityscapes:ROOT, a folder with images/ and masks/,
-    or a packed set, CSV or tar shards with `sem` or `masks`."""
+    """Images with masks of classes (PNG; 255: does not count): ade20k:ROOT, voc2012:ROOT, cityscapes:ROOT, a folder with
+    images/ and masks/, or a packed set, CSV or tar shards with `sem` or `masks`."""
     baselines: tuple[SegmentationBaseline, ...] = ()
     """Measured beside the network on the same images: colour (mean and spread of colour in each patch, same probe),
     untrained (same network, random weights)."""
