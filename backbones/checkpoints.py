@@ -272,7 +272,7 @@ def load_backbone(ckpt: str | Path) -> Backbone:
 
     path = Path(ckpt)
     try:
-        if path.is_dir():
+        if path.is_dir() and (path / "config.json").is_file():
             return load_huggingface(path)
     except OSError as error:
         raise CheckpointError(f"{str(ckpt)[:80]}: cannot be opened ({error.strerror}); give a shorter path") from error
@@ -284,7 +284,9 @@ def load_backbone(ckpt: str | Path) -> Backbone:
         return backbone
     if path.suffix == ".safetensors":
         return load_own_checkpoint(path)
+    came = "a folder without config.json is no backbone" if path.is_dir() else "is no backbone"
     raise CheckpointError(
-        f"{ckpt}: is no backbone; want a .safetensors checkpoint, a .pth file, a Hugging Face folder, "
+        f"{ckpt}: {came}; want a .safetensors checkpoint, a .pth file, a Hugging Face folder (with config.json), "
+        f"where networks are only run also an .onnx file, a .plan, or a server (grpc://host:port, http://host:port), "
         f"or one of {', '.join(CATALOG)}"
     )

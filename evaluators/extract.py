@@ -135,12 +135,24 @@ def extract(
     with open_store(spec.cache_dir, extraction_key(runtime, dataset, columns, spec), n) as store:
         cached = store.complete
         if not cached:
-            _fill(store, runtime, dataset, columns, spec, progress)
+            try:
+                _fill(store, runtime, dataset, columns, spec, progress)
+            except InputError as error:
+                if runtime.device != "remote":
+                    raise
+                raise InputError(f"{error}; {_left_behind(store, n)}") from error
             check_share(store, dataset, spec.max_corrupt_share)
             store.finish()
         elif progress:
             progress(n, n)
         return _table(store, dataset, spec.group_column, cached)
+
+
+def _left_behind(store: FeatureStore, n: int) -> str:
+    """What becomes of the features that a server gave before it failed."""
+    if store.folder is None:
+        return "nothing is kept without --cache-dir; once the server is back, run the same command again"
+    return f"{store.next_item} of {n} images are saved: once the server is back, the same command goes on from there"
 
 
 def available_columns(runtime: Runtime, wanted: Sequence[Column]) -> tuple[Column, ...]:

@@ -8,6 +8,7 @@ Read in this order: make_page, report_groups.py, report_tables.py, report_pictur
 
 import html
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -87,7 +88,7 @@ def main(
     if not results:
         raise InputError("no results were named; give result files or folders of them")
     check_writable(out, "--out", ".html")
-    text = make_page(load_results(results), title)
+    text = make_page(load_results(results, lambda line: print(f"note: {line}", file=sys.stderr)), title)
     try:
         with replacing(out) as path:
             path.write_text(text)

@@ -1,7 +1,7 @@
 """Result files in, groups that may be compared out: one evaluator, one version, the same data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,10 @@ from typing import Any
 from data.errors import InputError
 from evaluators.compare import Scored, compare, load_scored
 from evaluators.results import SCHEMA, load_result
+
+MAX_NAMED = 3
+"""Files that an error names."""
+OURS = "schema 'dinoscope."
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,19 @@ class Group:
         return self.found[0]
 
 
-def load_results(places: Sequence[Path]) -> list[Found]:
+def load_results(places: Sequence[Path], note: Callable[[str], None] = lambda _: None) -> list[Found]:
     """The results that files and folders hold. Raises InputError for a file that is none, and where there is none at all.
 
-    In a folder what is no result (suite.json, comparisons) is passed over; a result of another schema is not.
+    In a folder what is no result is passed over, with a `note` unless it is ours (suite.json, comparisons); a result of
+    another version of the schema is not.
     """
-    found = []
+    found: list[Found] = []
+    aliens: dict[Path, str] = {}
     for place in places:
         if place.is_dir():
-            files = [path for path in sorted(place.rglob("*.json")) if _is_result(path)]
+            kinds = {path: _kind(path) for path in sorted(place.rglob("*.json"))}
+            files = [path for path, kind in kinds.items() if kind.startswith(f"schema '{SCHEMA.split('/')[0]}/")]
+            aliens |= {path: kind for path, kind in kinds.items() if path not in files}
         elif place.is_file():
             files = [place]
         else:
@@ -64,16 +72,26 @@ def load_results(places: Sequence[Path]) -> list[Found]:
                 scored = None
             found.append(Found(path, result, scored))
     if not found:
-        raise InputError(f"{', '.join(map(str, places))}: no result files; run evaluators with --out, or the suite")
+        some = ", ".join(f"{path} ({kind})" for path, kind in list(aliens.items())[:MAX_NAMED])
+        more = f" and {len(aliens) - MAX_NAMED} more" if len(aliens) > MAX_NAMED else ""
+        came = f"; what is there is none: {some}{more}" if aliens else ""
+        raise InputError(
+            f"{', '.join(map(str, places))}: no result files{came}; wanted schema {SCHEMA!r}: run evaluators with --out, or the suite"
+        )
+    for path, kind in aliens.items():
+        if not kind.startswith(OURS):
+            note(f"{path} is no result of ours and was passed over: {kind}, wanted schema {SCHEMA!r}")
     return found
 
 
-def _is_result(path: Path) -> bool:
+def _kind(path: Path) -> str:
+    """The schema that a file names, or in words that it names none."""
     try:
         body = json.loads(path.read_text())
-        return isinstance(body, dict) and str(body.get("schema", "")).split("/")[0] == SCHEMA.split("/")[0]
     except (OSError, ValueError, RecursionError):
-        return False
+        return "no readable JSON"
+    schema = body.get("schema") if isinstance(body, dict) else None
+    return f"schema {schema[:60]!r}" if isinstance(schema, str) else "no schema"
 
 
 def group_results(found: Sequence[Found]) -> list[Group]:

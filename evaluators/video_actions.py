@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from data.datasets import Dataset
 from data.errors import InputError, run_cli
 from evaluators import knn, linear
 from evaluators.classification import (
@@ -127,6 +128,14 @@ class VideoActionsRun(NetworkOptions):
             raise InputError(f"--split-list {self.split_list}: UCF-101 has the splits 1, 2 and 3")
 
 
+def check_videos(train: Dataset, val: Dataset, data: str) -> None:
+    """Raise InputError where there are fewer training videos than classes, however many frames they have."""
+    n_videos = len({item.row[CLIP] for item in train.items})
+    n_classes = len({item.label for part in (train, val) for item in part.items})
+    if n_videos < n_classes:
+        raise InputError(f"{data}: {n_videos} training videos for {n_classes} classes; wanted at least one a class")
+
+
 def run(options: VideoActionsRun, spec: VideoActionsSpec = VideoActionsSpec()) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
     refuse_processes(options)
@@ -134,6 +143,7 @@ def run(options: VideoActionsRun, spec: VideoActionsSpec = VideoActionsSpec()) -
         check_writable(options.out, "--out", ".json")
     dataset = open_actions(options.data, spec.frames, options.split_list)
     splits = labelled(split_dataset(dataset, options.train_split, options.val_split, CLIP), options.data)
+    check_videos(splits.train, splits.val, options.data)
     videos = {
         f"n_{what}": len({item.row[CLIP] for item in part.items})
         for what, part in (("train", splits.train), ("val", splits.val))

@@ -208,5 +208,7 @@ class TestNames:
     def test_a_file_of_that_name_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "dinov2_vits14").mkdir()
-        with pytest.raises(CheckpointError, match=r"dinov2_vits14/config\.json: no such file"):
+        with pytest.raises(
+            CheckpointError, match=r"dinov2_vits14: a folder without config\.json is no backbone; .*an \.onnx file"
+        ):
             load_backbone("dinov2_vits14")

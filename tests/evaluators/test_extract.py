@@ -103,10 +103,16 @@ def test_a_server_that_dies_half_way_is_one_error_and_the_next_one_goes_on(folde
                 raise InputError("grpc://host:8001: the server gave no result (unavailable)")
             return super().run(pixels_NCHW, outputs)
 
-    spec = ExtractSpec(cache_dir=tmp_path / "cache", batch_size=5)
-    with pytest.raises(InputError, match="gave no result"):
-        extract(Dying(), open_dataset(folder), spec)
+    spec, dying = ExtractSpec(cache_dir=tmp_path / "cache", batch_size=5), Dying()
+    dying.device = "remote"
+    with pytest.raises(
+        InputError, match=r"gave no result.*15 of 36 images are saved: .* the same command goes on from there"
+    ):
+        extract(dying, open_dataset(folder), spec)
+    with pytest.raises(InputError, match="nothing is kept without --cache-dir"):
+        extract(dying, open_dataset(folder), ExtractSpec(batch_size=5))
     back = MeanColourRuntime()
+    back.device = "remote"
     table = extract(back, open_dataset(folder), spec)
     assert back.images == 36 - 15
     np.testing.assert_array_equal(table.features, extract(MeanColourRuntime(), open_dataset(folder)).features)

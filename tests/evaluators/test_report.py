@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,7 +121,9 @@ def test_other_data_is_another_table(tmp_path: Path) -> None:
 def test_what_is_no_result_is_refused_or_passed_over(tmp_path: Path) -> None:
     (tmp_path / "suite.json").write_text(json.dumps({"schema": "dinoscope.suite/1"}))
     (tmp_path / "notes.json").write_text("no json")
-    with pytest.raises(InputError, match="no result files"):
+    with pytest.raises(
+        InputError, match=r"no result files; what is there is none: .*wanted schema 'dinoscope\.result/1'"
+    ):
         load_results([tmp_path])
     with pytest.raises(InputError, match="nothing there"):
         load_results([tmp_path / "absent"])
@@ -142,3 +146,35 @@ def test_tries_are_averaged_along_a_curve() -> None:
     lines = grid_lines(grid, "k", "top1")
     assert lines == {f", n_per_class {n}": [(1, pytest.approx(0.2)), (2, pytest.approx(0.3))] for n in (1, 5)}
     assert grid_lines([{"k": "x", "top1": None}], "k", "top1") == {}
+
+
+def test_results_of_another_schema_are_named_with_what_was_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def status(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, words), "--out", str(tmp_path / "page.html")])
+        monkeypatch.delitem(sys.modules, "evaluators.report", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("evaluators.report", run_name="__main__")
+        return int(ended.value.code or 0)
+
+    folder = tmp_path / "alien"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"schema": "other.result/1", "metrics": {}}')
+    (folder / "b.json").write_text("{")
+    assert status(folder) == 2
+    said = capsys.readouterr().err
+    assert f"{folder / 'a.json'} (schema 'other.result/1'), {folder / 'b.json'} (no readable JSON)" in said
+    assert "wanted schema 'dinoscope.result/1': run evaluators with --out" in said
+    assert status(folder / "a.json") == 2
+    assert f"{folder / 'a.json'}: schema 'other.result/1', wanted 'dinoscope.result/1'" in capsys.readouterr().err
+    (folder / "newer.json").write_text('{"schema": "dinoscope.result/2"}')
+    assert status(folder) == 2
+    assert "newer.json: schema 'dinoscope.result/2', wanted 'dinoscope.result/1'" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+    make_result(folder / "newer.json", np.ones(4, np.float32))
+    (folder / "suite.json").write_text('{"schema": "dinoscope.suite/1"}')
+    assert status(folder) == 0
+    said = capsys.readouterr().err
+    assert f"note: {folder / 'a.json'} is no result of ours and was passed over" in said
+    assert "suite.json" not in said
