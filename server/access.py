@@ -1,10 +1,9 @@
 """Who is asking, what they may do, and how much: bearer tokens in two scopes, and a rate for each client. For both wires.
 
 Without a token file everyone may do everything, which is why the server then listens on this machine only. Read in this order: Access,
-needed_on_http, needed_on_grpc, AccessGuard, RequireToken, Rates.
+needed_on_http, needed_on_grpc, AccessGuard, Rates. gRPC's guard is in `grpc_calls`.
 """
 
-import contextlib
 import hashlib
 import hmac
 import math
@@ -15,13 +14,12 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import grpc
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.errors import InputError
-from server.errors import Forbidden, Overloaded, Unauthenticated, message, outcome
+from server.errors import Forbidden, Overloaded, Unauthenticated
 from server.http_body import error_reply
 from server.tracing import parent
 
@@ -146,53 +144,6 @@ class AccessGuard:
         client.set(name)
         parent.set(headers.get(b"traceparent", b"").decode("latin-1"))
         await self.app(scope, receive, send)
-
-
-class RequireToken(grpc.aio.ServerInterceptor):
-    """The same for gRPC: the metadata `authorization`."""
-
-    def __init__(self, access: Access) -> None:
-        self.access = access
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler, behind the check."""
-        handler = await continuation(details)
-        if handler is None or (handler.unary_unary is None and handler.stream_stream is None):
-            return handler  # the health service's Watch, which is open
-        needed = needed_on_grpc(details.method.rpartition("/")[2])
-        given = _value(details, "authorization")
-
-        async def admit(context: grpc.aio.ServicerContext) -> None:
-            try:
-                client.set(self.access.check(given, needed, _host(context.peer())))
-                parent.set(_value(details, "traceparent") or "")
-            except (Unauthenticated, Forbidden) as error:
-                await context.abort(outcome(error).grpc_code, message(error))
-
-        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await admit(context)
-            return await handler.unary_unary(request, context)
-
-        async def answer_stream(requests: Any, context: grpc.aio.ServicerContext) -> Any:
-            await admit(context)
-            async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
-                async for one in answers:
-                    yield one
-
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                answer_stream, handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(answer, handler.request_deserializer, handler.response_serializer)
-
-
-def _value(details: grpc.HandlerCallDetails, wanted: str) -> str | None:
-    return next((value for key, value in details.invocation_metadata if key == wanted), None)
-
-
-def _host(peer: str) -> str:
-    """`ipv4:127.0.0.1:5000` without scheme and port: a client keeps its name over its connections."""
-    return peer.partition(":")[2].rpartition(":")[0] or peer
 
 
 class Rates:

@@ -83,6 +83,15 @@ class Admission:
         if self.body_bytes > max(self.spec.max_bytes, of_request):
             raise self._overloaded(f"requests of {self.body_bytes >> 20} MB are being read")
 
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Count a whole message in for the length of the block. Raises as `receive`."""
+        try:
+            self.receive(nbytes, nbytes)
+            yield
+        finally:
+            self.forget(nbytes)
+
     def forget(self, nbytes: int) -> None:
         """Count a body out."""
         self.body_bytes -= nbytes

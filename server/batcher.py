@@ -8,9 +8,10 @@ Axes: R rows of one request, B rows of one batch; both come first in every array
 import asyncio
 import itertools
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,10 +89,50 @@ class _Piece:
     stop: int
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class _Batch:
+    """Work for an instance; what came of it is told to `done`, on the loop."""
+
+    key: Hashable
+    pieces: list[_Piece]
+    loop: asyncio.AbstractEventLoop
+    done: "Callable[[_Instance, _Batch, _Outcome], None]"
+
+
+_Outcome = tuple[dict[str, np.ndarray], int] | BaseException
+"""What a batch gave and how long it ran, or why it gave nothing."""
+
+
 class _Instance:
-    run: Run
-    thread: ThreadPoolExecutor
+    """A network in a thread of its own.
+
+    An executor's futures would do, and cost more than the rest of the batcher: each batch passes two of them, a lock each, and a task.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        self._run = run
+        self._work: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
+
+    def begin(self, batch: _Batch) -> None:
+        """Compute it when what was begun before is done."""
+        self._work.put(batch)
+
+    def end(self) -> None:
+        """Wait until everything that was begun is done; nothing may follow."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _live(self) -> None:
+        while (batch := self._work.get()) is not None:
+            outcome: _Outcome
+            try:
+                outcome = _run_pieces(self._run, batch.key, batch.pieces)
+            except BaseException as error:
+                outcome = error
+            batch.loop.call_soon_threadsafe(batch.done, self, batch, outcome)
+            del batch, outcome  # an idle instance holds nobody's images
 
 
 class Batcher:
@@ -106,14 +147,14 @@ class Batcher:
         self.executions = 0
         self.expired_rows = 0
         self.cancelled_rows = 0
-        self._idle = [
-            _Instance(run, ThreadPoolExecutor(1, thread_name_prefix=f"run-{i}")) for i, run in enumerate(runs)
-        ]
-        self._threads = [instance.thread for instance in self._idle]
+        self._instances = [_Instance(run, f"run-{i}") for i, run in enumerate(runs)]
+        self._idle = self._instances.copy()
+        self._at_rest = asyncio.Event()
+        self._at_rest.set()
         self._buckets: dict[Hashable, list[_Entry]] = {}
         self._order = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._soon = False
         self._closed = False
 
     @property
@@ -139,7 +180,7 @@ class Batcher:
         due = min(deadline_s if deadline_s is not None else math.inf, now + patience_s)
         entry = _Entry(rows, due, deadline_s, now, next(self._order), loop.create_future())
         self._buckets.setdefault(key, []).append(entry)
-        self._dispatch()
+        self._dispatch_soon(loop)
         try:
             return await entry.future
         finally:
@@ -152,10 +193,9 @@ class Batcher:
             for entry in bucket:
                 _fail(entry, Draining("the server shut down before this request was run"))
         self._buckets.clear()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        for thread in self._threads:
-            thread.shutdown()
+        await self._at_rest.wait()
+        for instance in self._instances:
+            instance.end()
 
     def _forget(self, key: Hashable, entry: _Entry) -> None:
         """Take the entry of a caller who is gone (answered, expired or cancelled) out of its bucket at once."""
@@ -177,8 +217,15 @@ class Batcher:
     def _is_late(self, entry: _Entry) -> bool:
         return entry.deadline_s is not None and asyncio.get_running_loop().time() >= entry.deadline_s
 
+    def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Dispatch once everything that this turn of the loop has brought is queued: those requests share a batch."""
+        if not self._soon:
+            self._soon = True
+            loop.call_soon(self._dispatch)
+
     def _dispatch(self) -> None:
         """Give idle instances the most urgent ripe batches, and wake up again when the next one ripens."""
+        self._soon = False
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -189,9 +236,9 @@ class Batcher:
             if not ripe:
                 break
             key = min(ripe, key=lambda key: min((entry.due_s, entry.order) for entry in self._buckets[key]))
-            task = loop.create_task(self._execute(self._idle.pop(), key, self._take(key)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            instance = self._idle.pop()
+            self._at_rest.clear()
+            instance.begin(_Batch(key, self._take(key), loop, self._finish))
         if self._idle and self._buckets:
             self._timer = loop.call_at(min(map(self._ripe_at, self._buckets)), self._dispatch)
 
@@ -231,28 +278,27 @@ class Batcher:
             del self._buckets[key]
         return pieces
 
-    async def _execute(self, instance: _Instance, key: Hashable, pieces: list[_Piece]) -> None:
-        """Run one batch. Its failure reaches each of its waiters, and the instance goes on."""
-        loop = asyncio.get_running_loop()
-        try:
-            outputs, run_ns = await loop.run_in_executor(instance.thread, _run_pieces, instance.run, key, pieces)
-            self.executions += 1
-            _hand_out(pieces, outputs, run_ns)
-        except BaseException as error:
-            for piece in pieces:
-                _fail(piece.entry, EngineFailed("the batch failed"), cause=error)
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._idle.append(instance)
-            if not self._closed:
-                self._dispatch()
+    def _finish(self, instance: _Instance, batch: _Batch, outcome: _Outcome) -> None:
+        """Tell the waiters of a batch. Its failure reaches each of them, and the instance goes on."""
+        self._idle.append(instance)
+        if len(self._idle) == len(self._instances):
+            self._at_rest.set()
+        if self._buckets:
+            self._dispatch_soon(batch.loop)
+        if isinstance(outcome, BaseException):
+            for piece in batch.pieces:
+                _fail(piece.entry, EngineFailed("the batch failed"), cause=outcome)
+            if not isinstance(outcome, Exception):
+                raise outcome
+            return
+        self.executions += 1
+        _hand_out(batch.pieces, *outcome)
 
 
 def _run_pieces(run: Run, key: Hashable, pieces: list[_Piece]) -> tuple[dict[str, np.ndarray], int]:
     """Join the pieces, run them, check that each output has a row for each row. In the instance's thread."""
     parts = [piece.entry.rows[piece.start : piece.stop] for piece in pieces]
-    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    rows = _joined(parts)
     began = time.perf_counter_ns()
     outputs = dict(run(key, rows))
     run_ns = time.perf_counter_ns() - began
@@ -260,6 +306,21 @@ def _run_pieces(run: Run, key: Hashable, pieces: list[_Piece]) -> tuple[dict[str
     if wrong:
         raise ValueError(f"{len(rows)} rows went in, and the outputs have the shapes {wrong}")
     return outputs, run_ns
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts' rows in one array that is aligned: off the wire they begin at any byte of a message.
+
+    Python's own join lets go of the interpreter's lock once for all parts, and of less than a megabyte not at all. NumPy does for each
+    part, and to get the lock back from a busy event loop takes longer than to copy an image.
+    """
+    first = parts[0]
+    if len(parts) == 1 and first.flags.aligned:
+        return first
+    if not all(part.flags.c_contiguous and part.dtype == first.dtype for part in parts) or first.dtype.hasobject:
+        return np.require(np.concatenate(parts), requirements="A")
+    joined = bytearray().join([part.view(np.uint8).data for part in parts])
+    return np.frombuffer(joined, first.dtype).reshape(-1, *first.shape[1:])
 
 
 def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int) -> None:

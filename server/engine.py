@@ -194,9 +194,6 @@ class Engine:
     def _run_with(self, runtime: Runtime) -> Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]:
         def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
             assert isinstance(key, tuple)
-            # Off the wire they begin at any byte of a message. Copied here, in the instance's thread, they hold nobody up;
-            # those of several requests were copied anyway when they were joined.
-            pixels = np.require(pixels, requirements="A")
             with self._memory.hold(len(pixels) * self._row_bytes(*key)):
                 outputs = runtime.run(pixels, key[2])
             _spoil(pixels, outputs)
@@ -208,9 +205,11 @@ class Engine:
 def _spoil(pixels_NCHW: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
     """Make outputs NaN for images with values that are not finite: not every layer lets those through to its own output.
 
-    A sum is finite only if all its parts are, and costs a third of looking at each of them.
+    A sum is finite only if all its parts are, and costs a third of looking at each of them; one sum serves for all images that are well.
     """
     with np.errstate(all="ignore"):
+        if np.isfinite(pixels_NCHW.sum()):
+            return
         bad = [
             row
             for row, image in enumerate(pixels_NCHW)

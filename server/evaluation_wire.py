@@ -19,7 +19,9 @@ from tritonclient.grpc.service_pb2_grpc import (
 )
 
 from server import describe
-from server.grpc_api import RefuseUnreadable, answering, reply_message, request_from
+from server.grpc_api import answering
+from server.grpc_calls import RefuseUnreadable
+from server.grpc_messages import reply_message, request_from
 from server.infer_message import InferMessage
 from server.service import Service, off_loop_if_large
 
@@ -44,7 +46,9 @@ class _Inside(GRPCInferenceServiceServicer):
 
     @answering
     async def ModelInfer(self, request: InferMessage, context: Any) -> Any:
-        wanted = await off_loop_if_large(request.nbytes, request_from, request, None, self.service.shared_memory)
+        wanted = await off_loop_if_large(
+            request.nbytes, request_from, request, request.id, None, self.service.shared_memory
+        )
         return reply_message(self.service, wanted, await self.service.infer_aside(wanted, PATIENCE_S), request.id)
 
 

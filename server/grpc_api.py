@@ -6,12 +6,11 @@ and log settings) answers UNIMPLEMENTED.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 from google.protobuf.json_format import ParseDict
-from google.protobuf.message import DecodeError as ProtobufError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from tritonclient.grpc import service_pb2 as pb
@@ -22,33 +21,16 @@ from tritonclient.grpc.service_pb2_grpc import (
 
 from data.errors import InputError
 from server import describe
-from server.access import Access, RequireToken
-from server.errors import message, outcome, retry_after
-from server.formats import FORMAT, SCALE
-from server.grpc_calls import BoundCalls
-from server.infer_message import InferMessage, read_infer
+from server.access import Access
+from server.errors import message
+from server.grpc_calls import GuardCalls, abort
+from server.grpc_messages import parameters, reply_message, request_from
+from server.infer_message import InferMessage
 from server.repository import Repository
-from server.requests import UNSUPPORTED, InferReply, InferRequest
 from server.service import Service, off_loop_if_large
-from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
-from server.tensors import Tensor, from_raw, from_values
 from server.tls import Tls
 
 SERVICE_NAME = "inference.GRPCInferenceService"
-_CONTENTS_OF = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 STREAM_DEPTH = 16
 """Requests of one stream that are worked on at the same time."""
 Handler = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
@@ -63,15 +45,9 @@ def answering(handler: Handler) -> Handler:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            await _abort(context, error, getattr(request, "id", ""))
+            await abort(context, error, getattr(request, "id", ""))
 
     return answer
-
-
-async def _abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> NoReturn:
-    metadata = tuple(retry_after(error).items())
-    await context.abort(outcome(error).grpc_code, message(error, request_id), trailing_metadata=metadata)
-    raise AssertionError("abort always raises")
 
 
 class InferenceServicer(GRPCInferenceServiceServicer):
@@ -119,7 +95,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     @answering
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        await self.repository.load(request.model_name, _parameters(request.parameters))
+        await self.repository.load(request.model_name, parameters(request.parameters))
         return pb.RepositoryModelLoadResponse()
 
     @answering
@@ -127,17 +103,18 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         await self.repository.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    @answering
     async def ModelInfer(self, request: InferMessage, context: grpc.aio.ServicerContext) -> Any:
-        return await self._infer(request, context)
+        called = _called(request)
+        try:
+            return await self._infer(request, called, context)
+        except Exception as error:
+            await abort(context, error, called)
 
-    async def _infer(self, request: InferMessage, context: grpc.aio.ServicerContext) -> Any:
-        given = request.id
-        # Logs, and the reply to an internal error, name a request even if its client did not.
-        request.fields.id = given or f"{random.getrandbits(48):012x}"
+    async def _infer(self, request: InferMessage, called: str, context: grpc.aio.ServicerContext) -> Any:
         left_s, shared = context.time_remaining(), self.service.shared_memory
-        wanted = await off_loop_if_large(request.nbytes, request_from, request, left_s, shared)
-        return reply_message(self.service, wanted, await self.service.infer(wanted), given)
+        with self.service.admission.holding(request.nbytes):
+            wanted = await off_loop_if_large(request.nbytes, request_from, request, called, left_s, shared)
+            return reply_message(self.service, wanted, await self.service.infer(wanted), request.id)
 
     @answering
     async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
@@ -179,153 +156,20 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     async def _stream_answer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         if isinstance(request, InputError):
             return pb.ModelStreamInferResponse(error_message=str(request))
-        given = request.id
+        called = _called(request)
         try:
-            reply = await self._infer(request, context)
+            reply = await self._infer(request, called, context)
         except Exception as error:
             return pb.ModelStreamInferResponse(
-                error_message=message(error, request.id), infer_response=pb.ModelInferResponse(id=given)
+                error_message=message(error, called), infer_response=pb.ModelInferResponse(id=request.id)
             )
         reply.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=reply)
 
 
-def _not_offered(method: str) -> str:
-    return f"{method} is not offered by this server"
-
-
-def request_from(sent: InferMessage, timeout_s: float | None, shared: SharedMemory) -> InferRequest:
-    """The protocol's message as an InferRequest. Raises InputError where it contradicts itself."""
-    request = sent.fields
-    for part in (*request.inputs, *request.outputs):
-        for name in UNSUPPORTED:
-            if name in part.parameters:
-                raise InputError(f"{part.name!r} asks for {name}, which this server does not have")
-    return InferRequest(
-        model=request.model_name,
-        version=request.model_version,
-        id=request.id,
-        tensors=_tensors(request.inputs, sent.raw, shared),
-        outputs=[output.name for output in request.outputs],
-        parameters=_parameters(request.parameters),
-        formats={
-            output.name: str(chosen)
-            for output in request.outputs
-            if (chosen := _parameters(output.parameters).get(FORMAT))
-        },
-        places={
-            output.name: place
-            for output in request.outputs
-            if (place := Place.of(_parameters(output.parameters), f"output {output.name!r:.80}")) is not None
-        },
-        protocol="grpc",
-        timeout_s=timeout_s,
-    )
-
-
-def _tensors(inputs: Sequence[Any], raw: Sequence[memoryview], shared: SharedMemory) -> list[Tensor]:
-    places = [Place.of(_parameters(tensor.parameters), f"input {tensor.name!r:.80}") for tensor in inputs]
-    if any(places):
-        sent = [tensor for tensor, place in zip(inputs, places, strict=True) if place is None]
-        found = iter(_sent(sent, raw))
-        return [
-            next(found) if place is None else from_raw(t.name, t.datatype, t.shape, shared.read(place))
-            for t, place in zip(inputs, places, strict=True)
-        ]
-    return _sent(inputs, raw)
-
-
-def _sent(inputs: Sequence[Any], raw: Sequence[memoryview]) -> list[Tensor]:
-    """Tensors whose values lie in the message itself."""
-    if not raw:
-        return [_typed(tensor) for tensor in inputs]
-    if len(raw) != len(inputs):
-        raise InputError(f"{len(inputs)} inputs and {len(raw)} raw_input_contents came; wanted one for each")
-    for tensor in inputs:
-        if tensor.HasField("contents"):
-            raise InputError(
-                f"input {tensor.name!r} has typed contents beside raw_input_contents; wanted one of the two"
-            )
-    return [from_raw(t.name, t.datatype, t.shape, content) for t, content in zip(inputs, raw, strict=True)]
-
-
-def _typed(tensor: Any) -> Tensor:
-    field = _CONTENTS_OF.get(tensor.datatype)
-    if field is None:
-        return from_raw(tensor.name, tensor.datatype, tensor.shape, b"")
-    return from_values(tensor.name, tensor.datatype, tensor.shape, list(getattr(tensor.contents, field)))
-
-
-def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    chosen = {name: parameter.WhichOneof("parameter_choice") for name, parameter in parameters.items()}
-    return {name: getattr(parameters[name], field) for name, field in chosen.items() if field}
-
-
-def reply_message(service: Service, request: InferRequest, reply: InferReply, request_id: str) -> Any:
-    """The reply as the protocol's message: raw contents for every output that is not in shared memory, in the order of the outputs."""
-    response = pb.ModelInferResponse(model_name=reply.model, model_version=reply.version, id=request_id)
-    for spec, array in reply.outputs:
-        output = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
-        if spec.name in reply.scales:
-            output.parameters[SCALE].string_param = reply.scales[spec.name]
-        content = service.raw(request, spec.name, array)
-        response.raw_output_contents.append(content or b"")  # clients count outputs and contents alike
-        if content is not None:
-            continue
-        place = request.places[spec.name]
-        output.parameters[REGION].string_param = place.region
-        output.parameters[BYTE_SIZE].int64_param = place.byte_size
-        output.parameters[OFFSET].int64_param = place.offset
-    return response
-
-
-class RefuseUnreadable(grpc.aio.ServerInterceptor):
-    """Bytes that are no message of the protocol are the client's mistake, not an exception of the server."""
-
-    def __init__(self) -> None:
-        self._wrapped: dict[str, Any] = {}
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler, with a reader that never raises; made once, for it knows nothing of the call."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        if details.method not in self._wrapped:
-            self._wrapped[details.method] = self._wrap(handler, details.method.rpartition("/")[2])
-        return self._wrapped[details.method]
-
-    def _wrap(self, handler: Any, method: str) -> Any:
-        if handler.stream_stream is not None:
-            reader = _reader(handler, method)
-            return grpc.stream_stream_rpc_method_handler(handler.stream_stream, reader, handler.response_serializer)
-        if handler.unary_unary is None:
-            return handler
-        if not asyncio.iscoroutinefunction(handler.unary_unary):
-
-            async def refuse(request: Any, context: grpc.aio.ServicerContext) -> Any:
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED, _not_offered(method))
-
-            return grpc.unary_unary_rpc_method_handler(refuse, bytes, bytes)
-
-        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            if isinstance(request, InputError):
-                await _abort(context, request, "")
-            return await handler.unary_unary(request, context)
-
-        return grpc.unary_unary_rpc_method_handler(answer, _reader(handler, method), handler.response_serializer)
-
-
-def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:
-    """Bytes to a message, or to the InputError that is told instead."""
-    parse = read_infer if method in ("ModelInfer", "ModelStreamInfer") else handler.request_deserializer
-
-    def read(data: bytes) -> Any:
-        try:
-            return parse(data)
-        except ProtobufError:
-            return InputError(f"the request's {len(data)} bytes are not a {method} message of the protocol")
-
-    return read
+def _called(request: InferMessage) -> str:
+    """What logs, and the reply to an internal error, call a request, even if its client gave it no name."""
+    return request.id or f"{random.getrandbits(48):012x}"
 
 
 class GrpcServer:
@@ -343,7 +187,7 @@ class GrpcServer:
     ) -> None:
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[BoundCalls(service.admission), RequireToken(access), RefuseUnreadable()],
+            interceptors=[GuardCalls(service.admission, access)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

@@ -1,27 +1,43 @@
-"""The bound on gRPC calls that are inside at once."""
+"""What a gRPC call passes before its RPC sees it: the bound on calls, the token, a reader that never raises; and how an error ends it.
+
+One interceptor does all of it, for each more costs every call as much as a small RPC does. Read in this order: GuardCalls, guarded,
+abort.
+"""
 
 import asyncio
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError as ProtobufError
 
-from server.access import needed_on_grpc
+from data.errors import InputError
+from server.access import Access, Role, client, needed_on_grpc
 from server.admission import Admission
-from server.errors import Overloaded, message, outcome, retry_after
+from server.errors import Forbidden, Overloaded, Unauthenticated, message, outcome, retry_after
+from server.infer_message import read_infer
+from server.tracing import parent
+
+Admit = Callable[[grpc.aio.ServicerContext], Exception | None]
+"""Why a call may not go on, if so; sets what is known of its client otherwise."""
 
 
-class BoundCalls(grpc.aio.ServerInterceptor):
-    """Refuses calls beyond `Admission.max_calls` before their messages are read; what is open to everyone, as health, is never refused.
+class GuardCalls(grpc.aio.ServerInterceptor):
+    """Refuses calls beyond `Admission.max_calls` before their messages are read, and calls without the token that they need.
 
-    gRPC's own `maximum_concurrent_rpcs` would refuse health too.
+    What is open to everyone, as health, is never refused; gRPC's own `maximum_concurrent_rpcs` would refuse that too.
     """
 
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+    def __init__(self, admission: Admission, access: Access) -> None:
+        self.admission, self.access = admission, access
+        self._guarded: dict[str, tuple[Any, Role | None]] = {}
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler, or one that refuses."""
-        if needed_on_grpc(details.method.rpartition("/")[2]) is not None:
+        """The method's handler behind the checks, made once; or one that refuses."""
+        known = self._guarded.get(details.method)
+        needed = needed_on_grpc(details.method.rpartition("/")[2]) if known is None else known[1]
+        if needed is not None:
             try:
                 self.admission.enter()
             except Overloaded as error:
@@ -29,15 +45,101 @@ class BoundCalls(grpc.aio.ServerInterceptor):
             call = asyncio.current_task()  # it lives as long as the call, whatever becomes of that
             assert call is not None
             call.add_done_callback(self._left)
-        return await continuation(details)
+        if known is None:
+            found = await continuation(details)
+            if found is None:
+                return None
+            known = self._guarded[details.method] = (guarded(found, details.method, self._admission_of(needed)), needed)
+        return known[0]
 
     def _left(self, _: "asyncio.Task[Any]") -> None:
         self.admission.leave()
 
+    def _admission_of(self, needed: Role | None) -> Admit:
+        def admit(context: grpc.aio.ServicerContext) -> Exception | None:
+            given = dict(reversed(context.invocation_metadata() or ()))  # the first of a name counts
+            try:
+                client.set(self.access.check(given.get("authorization"), needed, _host(context.peer())))
+            except (Unauthenticated, Forbidden) as error:
+                return error
+            parent.set(given.get("traceparent", ""))
+            return None
+
+        return admit
+
+
+def _host(peer: str) -> str:
+    """`ipv4:127.0.0.1:5000` without scheme and port: a client keeps its name over its connections."""
+    return peer.partition(":")[2].rpartition(":")[0] or peer
+
 
 def _refusing(error: Overloaded) -> Any:
     async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> Any:
-        metadata = tuple(retry_after(error).items())
-        await context.abort(outcome(error).grpc_code, message(error), trailing_metadata=metadata)
+        await abort(context, error)
 
     return grpc.stream_unary_rpc_method_handler(refuse)  # of a stream, nothing is read unasked
+
+
+class RefuseUnreadable(grpc.aio.ServerInterceptor):
+    """For a listener that lets everyone in: refuses only what cannot be read."""
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler, with a reader that never raises."""
+        handler = await continuation(details)
+        return handler and guarded(handler, details.method, lambda context: None)
+
+
+def guarded(handler: Any, method: str, admit: Admit) -> Any:
+    """The handler behind `admit`, with a reader that never raises.
+
+    Bytes that are no message of the protocol are the client's mistake, not an exception of the server. An RPC that is not offered is
+    refused whatever the bytes are. The health service's Watch stays as it is: it is open.
+    """
+    method = method.rpartition("/")[2]
+    if handler.stream_stream is not None:
+
+        async def answer_stream(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            if (error := admit(context)) is not None:
+                await abort(context, error)
+            async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
+                async for one in answers:
+                    yield one
+
+        reader = _reader(handler, method)
+        return grpc.stream_stream_rpc_method_handler(answer_stream, reader, handler.response_serializer)
+    if handler.unary_unary is None:
+        return handler
+    offered = asyncio.iscoroutinefunction(handler.unary_unary)
+
+    async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if (error := admit(context)) is not None:
+            await abort(context, error)
+        if not offered:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not offered by this server")
+        if isinstance(request, InputError):
+            await abort(context, request)
+        return await handler.unary_unary(request, context)
+
+    if not offered:
+        return grpc.unary_unary_rpc_method_handler(answer, bytes, bytes)
+    return grpc.unary_unary_rpc_method_handler(answer, _reader(handler, method), handler.response_serializer)
+
+
+def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:
+    """Bytes to a message, or to the InputError that is told instead."""
+    parse = read_infer if method in ("ModelInfer", "ModelStreamInfer") else handler.request_deserializer
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except ProtobufError:
+            return InputError(f"the request's {len(data)} bytes are not a {method} message of the protocol")
+
+    return read
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception, request_id: str = "") -> NoReturn:
+    """End the call with the code and message of the error table."""
+    metadata = tuple(retry_after(error).items())
+    await context.abort(outcome(error).grpc_code, message(error, request_id), trailing_metadata=metadata)
+    raise AssertionError("abort always raises")

@@ -10,10 +10,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import cv2
 import uvicorn
@@ -245,7 +247,18 @@ def main(config: ServerConfig, load: Load = load_artifacts) -> None:
     """Run in the foreground until SIGTERM or SIGINT; a second signal ends the process at once."""
     cv2.setNumThreads(1)  # the cores belong to the network's copies; the decode pool has threads of its own
     keep_freed_memory()
-    asyncio.run(_main(config, load))
+    _run(_main(config, load))
+
+
+def _run(life: Coroutine[Any, Any, None]) -> None:
+    """On uvloop's event loop, which takes a sixth less of a core for each request than asyncio's own; it is not made for Windows."""
+    if sys.platform == "win32":
+        asyncio.run(life)
+        return
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(life)
 
 
 async def _main(config: ServerConfig, load: Load) -> None:
@@ -294,7 +307,7 @@ class Running:
 
     def _live(self) -> None:
         try:
-            asyncio.run(self._serve())
+            _run(self._serve())
         except BaseException as error:
             self._error = error
         finally:

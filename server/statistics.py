@@ -89,6 +89,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._of_models: dict[str, tuple[Histogram, ...]] = {}
         seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
         self.request_s = Histogram(
             "dinoscope_request_seconds", "Answered requests", ["model"], registry=self.registry, buckets=seconds
@@ -121,9 +122,12 @@ class Metrics:
 
     def observe(self, model: str, total_ns: int, times: Times) -> None:
         """Put one answered request into the histograms."""
-        self.request_s.labels(model).observe(total_ns / 1e9)
-        self.queue_s.labels(model).observe(times.queue_ns / 1e9)
-        self.decode_s.labels(model).observe(times.input_ns / 1e9)
+        of_model = self._of_models.get(model)
+        if of_model is None:
+            found = (self.request_s, self.queue_s, self.decode_s)
+            of_model = self._of_models[model] = tuple(one.labels(model) for one in found)
+        for histogram, ns in zip(of_model, (total_ns, times.queue_ns, times.input_ns), strict=True):
+            histogram.observe(ns / 1e9)
         for execution in times.executions:
             self.batch_rows.observe(execution.batch_rows)
 
