@@ -2,19 +2,17 @@
 
 The database is the truth: what `add` has returned survives a power cut. For search every collection has a Snapshot, an immutable copy
 that follows the database by version, so that a search sees every write that was acknowledged before it, whichever server took it. A
-collection belongs to the weights and the preprocessing that made its vectors, and no other network may use it. Read in this order:
-Binding, NewItem, Collections. All methods block; call them off the event loop.
+collection belongs to the weights and the preprocessing that made its vectors, and no other network may use it. What an item is stands in
+`collection_items`. All methods block; call them off the event loop.
 """
 
 import json
 import logging
-import re
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,8 +20,17 @@ import numpy as np
 from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from data.errors import InputError
 from evaluators.collection_file import CollectionFile
+from server.collection_items import (
+    SAMPLES,
+    Binding,
+    CollectionInfo,
+    Item,
+    NewItem,
+    check_writable,
+    item_row,
+    metadata_of,
+)
 from server.databases import Database, storage_errors
 from server.errors import Conflict, NotFound
 from server.neighbours import Snapshot, build_graph
@@ -31,61 +38,8 @@ from server.schema import collections, items, removals
 
 log = logging.getLogger("server")
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
 MAX_VARIABLES = 10_000
 """Values in one statement; SQLite's limit is 32,766."""
-SAMPLES = "samples"
-"""The collection that the server builds itself; clients cannot write to it."""
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What a vector depends on besides its image."""
-
-    weights_sha256: str
-    preprocess: str
-    """The preprocessing as JSON with sorted keys."""
-    dimension: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewItem:
-    """An item to add."""
-
-    vector: np.ndarray
-    """float32 [D], as the network gives it, not normalised."""
-    id: str | None = None
-    """None: one is made up."""
-    label: str | None = None
-    metadata: dict[str, Any] | None = None
-    thumbnail: bytes | None = None
-    """A small JPEG."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """An item as it is listed."""
-
-    id: str
-    label: str | None
-    metadata: dict[str, Any]
-    has_thumbnail: bool
-    sequence: int
-    """Grows with every item added; pages follow it."""
-
-
-@dataclass(frozen=True)
-class CollectionInfo:
-    """A collection as it is listed."""
-
-    name: str
-    size: int
-    dimension: int
-    created: str
-    usable: bool
-    """False where it was made with another network than the one served."""
-    read_only: bool
 
 
 class Collections:
@@ -123,7 +77,7 @@ class Collections:
 
         They are on disk when this returns. Raises Conflict for an id that is taken or a collection of another network.
         """
-        _check_writable(name)
+        check_writable(name)
         return self._add(name, new)
 
     def replace(self, name: str, new: Sequence[NewItem], source: str) -> None:
@@ -137,7 +91,7 @@ class Collections:
         return row.source if row is not None and self._mismatch(row) is None else None
 
     def _add(self, name: str, new: Sequence[NewItem], source: str = "", replace: bool = False) -> list[str]:
-        rows = [self._row(name, item) for item in new]
+        rows = [item_row(name, item, self.binding.dimension) for item in new]
         with self._writing, self._begin() as db:
             if replace:
                 self._locked(db, name)
@@ -176,30 +130,9 @@ class Collections:
             if taken is not None:
                 raise Conflict(f"collection {name!r}: id {taken!r:.80} is taken; delete it first")
 
-    def _row(self, name: str, item: NewItem) -> dict[str, Any]:
-        vector = np.ascontiguousarray(item.vector, "<f4")
-        if vector.shape != (self.binding.dimension,):
-            raise InputError(f"an embedding has {vector.size} numbers; this network's have {self.binding.dimension}")
-        with np.errstate(over="ignore"):
-            length = np.linalg.norm(vector)
-        if not 0 < length < np.inf:
-            raise InputError("an embedding is zero or not finite, so it has no direction to compare")
-        if item.id is not None and (not ID.fullmatch(item.id) or item.id in (".", "..")):
-            raise InputError(
-                f"id {item.id!r:.80}: wanted 1 to 256 characters, no control characters, no '/', and not '.' or '..'"
-            )
-        return {
-            "collection": name,
-            "id": item.id if item.id is not None else uuid.uuid4().hex,
-            "label": item.label,
-            "metadata": item.metadata or {},
-            "vector": vector.tobytes(),
-            "thumbnail": item.thumbnail,
-        }
-
     def delete_item(self, name: str, item_id: str) -> None:
         """Take one item out. Raises NotFound."""
-        _check_writable(name)
+        check_writable(name)
         with self._writing, self._begin() as db:
             row = self._locked(db, name)
             if row is None:
@@ -211,7 +144,7 @@ class Collections:
 
     def delete(self, name: str) -> None:
         """Take a whole collection away, whichever network made it. Raises NotFound."""
-        _check_writable(name)
+        check_writable(name)
         with self._writing, self._begin() as db:
             if self._locked(db, name) is None:
                 self._collection(db, name)
@@ -277,7 +210,7 @@ class Collections:
             )
         rows = zip(table.ids, table.labels, table.metadata, table.vectors_nD, table.thumbnails, strict=True)
         new = [
-            NewItem(id=item_id, label=label, metadata=_object(text), vector=vector, thumbnail=picture)
+            NewItem(id=item_id, label=label, metadata=metadata_of(text), vector=vector, thumbnail=picture)
             for item_id, label, text, vector, picture in rows
         ]
         return self.add(name, new)
@@ -382,30 +315,6 @@ def _raise_version(db: Connection, row: Any) -> int:
     version = int(row.version) + 1
     db.execute(update(collections).where(collections.c.name == row.name).values(version=version))
     return version
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError, TypeError) as error:
-        raise InputError(f"metadata {text!r:.80} is no JSON") from error
-    if not isinstance(value, dict):
-        raise InputError(f"metadata {text!r:.80} is no JSON object")
-    return value
-
-
-def check_name(name: str) -> str:
-    """The name, if it may be one. Raises InputError."""
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"collection name {name!r:.80}: wanted 1 to 64 of a-z, 0-9, '-' and '_', a letter or digit first"
-        )
-    return name
-
-
-def _check_writable(name: str) -> None:
-    if check_name(name) == SAMPLES:
-        raise Conflict(f"collection {SAMPLES!r} is built by the server from its sample images; use a name of your own")
 
 
 def _now() -> str:

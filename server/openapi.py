@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from server.collections import NAME, CollectionInfo
+from server.collection_items import NAME, CollectionInfo
 from server.evaluations import Evaluation
 
 CollectionName = Annotated[

@@ -17,7 +17,7 @@ import numpy as np
 from data.errors import InputError
 from runtimes.runtime import Runtime
 from server.artifacts import Loaded, versions_in
-from server.collections import Binding
+from server.collection_items import Binding
 from server.config import ServerConfig
 from server.engine import Engine, EngineSpec
 from server.errors import Conflict, NotFound

@@ -15,7 +15,7 @@ from data.decode import decode_image
 from data.errors import InputError
 from evaluators.attention_maps import top_mass
 from server.http_body import Upload, read_upload, unless_disconnected
-from server.http_v2 import timeout_of
+from server.http_messages import timeout_of
 from server.openapi import PROBLEMS, Attentions, Depths, Embeddings, Segmentations, answers
 from server.pictures import attention_overlay, depth_picture
 from server.requests import InferReply, InferRequest

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from data.decode import decode_image
 from data.errors import InputError
 from evaluators.collection_file import check_form, read_collection, write_collection
-from server.collections import Item, NewItem, check_name
+from server.collection_items import Item, NewItem, check_name
 from server.http_body import Upload, check_json, parse_json, read_body
 from server.openapi import (
     BINARY,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from data.datasets import Dataset, open_dataset
 from data.errors import InputError
-from server.collections import SAMPLES, Collections, NewItem
+from server.collection_items import SAMPLES, NewItem
+from server.collections import Collections
 from server.engine import Engine
 from server.pictures import thumbnail
 from server.statistics import Times

@@ -18,8 +18,9 @@ from runtimes.runtime import Runtime
 from server.config import ServerConfig
 from server.run import Running
 from tests.evaluators.fakes import colour_folder
+from tests.server.images import png
 from tests.server.postgres import MISSING, find_programs, running_postgres
-from tests.server.wires import JsonWire, TritonWire, open_wire
+from tests.server.wires import JsonWire, TritonWire, images, open_wire
 
 PREPROCESS = Preprocess(size_px=32, resize_px=40, whole_px=48)
 """Two views that nobody can mistake for each other."""
@@ -138,3 +139,13 @@ def database_url(postgres: str) -> Iterator[str]:
     yield postgres.removesuffix("postgres") + name
     with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def goes_on_serving(server):
+    """After each test the server still answers, on both ports."""
+    yield
+    for name in ("grpc", "http"):
+        opened = open_wire(name, server.addresses)
+        assert opened.infer("embedding", images(png(0)))["embedding"].shape == (1, 48)
+        opened.close()

@@ -17,7 +17,8 @@ import pytest
 import server.neighbours
 from data.errors import InputError
 from evaluators.collection_file import read_collection, write_collection
-from server.collections import Binding, Collections, NewItem
+from server.collection_items import Binding, NewItem
+from server.collections import Collections
 from server.databases import open_database, open_postgres, open_sqlite
 from server.errors import Conflict, NotFound
 
@@ -320,7 +321,8 @@ WRITER = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from server.collections import Binding, Collections, NewItem
+from server.collection_items import Binding, NewItem
+from server.collections import Collections
 from server.databases import open_database
 store = Collections(open_database(Path(sys.argv[1]), *sys.argv[2:] or [None]), Binding("a" * 64, "{}", 4))
 print("open", flush=True)
@@ -355,7 +357,8 @@ FULL_DISK = """
 import json, resource, signal, sys
 from pathlib import Path
 import numpy as np
-from server.collections import Binding, Collections, NewItem
+from server.collection_items import Binding, NewItem
+from server.collections import Collections
 from server.databases import open_sqlite
 from server.errors import StorageFailed
 store = Collections(open_sqlite(Path(sys.argv[1])), Binding("a" * 64, "{}", 4))

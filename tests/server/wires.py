@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
@@ -137,3 +138,14 @@ def images(*files: bytes) -> dict[str, np.ndarray]:
     array = np.empty(len(files), object)
     array[:] = files
     return {"image": array}
+
+
+def refused(call, *args, **kwargs):
+    """The kind of error and its line, of a call that must be refused by one line that tells nothing of the inside."""
+    with pytest.raises(Refused) as caught:
+        call(*args, **kwargs)
+    line = caught.value.line
+    assert "\n" not in line
+    assert "Traceback" not in line
+    assert "the server failed" not in line
+    return caught.value.kind, line
