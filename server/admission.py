@@ -1,7 +1,7 @@
 """Who may enter: the one bound, in rows and in bytes, on everything the server has accepted and not yet answered.
 
-Before that a flood must fit into memory too: gRPC's calls are counted, as a message's size is known only once it is there, and the bytes
-of HTTP's bodies.
+Before that a flood must fit into memory too: the bytes of HTTP's bodies are counted as they come, those of gRPC's messages once they are
+there, as gRPC tells no size before; therefore its calls are counted as well.
 """
 
 import math
@@ -38,7 +38,7 @@ class Admission:
         self.max_calls = max(LEAST_CALLS, 2 * spec.max_rows)
         """Of gRPC, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
         self.body_bytes = 0
-        """Of HTTP bodies, as far as they have come, of requests that are not answered yet."""
+        """Of requests that are not answered yet: HTTP bodies, as far as they have come, and gRPC messages that are whole."""
         self.rejected = 0
         self._row_s = 0.05
 
@@ -68,6 +68,8 @@ class Admission:
         """Count a call in, whose message was not read yet; `leave` follows in any case. Raises Overloaded, and then it does not."""
         if self.calls >= self.max_calls:
             raise self._overloaded(f"{self.calls} calls are being answered, and more are not taken at once")
+        if self.body_bytes >= self.spec.max_bytes:
+            raise self._too_many_bytes()
         self.calls += 1
 
     def leave(self) -> None:
@@ -75,13 +77,13 @@ class Admission:
         self.calls -= 1
 
     def receive(self, nbytes: int, of_request: int) -> None:
-        """Count a part of a body in, of a request of which so much is there now; `forget` follows.
+        """Count a part of a request in, of which so much is there now; `forget` follows.
 
-        Raises Overloaded where all bodies together hold more than `max_bytes`; one that is alone may be as large as a message.
+        Raises Overloaded where all requests together hold more than `max_bytes`; one that is alone may be as large as a message.
         """
         self.body_bytes += nbytes
         if self.body_bytes > max(self.spec.max_bytes, of_request):
-            raise self._overloaded(f"requests of {self.body_bytes >> 20} MB are being read")
+            raise self._too_many_bytes()
 
     @contextmanager
     def holding(self, nbytes: int) -> Iterator[None]:
@@ -93,8 +95,11 @@ class Admission:
             self.forget(nbytes)
 
     def forget(self, nbytes: int) -> None:
-        """Count a body out."""
+        """Count a request out."""
         self.body_bytes -= nbytes
+
+    def _too_many_bytes(self) -> Overloaded:
+        return self._overloaded(f"requests of {self.body_bytes >> 20} MB are being read")
 
     def _overloaded(self, why: str) -> Overloaded:
         self.rejected += 1

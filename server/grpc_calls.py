@@ -19,12 +19,9 @@ from server.errors import Forbidden, Overloaded, Unauthenticated, message, outco
 from server.infer_message import read_infer
 from server.tracing import parent
 
-Admit = Callable[[grpc.aio.ServicerContext], Exception | None]
-"""Why a call may not go on, if so; sets what is known of its client otherwise."""
-
 
 class GuardCalls(grpc.aio.ServerInterceptor):
-    """Refuses calls beyond `Admission.max_calls` before their messages are read, and calls without the token that they need.
+    """Refuses calls beyond what `Admission` takes, and calls without the token that they need, before their messages are read.
 
     What is open to everyone, as health, is never refused; gRPC's own `maximum_concurrent_rpcs` would refuse that too.
     """
@@ -37,35 +34,29 @@ class GuardCalls(grpc.aio.ServerInterceptor):
         """The method's handler behind the checks, made once; or one that refuses."""
         known = self._guarded.get(details.method)
         needed = needed_on_grpc(details.method.rpartition("/")[2]) if known is None else known[1]
-        if needed is not None:
-            try:
-                self.admission.enter()
-            except Overloaded as error:
-                return _refusing(error)
-            call = asyncio.current_task()  # it lives as long as the call, whatever becomes of that
-            assert call is not None
-            call.add_done_callback(self._left)
-        if known is None:
-            found = await continuation(details)
-            if found is None:
-                return None
-            known = self._guarded[details.method] = (guarded(found, details.method, self._admission_of(needed)), needed)
+        try:
+            if needed is not None:
+                self._enter()
+            if known is None:
+                found = await continuation(details)
+                if found is None:
+                    return None
+                known = self._guarded[details.method] = (guarded(found, details.method), needed)
+            given = dict(reversed(details.invocation_metadata))  # the first of a name counts
+            client.set(self.access.check(given.get("authorization"), needed, ""))  # in the task of the call
+            parent.set(given.get("traceparent", ""))
+        except (Overloaded, Unauthenticated, Forbidden) as error:
+            return _refusing(error)
         return known[0]
+
+    def _enter(self) -> None:
+        self.admission.enter()
+        call = asyncio.current_task()  # it lives as long as the call, whatever becomes of that
+        assert call is not None
+        call.add_done_callback(self._left)
 
     def _left(self, _: "asyncio.Task[Any]") -> None:
         self.admission.leave()
-
-    def _admission_of(self, needed: Role | None) -> Admit:
-        def admit(context: grpc.aio.ServicerContext) -> Exception | None:
-            given = dict(reversed(context.invocation_metadata() or ()))  # the first of a name counts
-            try:
-                client.set(self.access.check(given.get("authorization"), needed, _host(context.peer())))
-            except (Unauthenticated, Forbidden) as error:
-                return error
-            parent.set(given.get("traceparent", ""))
-            return None
-
-        return admit
 
 
 def _host(peer: str) -> str:
@@ -73,7 +64,13 @@ def _host(peer: str) -> str:
     return peer.partition(":")[2].rpartition(":")[0] or peer
 
 
-def _refusing(error: Overloaded) -> Any:
+def _name(context: grpc.aio.ServicerContext) -> None:
+    """A client without a token is known by its address."""
+    if not client.get():
+        client.set(_host(context.peer()))
+
+
+def _refusing(error: Exception) -> Any:
     async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> Any:
         await abort(context, error)
 
@@ -86,11 +83,11 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """The method's handler, with a reader that never raises."""
         handler = await continuation(details)
-        return handler and guarded(handler, details.method, lambda context: None)
+        return handler and guarded(handler, details.method)
 
 
-def guarded(handler: Any, method: str, admit: Admit) -> Any:
-    """The handler behind `admit`, with a reader that never raises.
+def guarded(handler: Any, method: str) -> Any:
+    """The handler with a reader that never raises, and with its client's name.
 
     Bytes that are no message of the protocol are the client's mistake, not an exception of the server. An RPC that is not offered is
     refused whatever the bytes are. The health service's Watch stays as it is: it is open.
@@ -99,8 +96,7 @@ def guarded(handler: Any, method: str, admit: Admit) -> Any:
     if handler.stream_stream is not None:
 
         async def answer_stream(requests: Any, context: grpc.aio.ServicerContext) -> Any:
-            if (error := admit(context)) is not None:
-                await abort(context, error)
+            _name(context)
             async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
                 async for one in answers:
                     yield one
@@ -112,8 +108,7 @@ def guarded(handler: Any, method: str, admit: Admit) -> Any:
     offered = asyncio.iscoroutinefunction(handler.unary_unary)
 
     async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        if (error := admit(context)) is not None:
-            await abort(context, error)
+        _name(context)
         if not offered:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not offered by this server")
         if isinstance(request, InputError):

@@ -233,7 +233,11 @@ class Service:
         show("dinoscope_queue_rows", "Rows that wait for an instance", lambda: self.engine.batcher.waiting_rows)
         show("dinoscope_admitted_rows", "Rows accepted and not yet answered", lambda: admission.rows)
         show("dinoscope_admitted_bytes", "Memory reckoned for these rows", lambda: admission.bytes)
-        show("dinoscope_body_bytes", "HTTP bodies of requests that are not answered yet", lambda: admission.body_bytes)
+        show(
+            "dinoscope_body_bytes",
+            "Bytes that came of requests that are not answered yet",
+            lambda: admission.body_bytes,
+        )
         show("dinoscope_calls", "gRPC calls that are being answered", lambda: admission.calls)
         show(
             "dinoscope_rejected_requests",

@@ -303,6 +303,30 @@ def test_bodies_that_are_being_read_are_bounded_together_and_one_alone_is_not(tm
         wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
 
 
+def test_messages_of_grpc_count_among_the_bytes_and_are_not_read_while_those_fill_the_queue(tmp_path):
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 3000000\r\n\r\n"
+    with Running(config, runtime.load) as running, grpc.insecure_channel(running.addresses.grpc) as channel:
+        stub, health = service_pb2_grpc.GRPCInferenceServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+        runtime.gate.clear()
+        waiting = stub.ModelInfer.future(one_image())
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == one_image().ByteSize())
+        runtime.gate.set()
+        waiting.result(30)
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+        host, port = running.addresses.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 30) as slow:
+            slow.sendall(head + bytes(2_500_000))
+            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
+            with pytest.raises(grpc.RpcError, match="are being read") as caught:
+                stub.ModelInfer(one_image(), timeout=30)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+        stub.ModelInfer(one_image(), timeout=30)
+
+
 def one_image():
     request = service_pb2.ModelInferRequest(model_name="backbone")
     request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
