@@ -247,6 +247,20 @@ def test_nothing_is_computed_for_a_caller_who_left():
     assert (waiting, cancelled) == (1, 2)
 
 
+def test_nothing_is_computed_for_a_caller_who_leaves_in_the_moment_of_asking():
+    async def scenario():
+        gate = Gate()
+        gate.open.set()
+        batcher = Batcher([gate], BatchSpec())
+        leaving = await start(batcher, "key", rows(1, 1))
+        leaving.cancel()
+        await batcher.submit("key", rows(2))
+        await batcher.close()
+        return [batch[:, 0].tolist() for _, batch in gate.batches], batcher.cancelled_rows
+
+    assert asyncio.run(scenario()) == ([[2]], 2)
+
+
 def test_the_rest_of_a_split_request_is_dropped_when_its_caller_leaves():
     async def scenario():
         gate = Gate()
