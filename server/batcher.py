@@ -22,9 +22,6 @@ Run = Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]
 """(key, rows [B, ...]) -> named arrays [B, ...]; called in the thread of its instance, never twice at once."""
 
 MAX_INT = 1 << 62
-WAKE_NS = 300_000
-"""What it takes to hand a batch to a sleeping instance and back, most of it waiting for the interpreter's lock."""
-KEPT_KEYS = 256
 PATIENCE_S = 30.0
 """A request without a deadline is queued as if it had this one, so that urgent ones pass it but cannot starve it."""
 
@@ -100,7 +97,6 @@ class _Batch:
     pieces: list[_Piece]
     loop: asyncio.AbstractEventLoop
     done: "Callable[[_Instance, _Batch, _Outcome], None]"
-    began_ns: int = field(default_factory=time.perf_counter_ns)
 
 
 _Outcome = tuple[dict[str, np.ndarray], int] | BaseException
@@ -155,8 +151,6 @@ class Batcher:
         self._idle = self._instances.copy()
         self._at_rest = asyncio.Event()
         self._at_rest.set()
-        self._running: set[_Batch] = set()
-        self._fastest_ns: dict[Hashable, float] = {}
         self._buckets: dict[Hashable, list[_Entry]] = {}
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -237,9 +231,6 @@ class Batcher:
             self._timer = None
         loop = asyncio.get_running_loop()
         while self._idle and self._buckets:
-            if self._soon_done():
-                self._timer = loop.call_later(2 * WAKE_NS / 1e9, self._dispatch)
-                return
             self._drop_late()
             ripe = [key for key in self._buckets if self._ripe_at(key) <= loop.time()]
             if not ripe:
@@ -247,28 +238,9 @@ class Batcher:
             key = min(ripe, key=lambda key: min((entry.due_s, entry.order) for entry in self._buckets[key]))
             instance = self._idle.pop()
             self._at_rest.clear()
-            batch = _Batch(key, self._take(key), loop, self._finish)
-            self._running.add(batch)
-            instance.begin(batch)
+            instance.begin(_Batch(key, self._take(key), loop, self._finish))
         if self._idle and self._buckets:
             self._timer = loop.call_at(min(map(self._ripe_at, self._buckets)), self._dispatch)
-
-    def _is_short(self, key: Hashable) -> bool:
-        return self._fastest_ns.get(key, math.inf) < WAKE_NS
-
-    def _soon_done(self) -> bool:
-        """Whether an instance at work should be done before a further one could be woken: then its next batch is the better place.
-
-        Only of networks that take less than a millisecond; and only of runs that take no longer than usual.
-        """
-        now_ns = time.perf_counter_ns()
-        return any(self._is_short(batch.key) and now_ns - batch.began_ns < 2 * WAKE_NS for batch in self._running)
-
-    def _learn(self, key: Hashable, run_ns: int) -> None:
-        """Keep the time of the fastest run of late: others had to wait for the interpreter's lock, or for a core."""
-        if len(self._fastest_ns) > KEPT_KEYS:
-            self._fastest_ns.clear()
-        self._fastest_ns[key] = min(run_ns, 1.05 * self._fastest_ns.get(key, math.inf))
 
     def _room(self, key: Hashable) -> int:
         return min(self.spec.max_rows, self._most_rows(key))
@@ -290,9 +262,7 @@ class Batcher:
         bucket = sorted(self._buckets[key], key=lambda entry: (entry.due_s, entry.order))
         pieces: list[_Piece] = []
         room = self._room(key)
-        if not self.spec.max_delay_us and not self._is_short(
-            key
-        ):  # fuller batches gain little: better that nobody idles
+        if not self.spec.max_delay_us:  # fuller batches gain little: better that nobody idles
             room = min(room, -(-self.waiting_rows // (1 + len(self._idle))))
         for entry in bucket:
             stop = min(len(entry.rows), entry.taken + room)
@@ -311,7 +281,6 @@ class Batcher:
     def _finish(self, instance: _Instance, batch: _Batch, outcome: _Outcome) -> None:
         """Tell the waiters of a batch. Its failure reaches each of them, and the instance goes on."""
         self._idle.append(instance)
-        self._running.discard(batch)
         if len(self._idle) == len(self._instances):
             self._at_rest.set()
         if self._buckets:
@@ -323,7 +292,6 @@ class Batcher:
                 raise outcome
             return
         self.executions += 1
-        self._learn(batch.key, outcome[1])
         _hand_out(batch.pieces, *outcome)
 
 

@@ -133,58 +133,6 @@ def test_instances_that_idle_share_the_rows_that_wait():
     assert sorted(one.batch_rows for one in answer.executions) == [2, 3]
 
 
-def short_network(held):
-    """Answers at once, but waits in `held` once that is there."""
-
-    def run(key, rows):
-        if held:
-            held[0](key, rows)
-        return double(key, rows)
-
-    return run
-
-
-def test_rows_wait_for_an_instance_that_will_be_done_before_another_could_be_woken(monkeypatch):
-    async def scenario():
-        held, gate = [], Gate()
-        batcher = Batcher([short_network(held)] * 2, BatchSpec())
-        await batcher.submit("key", rows(0))
-        monkeypatch.setattr("server.batcher.time.perf_counter_ns", lambda: 0)  # nothing takes any time
-        await batcher.submit("key", rows(0))
-        held.append(gate)
-        tasks = [await start(batcher, "key", rows(1))]
-        await gate.until_entered()
-        tasks += [await start(batcher, "key", rows(n)) for n in (2, 3)]
-        await asyncio.sleep(0.05)
-        waiting = batcher.waiting_rows
-        gate.open.set()
-        await asyncio.gather(*tasks)
-        await batcher.close()
-        return waiting, [batch.ravel().tolist() for _, batch in gate.batches]
-
-    assert asyncio.run(scenario()) == (2, [[1], [2, 3]])
-
-
-def test_rows_do_not_wait_for_a_short_run_that_takes_longer_than_usual():
-    async def scenario():
-        held, gate = [], Gate()
-        batcher = Batcher([short_network(held)] * 2, BatchSpec())
-        for _ in range(20):
-            await batcher.submit("key", rows(0))
-        held.append(gate)
-        slow = await start(batcher, "key", rows(1))
-        await gate.until_entered()
-        held.clear()
-        answer = await asyncio.wait_for(batcher.submit("key", rows(2)), 5)
-        assert not slow.done()
-        gate.open.set()
-        await slow
-        await batcher.close()
-        return answer.outputs["twice"].item()
-
-    assert asyncio.run(scenario()) == 4
-
-
 def test_a_delay_collects_rows_and_ends_when_the_batch_is_full():
     async def scenario():
         gate = Gate()
