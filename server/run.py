@@ -251,7 +251,7 @@ def main(config: ServerConfig, load: Load = load_artifacts) -> None:
 
 
 def _run(life: Coroutine[Any, Any, None]) -> None:
-    """On uvloop's event loop, which takes a sixth less of a core for each request than asyncio's own; it is not made for Windows."""
+    """On uvloop's event loop, which takes less of a core for each request than asyncio's own; it is not made for Windows."""
     if sys.platform == "win32":
         asyncio.run(life)
         return

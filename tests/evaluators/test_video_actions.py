@@ -10,7 +10,7 @@ from data.decode import DecodeError
 from data.errors import InputError
 from evaluators.extract import FeatureTable
 from evaluators.results import load_result
-from evaluators.video_actions import VideoActionsRun, VideoActionsSpec, main, pooled, run
+from evaluators.video_actions import VideoActionsRun, VideoActionsSpec, check_videos, main, pooled, run
 from evaluators.video_frames import open_actions, places, read_frames
 from tests.evaluators.fakes import small_checkpoint
 
@@ -175,3 +175,13 @@ class TestBadInput:
             VideoActionsSpec(frames=0)
         with pytest.raises(InputError, match="--split-list 4"):
             VideoActionsRun(ckpt="x", data="y", split_list=4)
+
+    def test_fewer_training_videos_than_classes(self, tmp_path: Path) -> None:
+        dataset = open_actions(action_folder(tmp_path, n_train=1, n_val=1), 2)
+        train, val = (
+            dataset.subset([i for i, item in enumerate(dataset.items) if item.split == split])
+            for split in ("train", "val")
+        )
+        check_videos(train, val, "films")
+        with pytest.raises(InputError, match=r"films: 1 training videos for 2 classes; wanted at least one a class"):
+            check_videos(train.subset([0, 1]), val, "films")
