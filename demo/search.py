@@ -40,6 +40,8 @@ class SearchTab:
         if self.served.rest is None:
             return self._without_rest(data, collection, int(k))
         sizes = {one["name"]: one["size"] for one in self.served.get("/v1/collections")["collections"]}
+        if sizes.get(collection) == 0:
+            return [], None, "This collection is empty: add images to it below."
         sent: dict[str, Any] = {
             "content": data,
             "headers": {"content-type": "application/octet-stream"},

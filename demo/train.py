@@ -152,13 +152,16 @@ class TrainTab:
             )
             return gr.Dropdown(choices=[], value=None), words, "", [], *(gr.skip() for _ in CHARTS), ""
         path = self.root / run / "log.jsonl"
-        stamp = f"{run} {len(runs)} {path.stat().st_mtime_ns}"
+        stamp = f"{run} of {sorted(runs)} {path.stat().st_mtime_ns}"
         if stamp == seen:
             return (*(gr.skip() for _ in range(4 + len(CHARTS))), seen)
         log = read_log(path)
         charts = [curve_table(log.steps, names) for names in CHARTS.values()]
         drawn = [gr.LinePlot(value=table, visible=len(table) > 0) for table in charts]
-        return gr.Dropdown(choices=runs, value=run), tiles(log), warnings(log), self.pictures(run), *drawn, stamp
+        # A list that somebody has open closes when it is sent again; a run that goes on does not change it.
+        same = seen.rpartition(" ")[0] == stamp.rpartition(" ")[0]
+        choice = gr.skip() if same else gr.Dropdown(choices=runs, value=run)
+        return choice, tiles(log), warnings(log), self.pictures(run), *drawn, stamp
 
     def pictures(self, run: str) -> list[tuple[Any, str]]:
         """What the teacher sees, where the run has drawn it."""
