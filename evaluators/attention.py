@@ -32,7 +32,7 @@ from evaluators.classification import (
 )
 from evaluators.extract import MAX_CORRUPT_SHARE
 from evaluators.picture_sheet import heat, numbers_over, save_sheet, spread_picks
-from evaluators.presets import evaluator_cli, settled_by
+from evaluators.presets import check_words, evaluator_cli, settled_by
 from evaluators.results import (
     Context,
     Measurement,
@@ -50,10 +50,8 @@ from runtimes.runtime import Runtime, step_px
 VERSION = 1
 HEADLINE = "jaccard"
 Preset = Literal["dino"]
-
-
 PRESETS: dict[str, dict[str, Any]] = {"dino": {"size": 480, "interpolation": "bilinear"}}
-"""The authors' script: 480 x 480, bilinear. On the objects of PASCAL VOC 2012 val: ViT-S/16 45.9, ViT-S/8 44.7."""
+"""The authors' script: 480 x 480, bilinear."""
 
 
 @settled_by(PRESETS)
@@ -71,6 +69,7 @@ class AttentionSpec:
     """Filter of that resize; None: the manifest's."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not 0 < self.mass <= 1:
             raise InputError(f"--mass {self.mass}: wanted above 0 and up to 1")
         if self.size is not None:
@@ -114,7 +113,7 @@ def overlaps(
     """Run the network over every image and compare its heads with the objects.
 
     Raises InputError for a mask of another size, where too many images cannot be decoded or none has an object, and
-    CheckFailed for attention that is not finite.
+    CheckFailed for attention or an embedding that is not finite.
     """
     if "attention" not in runtime.outputs:
         raise InputError(f"this network has no attention, only {', '.join(runtime.outputs)}; wanted a ViT")
@@ -192,11 +191,15 @@ def _views(
 
 
 def _attention(runtime: Runtime, pixels: np.ndarray, names: list[str]) -> np.ndarray:
-    attention = runtime.run(pixels, ("attention",))["attention"]
-    good = np.isfinite(attention).all(axis=(1, 2, 3)) & (attention.sum(axis=(2, 3)) > 0).all(axis=1)
+    # The embedding is asked for as well: weights that come after the last attention may be damaged and leave it whole.
+    made = runtime.run(pixels, tuple(name for name in ("attention", "embedding") if name in runtime.outputs))
+    attention, embedding = made["attention"], made.get("embedding", np.zeros((len(pixels), 1)))
+    good = np.isfinite(attention).all(axis=(1, 2, 3)) & np.isfinite(embedding).all(axis=1)
+    good &= attention.sum(axis=(2, 3)).all(axis=1)
     if not good.all():
         raise CheckFailed(
-            f"attention of {names[int(np.argmin(good))]!r} is not finite or all zero: the weights are damaged or overflow"
+            f"attention or embedding of {names[int(np.argmin(good))]!r} is not finite, or a head attends to nothing: the "
+            "weights are damaged or overflow"
         )
     return attention
 

@@ -24,7 +24,7 @@ from evaluators.classification import RunOptions, check_tables, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.measuring import Parts, evaluate_parts
 from evaluators.neighbours import nearest, unit_rows
-from evaluators.presets import evaluator_cli, settled_by
+from evaluators.presets import check_words, evaluator_cli, settled_by
 from evaluators.ranking import average_precisions, pair_average_precision, trapezoid_precision
 from evaluators.results import Measurement, Metric
 from evaluators.view_batches import ViewSpec
@@ -58,6 +58,9 @@ class CopiesSpec:
     serves whole images."""
     group: str = "group"
     """Column that names groups of near-duplicates, of a set that is not Copydays."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
 
     def view_px(self, runtime: Runtime) -> int:
         """Side of the view for this network."""

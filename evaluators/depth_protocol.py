@@ -8,7 +8,7 @@ from backbones.heads import DepthDecoder, DepthHeadSpec
 from data.errors import InputError
 from data.preprocess import check_view_px
 from evaluators.depth_probe import TrainSpec
-from evaluators.presets import settled_by, was_given
+from evaluators.presets import check_words, settled_by, was_given
 
 FOLDS = 5
 """Parts the training images are cut into by a hash of their scene; some of them choose the learning rate."""
@@ -60,6 +60,7 @@ class DepthSpec:
     """Width of the DPT head's maps."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.lr or not all(0 < lr < math.inf for lr in self.lr):
             raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
         if self.steps < 1 or self.batch < 1 or not 0 <= self.weight_decay < math.inf:

@@ -27,7 +27,7 @@ from evaluators.classification import (
 )
 from evaluators.extract import FeatureTable
 from evaluators.neighbours import similarity_chunks, top_rows, unit_rows
-from evaluators.presets import evaluator_cli
+from evaluators.presets import check_words, evaluator_cli
 from evaluators.results import Measurement
 
 VERSION = 1
@@ -58,6 +58,7 @@ class KnnSpec:
     """Where the k of the headline is chosen: leave-one-out on the training images, or, as published, on the test."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise InputError(f"--temperature {self.temperature}: wanted at least {MIN_TEMPERATURE} (published: 0.07)")
         if self.k is not None and (not self.k or min(self.k) < 1):

@@ -35,7 +35,7 @@ from evaluators.combinations import Wide, names_for, wide
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.imagenet_sets import measure_sets, parse_sets
 from evaluators.linear_grid import Heads, train_grid
-from evaluators.presets import evaluator_cli, settled_by
+from evaluators.presets import check_words, evaluator_cli, settled_by
 from evaluators.published_figures import published_reference
 from evaluators.results import Measurement, check_writable, metrics_json, save_result
 from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
@@ -88,6 +88,7 @@ class LinearSpec:
     """Where the headline's head is chosen: held-out training images, or, as published, the test images."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.lr or not all(0 < lr < math.inf for lr in self.lr):
             raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
         if self.epochs < 1 or self.min_steps < 1 or (self.batch is not None and self.batch < 1):

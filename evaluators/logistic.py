@@ -32,7 +32,7 @@ from evaluators.classification import (
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.linear import save_linear_head
 from evaluators.logistic_path import Fit, fit_path
-from evaluators.presets import evaluator_cli
+from evaluators.presets import check_words, evaluator_cli
 from evaluators.results import Measurement, check_writable
 from evaluators.splits import hash_bucket
 from evaluators.view_batches import ViewSpec
@@ -62,6 +62,7 @@ class LogisticSpec:
     """Where the headline's C is chosen: held-out training images, or the test images."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.C or not all(0 < C < math.inf for C in self.C):
             raise InputError(f"--C {' '.join(map(str, self.C)) or '(empty)'}: wanted numbers above 0")
         if self.max_iterations < 1:

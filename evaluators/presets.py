@@ -1,7 +1,7 @@
 """What was asked for, a published protocol's settings and defaults in, one Spec out: in this order the first that says something wins.
 
 So a setting that is given wins over `--preset` even at its default value, in Python, on a command line and in a request alike.
-Read in this order: settled_by, as_typed, evaluator_cli.
+Read in this order: settled_by, check_words, as_typed, evaluator_cli.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -45,6 +45,15 @@ def settled_by(
         return spec_class
 
     return decorate
+
+
+def check_words(spec: object) -> None:
+    """Raise InputError where a setting is none of the words that its type allows: in Python no parser has looked at them."""
+    for name, kind in get_type_hints(type(spec)).items():
+        words = [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+        value = getattr(spec, name)
+        if words and value not in words and not (value is None and type(None) in get_args(kind)):
+            raise InputError(f"--{name.replace('_', '-')} {value}: wanted {' or '.join(words)}")
 
 
 def was_given(spec: object, name: str) -> bool:

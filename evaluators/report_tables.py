@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluators.page import chart, short
+from evaluators.published_figures import source_text
 from evaluators.report_groups import Found, Group
 
 CURVES = {
@@ -107,7 +108,7 @@ def with_interval(metric: Mapping[str, Any] | None, signed: bool = False) -> str
 def published_cell(result: Mapping[str, Any]) -> str:
     """What the authors report, and the difference."""
     return "<br>".join(
-        f"{html.escape(name)} {one['value']:.3f} <small>({one['difference']:+.4f}; {html.escape(one['source'])})</small>"
+        f"{html.escape(name)} {one['value']:.3f} <small>({one['difference']:+.4f}; {html.escape(source_text(one))})</small>"
         for name, one in result.get("published", {}).items()
     )
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
-from evaluators.published_figures import published_reference
+from evaluators.published_figures import published_reference, source_text
 from runtimes.onnx_build import installed_builds
 
 SCHEMA = "dinoscope.result/1"
@@ -255,7 +255,7 @@ def result_table(result: Mapping[str, Any]) -> str:
         rows.append([f"{name}{mark}", _figure(metric), _interval(metric), str(metric["n"]), *others])
     lines = _columns(rows)
     lines += [
-        f"published: {name} {reference['value']:.4f} ({reference['source']}); measured minus published {reference['difference']:+.4f}"
+        f"published: {name} {reference['value']:.4f} ({source_text(reference)}); measured minus published {reference['difference']:+.4f}"
         for name, reference in result.get("published", {}).items()
     ]
     lines.append(f"* headline; chosen {_chosen(result['chosen'])} on {result['selected_on']}")

@@ -23,7 +23,7 @@ from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.landmarks import Landmarks, landmarks_at, open_landmarks
 from evaluators.measuring import Parts, evaluate_parts
 from evaluators.neighbours import similarity_chunks, top_rows, unit_rows
-from evaluators.presets import evaluator_cli
+from evaluators.presets import check_words, evaluator_cli
 from evaluators.ranking import REVISITED_SETTINGS, average_precisions, revisited_figures
 from evaluators.results import Measurement
 from evaluators.splits import GROUP_COLUMNS, VAL_NAMES, pick_group_column
@@ -53,6 +53,9 @@ class RetrievalSpec:
     """Sizes at which a benchmark image is shown, its features averaged; left out: the preset's."""
     size_px: int | None = None
     """Longest side of benchmark images; left out: the preset's."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
 
     def for_benchmark(self, name: str) -> tuple[int, tuple[float, ...], bool]:
         """Longest side, scales, and whether queries are cropped, for `roxford5k` or `rparis6k`."""

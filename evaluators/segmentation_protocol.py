@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from data.errors import InputError
 from data.preprocess import check_view_px
-from evaluators.presets import settled_by
+from evaluators.presets import check_words, settled_by
 from evaluators.segmentation_probe import TrainSpec
 
 FOLDS = 5
@@ -71,6 +71,7 @@ class SegmentationSpec:
     """Whether test images are seen in a mirror as well."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.lr or not all(0 < lr < 1e6 for lr in self.lr):
             raise InputError(f"--lr {' '.join(map(str, self.lr)) or '(empty)'}: wanted learning rates above 0")
         if self.steps < 1 or self.batch < 1 or not 0 <= self.weight_decay < 1e6:

@@ -26,7 +26,7 @@ from evaluators.classification import (
     refuse_processes,
 )
 from evaluators.extract import ExtractSpec, FeatureTable
-from evaluators.presets import evaluator_cli
+from evaluators.presets import check_words, evaluator_cli
 from evaluators.results import (
     Context,
     Measurement,
@@ -57,6 +57,7 @@ class VideoActionsSpec:
     """What is fitted: the linear grid, or k-NN."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not 1 <= self.frames <= 256:
             raise InputError(f"--frames {self.frames}: wanted 1 to 256")
 

@@ -1,6 +1,7 @@
 """Attention as segmentation: the published rule, overlaps by hand, PASCAL VOC as distributed, and input that is none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from data.errors import InputError
+from backbones.checkpoints import load_backbone, save_backbone
+from data.errors import CheckFailed, InputError
 from evaluators.attention import AttentionRun, AttentionSpec, evaluate, main, overlaps, run
 from evaluators.attention_baselines import OneHead
 from evaluators.attention_maps import cell_of_pixels, head_jaccards, top_mass
@@ -205,3 +207,19 @@ def test_the_shared_stamps_have_one_thing_each(shared_data: Path) -> None:
     mask = images.mask(0, (128, 128))
     assert set(np.unique(mask)) == {0, 1}
     assert 0.02 < mask.mean() < 0.7
+
+
+@pytest.mark.parametrize(
+    "weight", ["patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "blocks.1.mlp.fc2.bias", "norm.weight"]
+)
+def test_damaged_weights_are_refused_even_where_the_attention_comes_before_them(tmp_path: Path, weight: str) -> None:
+    sound = load_backbone(small_checkpoint(tmp_path / "sound.safetensors"))
+    sound.model.state_dict()[weight].view(-1)[-1] = float("nan")
+    save_backbone(tmp_path / "damaged.safetensors", sound.model, replace(sound.manifest, weights_sha256=""))
+    out = tmp_path / "out.json"
+    options = AttentionRun(
+        ckpt=str(tmp_path / "damaged.safetensors"), data=str(blob_folder(tmp_path / "data")), out=out
+    )
+    with pytest.raises(CheckFailed, match=r"attention or embedding of 'val/0\.png' is not finite"):
+        run(options)
+    assert not out.exists()

@@ -15,9 +15,23 @@ import pytest
 from backbones.catalog import CATALOG
 from data.errors import InputError
 from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired
-from evaluators.published_figures import FIGURES, published_reference
-from evaluators.results import Context, Measurement, Metric, load_predictions, load_result, result_json, save_result
+from evaluators.depth_protocol import DepthSpec
+from evaluators.linear import LinearSpec
+from evaluators.published_figures import DINO, DINOV2, FIGURES, REGISTERS, Figure, published_reference
+from evaluators.report import make_page
+from evaluators.report_groups import load_results
+from evaluators.results import (
+    Context,
+    Measurement,
+    Metric,
+    load_predictions,
+    load_result,
+    result_json,
+    result_table,
+    save_result,
+)
 from evaluators.segmentation_protocol import SegmentationSpec
+from evaluators.video_actions import VideoActionsSpec
 
 N = 200
 
@@ -187,7 +201,7 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
     assert load_result(path)["published"] == {}
     assert load_predictions(path, load_result(path))["score"].tolist() == [1, 1, 1, 1]
     measurement = Measurement(
-        evaluator="knn", protocol="", version=1, metrics={"top1": Metric(0.78, None, 9)}, headline="top1",
+        evaluator="knn", protocol="", version=1, metrics={"top1_best_on_val": Metric(0.78, None, 9)}, headline="top1_best_on_val",
         selected_on="", chosen={}, grid=[],
     )  # fmt: skip
 
@@ -196,7 +210,8 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
         context = Context(model={"ckpt": ckpt}, data=data, preprocess={}, timing={}, environment={})
         return dict(result_json(measurement, context)["published"])
 
-    wanted = {"top1": {"value": 0.790, "source": "Oquab et al. 2023", "difference": -0.01}}
+    figure = {"value": 0.790, "source": "Oquab et al. 2023", "checked": True, "difference": -0.01}
+    wanted = {"top1_best_on_val": figure}
     assert of("dinov2_vits14", "imagenet:/data") == wanted
     assert of("/x/dinov2_vits14_pretrain.pth", "imagenet:/data") == wanted
     assert of("mine.safetensors", "imagenet:/data") == {}
@@ -206,14 +221,18 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
 @pytest.mark.parametrize(
     ("evaluator", "benchmark", "metric", "settings", "wanted"),
     [
-        ("depth", "nyud", "rmse", {"head": "linear1"}, 0.449),
-        ("depth", "nyud", "rmse", {"head": "linear4"}, 0.417),
-        ("depth", "nyud", "rmse", {"head": "dpt"}, 0.356),
-        ("depth", "kitti", "rmse", {"head": "linear4"}, 2.86),
+        ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2-nyu")), 0.449),
+        ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2-nyu", head="linear4")), 0.417),
+        ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2-nyu", head="dpt")), 0.356),
+        ("depth", "kitti", "rmse", asdict(DepthSpec(preset="dinov2-kitti", head="linear4")), 2.86),
+        ("depth", "nyud", "rmse", asdict(DepthSpec()), None),  # a schedule of our own
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2")), 0.443),
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2-ms")), 0.472),
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec()), None),  # whole views are another protocol
-        ("linear", "imagenet", "v2_top1", {}, 0.708),
+        ("linear", "imagenet", "v2_top1", asdict(LinearSpec(preset="dinov2")), 0.708),
+        ("linear", "imagenet", "v2_top1", asdict(LinearSpec()), None),
+        ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec()), 0.870),
+        ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec(classifier="knn")), None),
     ],
 )
 def test_a_published_figure_belongs_to_one_protocol(
@@ -231,3 +250,42 @@ def test_no_two_published_figures_are_of_the_same_thing() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert {network for *_, network in ((one, n) for one in FIGURES for n in one.by_network)} <= set(CATALOG)
+
+
+STATED = {
+    ("knn", "imagenet", "top1_best_on_val", DINO), ("knn", "imagenet", "top1_best_on_val", DINOV2),
+    ("knn", "imagenet", "top1_best_on_val", REGISTERS),
+    ("linear", "imagenet", "top1_best_on_val", DINO), ("linear", "imagenet", "top1_best_on_val", DINOV2),
+    ("linear", "imagenet", "top1_best_on_val", REGISTERS),
+    ("linear", "imagenet", "v2_top1", DINOV2), ("linear", "imagenet", "v2_top1", REGISTERS),
+    ("retrieval", "roxford5k", "map_hard", DINOV2), ("retrieval", "roxford5k", "map_hard", REGISTERS),
+    ("copies", "copydays", "map_strong", DINO), ("segmentation", "ade20k", "miou", DINOV2), ("depth", "nyud", "rmse", DINOV2),
+}  # fmt: skip
+"""What the authors' READMEs and model cards state; all else stands in a paper's table that was not at hand."""
+
+
+def test_only_figures_of_a_readme_or_model_card_count_as_checked() -> None:
+    checked = [one for one in FIGURES if one.checked]
+    assert {(one.evaluator, one.benchmark, one.metric, one.source) for one in checked} == STATED
+    assert len(checked) == len(STATED), "one setting of each, not every head of NYUd or every crop of ADE20K"
+    assert [one.settings["head"] for one in checked if one.evaluator == "depth"] == ["linear4"]
+    assert [one.settings["layers"] for one in checked if one.evaluator == "segmentation"] == ["last4"]
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda one: f"{one.benchmark}-{one.metric}-{one.source[:5]}")
+def test_a_figure_that_was_not_checked_says_so_in_the_file_on_the_terminal_and_on_the_page(
+    figure: Figure, tmp_path: Path
+) -> None:
+    network = next(iter(figure.by_network))
+    measurement = Measurement(
+        evaluator=figure.evaluator, protocol="", version=1, metrics={figure.metric: Metric(0.5, None, 9)},
+        headline=figure.metric, selected_on="", chosen={}, grid=[], settings=dict(figure.settings),
+    )  # fmt: skip
+    data = {"source": f"{figure.benchmark}:/data", "fingerprint": {}}
+    context = Context(model={"ckpt": network}, data=data, preprocess={}, timing={}, environment={})
+    save_result(tmp_path / "a.json", result_json(measurement, context), {})
+    result = load_result(tmp_path / "a.json")
+    assert result["published"][figure.metric]["checked"] is figure.checked
+    for text in (result_table(result), make_page(load_results([tmp_path]), "")):
+        assert ("quoted from memory, not checked" in text) is not figure.checked
+        assert figure.source in text

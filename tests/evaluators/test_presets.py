@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from data.errors import InputError
 from evaluators.attention import AttentionSpec
 from evaluators.copies import CopiesSpec
 from evaluators.depth_protocol import DPT_LR, LINEAR_LR, DepthSpec, for_data
+from evaluators.knn import KnnSpec
 from evaluators.linear import LR_PER_256, LinearSpec
+from evaluators.logistic import LogisticSpec
 from evaluators.presets import evaluator_cli
 from evaluators.retrieval import RetrievalSpec
 from evaluators.segmentation_protocol import SegmentationSpec
+from evaluators.video_actions import VideoActionsSpec
 from evaluators.video_objects import DINO_STD, VideoObjectsSpec
 from server.evaluation_options import check_options, words_of
 
@@ -152,3 +156,31 @@ def test_learning_rates_hang_on_the_head_only_where_none_were_given() -> None:
 def test_retrieval_shows_a_benchmark_as_typed_and_else_as_the_preset_says() -> None:
     assert RetrievalSpec(preset="dino", size_px=512).for_benchmark("roxford5k") == (512, (1.0,), False)
     assert RetrievalSpec(preset="dinov2", scales=(1.0,)).for_benchmark("rparis6k") == (518, (1.0,), True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "setting", "wanted"),
+    [
+        (KnnSpec, "preset", "dino or dinov2"),
+        (KnnSpec, "select_on", "train or val"),
+        (LinearSpec, "preset", "dino or dinov2"),
+        (LinearSpec, "select_on", "train or val"),
+        (LogisticSpec, "preset", "dino or dinov2"),
+        (LogisticSpec, "backend", "path or sklearn"),
+        (RetrievalSpec, "preset", "dino or dinov2"),
+        (CopiesSpec, "preset", "dino or dinov2"),
+        (AttentionSpec, "preset", "dino"),
+        (AttentionSpec, "interpolation", "bicubic or bilinear"),
+        (VideoObjectsSpec, "preset", "dino"),
+        (SegmentationSpec, "preset", "dinov2 or dinov2-ms"),
+        (SegmentationSpec, "seen", "whole or crops"),
+        (DepthSpec, "preset", "dinov2-nyu or dinov2-kitti"),
+        (DepthSpec, "head", "linear1 or linear4 or dpt"),
+        (VideoActionsSpec, "pool", "mean or concat"),
+        (VideoActionsSpec, "classifier", "linear or knn"),
+    ],
+)
+def test_a_word_that_python_gives_is_checked_as_a_typed_one(spec: Any, setting: str, wanted: str) -> None:
+    with pytest.raises(InputError) as raised:
+        spec(**{setting: "dino-v2"})
+    assert str(raised.value) == f"--{setting.replace('_', '-')} dino-v2: wanted {wanted}"

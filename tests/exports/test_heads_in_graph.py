@@ -92,6 +92,12 @@ def make_head_file(ckpt: Path, kind: str, options: dict[str, Any], path: Path) -
     return path
 
 
+def heads_of_another_backbone(folder: Path) -> dict[str, Path]:
+    """A head of each kind that fits a backbone which is not among the artifacts."""
+    ckpt = make_backbone_file("v1", folder / "another")
+    return {kind: make_head_file(ckpt, kind, {}, folder / "another" / f"{kind}.safetensors") for kind in OUTPUT}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_head_in_the_file_gives_what_it_gives_on_torch(case: str, tmp_path: Path) -> None:
     name, kind, options = CASES[case]

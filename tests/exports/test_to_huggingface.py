@@ -160,6 +160,7 @@ def test_what_is_in_the_way_or_does_not_fit_is_refused_in_one_line_and_nothing_i
         (v1, "file/deep", "cannot be written"),
         (resnet, "folder", "this is a ResNet; name a .pth file"),
         ("none.safetensors", "x", "no such file"),
+        (artifact("v1").depth_head, "x", "holds a depth head, not a backbone; give the backbone's checkpoint"),
     ):
         with pytest.raises(InputError, match=words):
             export_huggingface(ckpt, tmp_path / out)

@@ -30,7 +30,7 @@ from runtimes.onnx_runtime import OnnxRuntime
 from runtimes.open import open_runtime
 from runtimes.tensorrt_runtime import TensorRTRuntime
 from tests.exports.artifacts import artifact
-from tests.exports.test_heads_in_graph import CASES, make_backbone_file, make_head_file
+from tests.exports.test_heads_in_graph import CASES, heads_of_another_backbone, make_backbone_file, make_head_file
 from tests.exports.test_precision import ANY
 
 VENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoscope" / "venvs" / "trtx"
@@ -264,6 +264,7 @@ def test_what_cannot_become_a_plan_is_refused_and_nothing_is_left(fake: Any, tmp
     model = onnx.load(v1.onnx)
     del model.metadata_props[:]
     onnx.save(model, stranger)
+    others = heads_of_another_backbone(tmp_path)
     for ckpt, out, options, words in (
         (v1.onnx, "x.engine", {}, r"wanted the name of a file that ends in \.plan"),
         (v1.onnx, "taken.plan", {}, "is there already"),
@@ -273,6 +274,10 @@ def test_what_cannot_become_a_plan_is_refused_and_nothing_is_left(fake: Any, tmp
         (dynamic, "x.plan", {}, "does not take the operator DynamicQuantizeLinear"),
         (stranger, "x.plan", {}, r"an \.onnx without our manifest"),
         (tmp_path / "none.onnx", "x.plan", {}, "no such file"),
+        (v1.ckpt, "x.plan", {"depth_head": others["depth"]}, "this head fits the backbone"),
+        (v1.ckpt, "x.plan", {"segmentation_head": others["segmentation"]}, "this head fits the backbone"),
+        (v1.ckpt, "x.plan", {"segmentation_head": v1.depth_head}, "is a depth head; wanted a segmentation head"),
+        (v1.depth_head, "x.plan", {}, "holds a depth head, not a backbone"),
     ):
         with pytest.raises(InputError, match=words):
             export_tensorrt(ckpt, work / out, **options)  # type: ignore[arg-type]

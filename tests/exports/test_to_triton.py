@@ -23,7 +23,7 @@ from exports.collections_file import read_collections
 from exports.to_triton import export_triton
 from exports.triton_config import TritonSpec
 from tests.exports.artifacts import artifact
-from tests.exports.test_heads_in_graph import make_head_file
+from tests.exports.test_heads_in_graph import heads_of_another_backbone, make_head_file
 
 SERVED = {"backbone", "embedding", "attention", "depth", "segmentation"}
 INTERNAL = {"center_view", "whole_view", "unit_rows", "attention_mask", "depth_head", "classes_head"}
@@ -235,8 +235,11 @@ def test_collections_of_another_network_or_none_are_refused(tmp_path: Path) -> N
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_refused_and_nothing_is_left(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ckpt = artifact("v1").ckpt
+    others = heads_of_another_backbone(tmp_path_factory.mktemp("others"))
     (tmp_path / "taken").mkdir()
     tensorrt = TritonSpec(engine="tensorrt")
     for spec, options, out, words in (
@@ -246,6 +249,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path, monkey
         (TritonSpec(), {"plan": ckpt}, "x", "is for --engine tensorrt, not onnxruntime"),
         (TritonSpec(), {"collections": tmp_path}, "x", "holds no collections"),
         (TritonSpec(), {"depth_head": ckpt}, "x", "not a head"),
+        (TritonSpec(), {"depth_head": others["depth"]}, "x", r"depth\.safetensors: this head fits the backbone"),
+        (TritonSpec(), {"segmentation_head": others["segmentation"]}, "x", "this head fits the backbone"),
+        (
+            TritonSpec(),
+            {"segmentation_head": artifact("v1").depth_head},
+            "x",
+            "is a depth head; wanted a segmentation head",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             export_triton(ckpt, tmp_path / out, spec, **options)
