@@ -1,6 +1,7 @@
 """NYU Depth V2 and KITTI as distributed in, images with depth out, cut and scored as published.
 
-    nyud:ROOT    nyu_train.txt and nyu_test.txt (or BTS' names for them), lines `image depth focal`, 16-bit PNG in millimetres
+    nyud:ROOT    nyu_depth_v2_labeled.mat and splits.mat as distributed by its authors (`nyud_mat`); or, as most use it,
+                 nyu_train.txt and nyu_test.txt (or BTS' names), lines `image depth focal`, 16-bit PNG in millimetres
     kitti:ROOT   kitti_eigen_train.txt and kitti_eigen_test.txt (or BTS' names), raw drives and the annotated depth, 16-bit
                  PNG in 1/256 metres; lines whose depth is None (no measurement exists) are left out
 
@@ -8,28 +9,20 @@ Both are trained on a cut (NYUd without its white border, KITTI's lower 352 x 12
 whole images and scored in Eigen's crop; KITTI is tested on the same cut and scored in Garg's crop.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from data.datasets import Dataset
-from data.decode import DEFAULT_LIMITS, DecodeLimits
 from data.errors import InputError
 from data.listings import IMAGE, Item, Record
 from data.members import Member
+from evaluators.depth_cuts import DEPTH, DEPTH_256, NYU_HW, CutDataset
+from evaluators.nyud_mat import MAT, open_labelled
 
-DEPTH, DEPTH_256, DISPARITY = "depth_mm", "depth_256", "disparity_x64"
-"""Kinds of depth file, and their units."""
 ScoredPart = Callable[[int, int], tuple[slice, slice]]
 """Height and width of a test map to the rows and columns that count."""
-Cut = Literal["nyu", "kitti"]
-NYU_BORDER = (slice(45, 472), slice(43, 608))
-NYU_HW = (480, 640)
 EIGEN_NYU = (slice(45, 471), slice(41, 601))
-KB_HW = (352, 1216)
 GARG = ((0.40810811, 0.99189189), (0.03594771, 0.96405229))
 """Shares of height and width between which KITTI is scored (Garg et al. 2016)."""
 
@@ -42,48 +35,6 @@ class Benchmark:
     max_depth: float
     scored: ScoredPart
     notes: list[str]
-
-
-class CutDataset(Dataset):
-    """Images of which only a part is seen. `cuts`: which of them, by split; others are seen whole."""
-
-    def __init__(
-        self, records: Sequence[Record], cuts: dict[str, Cut], name: str, classes: Sequence[str] | None = None
-    ) -> None:
-        super().__init__(records, classes, name)
-        self._cuts = cuts
-
-    def image(self, i: int, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
-        """The part of image i that is seen. Raises DecodeError, and InputError for a size that is not the benchmark's."""
-        return np.ascontiguousarray(self._cut(super().image(i, limits), i))
-
-    def depth(self, depth_HW: np.ndarray, i: int) -> np.ndarray:
-        """The same part of its depth map."""
-        return self._cut(depth_HW, i)
-
-    def _cut(self, array: np.ndarray, i: int) -> np.ndarray:
-        cut = self._cuts.get(str(self.items[i].split))
-        height, width = array.shape[:2]
-        if cut == "nyu":
-            if (height, width) != NYU_HW:
-                raise InputError(f"{self.items[i].name}: {width} x {height} pixels; wanted 640 x 480 as NYUd has")
-            return array[NYU_BORDER]
-        if cut == "kitti":
-            if height < KB_HW[0] or width < KB_HW[1]:
-                raise InputError(
-                    f"{self.items[i].name}: {width} x {height} pixels; wanted at least 1216 x 352, as KITTI has"
-                )
-            top, left = height - KB_HW[0], (width - KB_HW[1]) // 2
-            return array[top : top + KB_HW[0], left : left + KB_HW[1]]
-        return array
-
-    def subset(self, indices: Iterable[int]) -> "CutDataset":
-        """As `Dataset.subset`."""
-        return CutDataset([self._records[int(i)] for i in indices], self._cuts, self.name, self.classes)
-
-    def fingerprint(self) -> str:
-        """As `Dataset.fingerprint`, and different for other cuts."""
-        return f"{super().fingerprint()}-{'-'.join(f'{split}.{cut}' for split, cut in sorted(self._cuts.items()))}"
 
 
 def eigen_nyu(height: int, width: int) -> tuple[slice, slice]:
@@ -100,7 +51,10 @@ def garg_kitti(height: int, width: int) -> tuple[slice, slice]:
 
 
 def open_nyud(root: Path) -> Benchmark:
-    """NYU Depth V2 by lists: 24,231 training images and 654 test images of the labelled part."""
+    """NYU Depth V2: 24,231 training images by lists, or the labelled part's 795, and its 654 test images."""
+    if (root / MAT).is_file():
+        note = "trained on the 795 images of the labelled part; published figures come from 24,231 frames"
+        return Benchmark(open_labelled(root, {"train": "nyu"}), 10.0, eigen_nyu, [note])
     lists = {
         "train": ("nyu_train.txt", "nyudepthv2_train_files_with_gt.txt"),
         "val": ("nyu_test.txt", "nyudepthv2_test_files_with_gt.txt"),

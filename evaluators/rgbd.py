@@ -21,7 +21,9 @@ from data.decode import DEFAULT_LIMITS
 from data.errors import InputError
 from data.listings import IMAGE, Record, scan_folder
 from data.members import Member
-from evaluators.depth_benchmarks import BENCHMARKS, DEPTH, DEPTH_256, DISPARITY, CutDataset, ScoredPart
+from evaluators.depth_benchmarks import BENCHMARKS, ScoredPart
+from evaluators.depth_cuts import DEPTH, DEPTH_256, DISPARITY, CutDataset
+from evaluators.nyud_mat import LabelledDataset
 from evaluators.splits import Splits, split_dataset
 
 STEPS = {DEPTH: 1000.0, DEPTH_256: 256.0, DISPARITY: 64.0}
@@ -137,6 +139,8 @@ def read_depth_m(dataset: Dataset, row: int) -> np.ndarray:
     Raises InputError for anything else.
     """
     name = dataset.items[row].name
+    if isinstance(dataset, LabelledDataset):
+        return dataset.depth(dataset.measured_m(row), row)
     kind = next((kind for kind in STEPS if kind in dataset._records[row].members), DEPTH)
     try:
         with Image.open(io.BytesIO(dataset.read_member(row, kind)), formats=["PNG"]) as image:

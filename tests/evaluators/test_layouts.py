@@ -19,7 +19,7 @@ from tests.evaluators.fakes import small_checkpoint
 from tests.evaluators.test_attention import voc_folder
 from tests.evaluators.test_copies import copydays
 from tests.evaluators.test_retrieval import oxford_folder
-from tests.evaluators.test_rgbd import kitti_folder, nyud_folder
+from tests.evaluators.test_rgbd import kitti_folder, nyud_folder, nyud_mat_folder
 from tests.evaluators.test_segmentation import ade_folder
 from tests.evaluators.test_video_actions import ucf_folder
 from tests.evaluators.test_video_objects import davis_folder
@@ -29,6 +29,13 @@ def imagenet_folder(root: Path) -> Path:
     train_folders(root)
     flat_val(root)
     devkit(root / "ILSVRC2012_devkit_t12" / "data")
+    return root
+
+
+def paris_folder(root: Path) -> Path:
+    """The layout of Revisited Oxford under the other name."""
+    folder = (oxford_folder(root) / "roxford5k").rename(root / "rparis6k")
+    (folder / "gnd_roxford5k.pkl").rename(folder / "gnd_rparis6k.pkl")
     return root
 
 
@@ -69,11 +76,13 @@ def measured(tmp_path: Path, name: str, data: str, words: str) -> dict[str, Any]
         ("logistic", "imagenet", imagenet_folder, "--C 1", "top1", 4),
         ("copies", "copydays", copydays, "--size-px 32", "map_strong", 6),
         ("retrieval", "roxford5k", oxford_folder, "--size-px 64 --scales 1", "map_medium", 2),
+        ("retrieval", "rparis6k", paris_folder, "--preset dino --size-px 64", "map_medium", 2),
         ("segmentation", "ade20k", ade_folder, "--lr 0.03 --steps 2 --batch 4 --held-out 1", "miou", 6),
         ("segmentation", "voc2012", voc_with_training, "--lr 0.03 --steps 2 --batch 4 --held-out 5", "miou", 1),
         ("segmentation", "cityscapes", cityscapes_folder, "--lr 0.03 --steps 2 --batch 4 --held-out 5", "miou", 2),
         ("attention", "voc2012", voc_folder, "", "jaccard", 1),
         ("depth", "nyud", nyud_folder, "--lr 0.01 --steps 3 --group-by none --held-out 5", "abs_rel", 1),
+        ("depth", "nyud", nyud_mat_folder, "--lr 0.01 --steps 3 --group-by none --held-out 5", "abs_rel", 1),
         ("depth", "kitti", kitti_folder, "--lr 0.01 --steps 3 --group-by none --held-out 5", "abs_rel", 1),
         ("video_objects", "davis", davis_folder, "--size 64", "jf_mean", 2),
         ("video_actions", "ucf101", ucf_folder, "--frames 2 --classifier knn", "top1", 4),

@@ -1,10 +1,12 @@
 """RGB-D sets: packed, as a CSV, and as two folders; and depth files that are none."""
 
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from scipy.io import savemat
 
 from data.datasets import Dataset
 from data.errors import InputError
@@ -77,6 +79,27 @@ def nyud_folder(root: Path) -> Path:
     return root
 
 
+def nyud_mat_folder(root: Path) -> Path:
+    """NYUd as its authors distribute it, with five images: MATLAB's axes reversed, scenes by address, numbers from 1."""
+    h5py = pytest.importorskip("h5py")
+    root.mkdir(parents=True, exist_ok=True)
+    with h5py.File(root / "nyu_depth_v2_labeled.mat", "w", userblock_size=512) as file:
+        images_HWCN = np.zeros((480, 640, 3, 5), np.uint8)
+        depth_HWN = np.zeros((480, 640, 5), np.float32)
+        for i in range(5):
+            images_HWCN[..., i] = (10, 20, 30 + i)
+            images_HWCN[100, 200, :, i] = 255
+            depth_HWN[100:300, 200:400, i] = 2.5 + i
+        file["images"], file["rawDepths"] = images_HWCN.T, depth_HWN.T
+        file["depths"] = np.ones((5, 640, 480), np.float32)
+        file["scenes"] = np.empty((1, 5), h5py.ref_dtype)
+        for i, name in enumerate(("office_0001", "office_0001", "cafe_0002", "cafe_0003", "bath_0001")):
+            text = file.create_dataset(f"#refs#/{i}", data=np.array([[ord(letter)] for letter in name], np.uint16))
+            file["scenes"][0, i] = text.ref
+    savemat(root / "splits.mat", {"trainNdxs": np.array([[1], [2], [4], [5]]), "testNdxs": np.array([[3]])})
+    return root
+
+
 def kitti_folder(root: Path) -> Path:
     """KITTI: raw drives, annotated depth in 1/256 metres, Eigen's lists."""
     lines: dict[str, list[str]] = {"train": [], "test": []}
@@ -106,6 +129,45 @@ def test_nyud_is_trained_without_its_border_and_scored_in_eigens_crop(tmp_path: 
     assert set(np.unique(scored)) == {0.0, 3.0}
     assert (scored > 0).sum() == 426 * 560
     assert train.fingerprint() != Dataset(train._records).fingerprint()
+
+
+def test_nyud_as_its_authors_distribute_it(tmp_path: Path) -> None:
+    opened = open_depth(f"nyud:{nyud_mat_folder(tmp_path)}")
+    train, val = opened.splits.train, opened.splits.val
+    assert ([item.row["scene"] for item in train.items], val.items[0].row["scene"]) == (
+        ["office_0001", "office_0001", "cafe_0003", "bath_0001"],
+        "cafe_0002",
+    )
+    whole = val.image(0)
+    assert (whole.shape, whole[240, 320].tolist(), whole[100, 200].tolist()) == ((480, 640, 3), [10, 20, 32], [255] * 3)
+    assert whole[6].max() == whole[:, 632].max() == 0
+    assert whole[7, 7].tolist() == whole[473, 631].tolist() == [10, 20, 32]
+    assert train.image(3)[100 - 45, 200 - 43].tolist() == [255] * 3
+    depth = read_depth_m(train, 2)
+    assert (depth.shape, depth[100 - 45, 200 - 43], depth[99 - 45, 200 - 43]) == ((427, 565), 5.5, 0)
+    assert MeasuredDepth(val, [0], opened.scored)[0].max() == 4.5
+    assert any("795 images of the labelled part" in note for note in opened.splits.notes)
+    assert len({train.fingerprint(), val.fingerprint(), train.subset([0, 1]).fingerprint()}) == 3
+
+
+def test_a_damaged_nyud_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(root: Path) -> str:
+        with pytest.raises(InputError) as raised:
+            open_depth(f"nyud:{root}")
+        return str(raised.value)
+
+    root = nyud_mat_folder(tmp_path / "a")
+    savemat(root / "splits.mat", {"trainNdxs": np.array([[1], [6]]), "testNdxs": np.array([[3]])})
+    assert "names image 6 of the 5" in refusal(root)
+    (root / "splits.mat").write_bytes(b"no matrix" * 40)
+    assert "splits.mat: cannot be read" in refusal(root)
+    (root / "splits.mat").unlink()
+    assert "splits.mat: nothing there" in refusal(root)
+    root = nyud_mat_folder(tmp_path / "b")
+    (root / "nyu_depth_v2_labeled.mat").write_bytes(b"cut short" * 99)
+    assert "nyu_depth_v2_labeled.mat: no readable HDF5 file" in refusal(root)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert "is HDF5; pip install h5py" in refusal(root)
 
 
 def test_kitti_is_cut_to_its_lower_part_and_scored_in_gargs_crop(tmp_path: Path) -> None:

@@ -185,3 +185,11 @@ class TestBadInput:
         check_videos(train, val, "films")
         with pytest.raises(InputError, match=r"films: 1 training videos for 2 classes; wanted at least one a class"):
             check_videos(train.subset([0, 1]), val, "films")
+
+
+def test_clips_of_one_film_are_held_out_and_drawn_together() -> None:
+    names = [f"Run/v_Run_g{group:02d}_c{clip:02d}.avi" for group in (1, 2) for clip in (1, 2)] + ["Run/other.mp4"]
+    frames = tuple(name for name in names for _ in range(2))
+    table = FeatureTable(frames, ("Run",) * 10, frames, {"embedding": np.ones((10, 3), np.float32)})
+    videos, _ = pooled(table, VideoActionsSpec(frames=2))
+    assert videos.groups == ("Run/v_Run_g01", "Run/v_Run_g01", "Run/v_Run_g02", "Run/v_Run_g02", "Run/other.mp4")
