@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def split(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B, heads, T, d]."""
         B, T, _ = x_BTD.shape
-        q, k, v = _SplitHeads.apply(self.qkv(x_BTD).flatten(0, 1), [(B, T)], self.heads)
+        q, k, v = _SplitHeads.apply(self.qkv(x_BTD).flatten(0, 1), [(B, T)], self.heads, 3)
         return q, k, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,12 +41,31 @@ class Attention(nn.Module):
 
     def packed(self, x_SD: Tensor, shapes: Shapes) -> Tensor:
         """Every image of a packed sequence attends to itself only: [S, D]."""
-        found, mixed = _SplitHeads.apply(self.qkv(x_SD), shapes, self.heads), []
-        for q, k, v in zip(found[0::3], found[1::3], found[2::3], strict=True):
-            mixed.append(
-                F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(0, 1).flatten(1)
-            )
-        return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
+        found = _SplitHeads.apply(self.qkv(x_SD), shapes, self.heads, 3)
+        return self.proj(self._attend(found[0::3], found[1::3], found[2::3]))
+
+    def read(self, x_SD: Tensor, shapes: Shapes, cls_only: Sequence[bool]) -> Tensor:
+        """What all tokens of an image, or in some groups its first one alone, take from all of its tokens, before the projection: [Q, D].
+
+        The rows stand in the order of the packed sequence.
+        """
+        width = x_SD.shape[1]
+        parts = zip(x_SD.split([B * T for B, T in shapes]), shapes, cls_only, strict=True)
+        asking_QD = torch.cat([part[::T] if only else part for part, (_, T), only in parts])
+        asked = [(B, 1 if only else T) for (B, T), only in zip(shapes, cls_only, strict=True)]
+        bias = self.qkv.bias
+        q_QD = F.linear(asking_QD, self.qkv.weight[:width], None if bias is None else bias[:width])
+        kv_SY = F.linear(x_SD, self.qkv.weight[width:], None if bias is None else bias[width:])
+        found = _SplitHeads.apply(kv_SY, shapes, self.heads, 2)
+        return self._attend(_SplitHeads.apply(q_QD, asked, self.heads, 1), found[0::2], found[1::2])
+
+    def _attend(self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """Attention of each group [B, heads, T, d], all their rows one after the other, heads side by side: [Q, D]."""
+        mixed = [
+            F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(0, 1).flatten(1)
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
     def weights(self, x_BTD: Tensor) -> Tensor:
         """Softmax weights of every query, [B, heads, T, T]; costs O(T^2) memory."""
@@ -58,12 +77,12 @@ class Attention(nn.Module):
         return torch.softmax((q[:, :, :1] * self.scale) @ k.transpose(-2, -1), dim=-1).squeeze(2)
 
 
-def _heads_of(qkv_SX: Tensor, shapes: Shapes, heads: int) -> list[Tensor]:
-    """Views q, k, v [B, heads, T, d] of each group of [S, 3 * D], one group after the other."""
+def _heads_of(qkv_SX: Tensor, shapes: Shapes, heads: int, n: int) -> list[Tensor]:
+    """The `n` views (q, k, v) [B, heads, T, d] of each group of [S, n * D], one group after the other."""
     ends = list(accumulate((B * T for B, T in shapes), initial=0))
     found: list[Tensor] = []
     for (B, T), start, end in zip(shapes, ends, ends[1:], strict=False):
-        found += qkv_SX[start:end].view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        found += qkv_SX[start:end].view(B, T, n, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return found
 
 
@@ -71,14 +90,14 @@ class _SplitHeads(torch.autograd.Function):
     """`_heads_of`, whose gradients are gathered in one pass: stacking, permuting and joining them are three on memory-bound cores."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_SX: Tensor, shapes: Shapes, heads: int) -> tuple[Tensor, ...]:
-        ctx.shapes, ctx.heads = shapes, heads
-        return tuple(_heads_of(qkv_SX, shapes, heads))
+    def forward(ctx: Any, qkv_SX: Tensor, shapes: Shapes, heads: int, n: int) -> tuple[Tensor, ...]:
+        ctx.shapes, ctx.heads, ctx.n = shapes, heads, n
+        return tuple(_heads_of(qkv_SX, shapes, heads, n))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         rows = sum(B * T for B, T in ctx.shapes)
-        gradient_SX = gradients[0].new_empty(rows, 3 * ctx.heads * gradients[0].shape[-1])
-        for place, gradient in zip(_heads_of(gradient_SX, ctx.shapes, ctx.heads), gradients, strict=True):
+        gradient_SX = gradients[0].new_empty(rows, ctx.n * ctx.heads * gradients[0].shape[-1])
+        for place, gradient in zip(_heads_of(gradient_SX, ctx.shapes, ctx.heads, ctx.n), gradients, strict=True):
             place.copy_(gradient)
-        return gradient_SX, None, None
+        return gradient_SX, None, None, None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from backbones.attention import Attention, Shapes
 from backbones.position import resample_table
+from backbones.wanted import Wanted, wanted_of
 from data.errors import InputError
 
 NORM_EPS = 1e-6
@@ -202,15 +203,39 @@ class Block(nn.Module):
 
     def _subset(self, shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor, Shapes]:
         """Rows of the samples that take the branch, what each row's branch is multiplied by, and the shapes that are left."""
-        rows, gains, kept, start = [], [], [], 0
-        for B, T in shapes:
-            n = max(int(B * (1 - self.drop_path)), 1)
-            samples_n = torch.randperm(B, device=device)[:n]
-            rows.append((start + samples_n[:, None] * T + torch.arange(T, device=device)).flatten())
-            gains.append(torch.full((n * T, 1), B / n, device=device))
-            kept.append((n, T))
-            start += B * T
-        return torch.cat(rows), torch.cat(gains), kept
+        samples = self._samples(shapes, device)
+        kept = [(len(samples_n), T) for samples_n, (_, T) in zip(samples, shapes, strict=True)]
+        gains = [torch.full((n * T, 1), B / n, device=device) for (n, T), (B, _) in zip(kept, shapes, strict=True)]
+        return _rows_of(samples, shapes), torch.cat(gains), kept
+
+    def _samples(self, shapes: Shapes, device: torch.device) -> list[Tensor]:
+        """The samples [n] of each group that take the branch."""
+        if not self.training or self.drop_path == 0:
+            return [torch.arange(B, device=device) for B, _ in shapes]
+        return [torch.randperm(B, device=device)[: max(int(B * (1 - self.drop_path)), 1)] for B, _ in shapes]
+
+    def read(self, x_SD: Tensor, shapes: Shapes, wanted: Wanted) -> Tensor:
+        """What `packed` gives for the tokens that are wanted, [R, D], in their order."""
+        x_RD = x_SD.index_select(0, wanted.rows(shapes))
+        samples = self._samples(shapes, x_SD.device)
+        kept = [(len(samples_n), T) for samples_n, (_, T) in zip(samples, shapes, strict=True)]
+        taking_r, places_r, gains_r1 = wanted.taking(shapes, samples)
+        normed = self.norm1(x_SD.index_select(0, _rows_of(samples, shapes)))
+        mixed_rD = self.attn.read(normed, kept, wanted.cls_only).index_select(0, places_r)
+        x_RD = x_RD.index_add(0, taking_r, (self.ls1(self.attn.proj(mixed_rD)) * gains_r1).to(x_RD.dtype))
+        taking_r, _, gains_r1 = wanted.taking(shapes, self._samples(shapes, x_SD.device))
+        branch_rD = self.ls2(self.mlp(self.norm2(x_RD.index_select(0, taking_r))))
+        return x_RD.index_add(0, taking_r, (branch_rD * gains_r1).to(x_RD.dtype))
+
+    def cls(self, x_BTD: Tensor) -> Tensor:
+        """What `forward` gives for the CLS tokens, [B, D]."""
+        B, T, _ = x_BTD.shape
+        if self.training and self.drop_path > SUBSET_ABOVE:
+            shapes = [(B, T)]
+            return self.read(x_BTD.flatten(0, 1), shapes, wanted_of(shapes, [None], 0, x_BTD.device))
+        mixed_BD = self.attn.read(self.norm1(x_BTD).flatten(0, 1), [(B, T)], [True])
+        x_B1D = self._add(x_BTD[:, :1], self.ls1(self.attn.proj(mixed_BD))[:, None])
+        return self._add(x_B1D, self.ls2(self.mlp(self.norm2(x_B1D)))).squeeze(1)
 
     def forward_with_cls_weights(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output [B, T, D] and the CLS query's softmax weights [B, heads, T]; for evaluation."""
@@ -225,6 +250,15 @@ class Block(nn.Module):
         keep = 1 - self.drop_path
         gains_B11 = (torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) < keep).to(x_BTD.dtype) / keep
         return torch.addcmul(x_BTD, branch_BTD.to(x_BTD.dtype), gains_B11)
+
+
+def _rows_of(samples: Sequence[Tensor], shapes: Shapes) -> Tensor:
+    """Rows of all tokens of some samples [n] of each group of a packed sequence."""
+    rows, start = [], 0
+    for samples_n, (B, T) in zip(samples, shapes, strict=True):
+        rows.append((start + samples_n[:, None] * T + torch.arange(T, device=samples_n.device)).flatten())
+        start += B * T
+    return torch.cat(rows)
 
 
 class ViT(nn.Module):
@@ -302,22 +336,43 @@ class ViT(nn.Module):
 
     def packed_features(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]:
         """The features of several batches of crops, each of its own size, from one pass over one sequence of all their tokens."""
-        tokens = [self.tokens(pixels_BCHW, masks_BN) for pixels_BCHW, masks_BN in zip(crops, masks, strict=True)]
-        shapes = [(len(x_BTD), x_BTD.shape[1]) for x_BTD in tokens]
-        x_SD = torch.cat([x_BTD.flatten(0, 1) for x_BTD in tokens])
+        x_SD, shapes = self._packed_tokens(crops, masks)
         for block in self.blocks:
             x_SD = block.packed(x_SD, shapes)  # type: ignore[operator]
         sizes = [B * T for B, T in shapes]
         pairs = zip(shapes, x_SD.split(sizes), self.norm(x_SD).split(sizes), strict=True)
         return [self._features(x.unflatten(0, shape), normed.unflatten(0, shape)) for shape, x, normed in pairs]
 
+    def packed_read(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], patches: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Of `packed_features` the CLS tokens [C, D] of all crops, and the patches [R, D] that are True in `patches` [B, N] of each batch
+        (None: none), in their order. The last block computes no other."""
+        x_SD, shapes = self._packed_tokens(crops, masks)
+        for block in self.blocks[:-1]:
+            x_SD = block.packed(x_SD, shapes)  # type: ignore[operator]
+        wanted = wanted_of(shapes, patches, self.spec.registers, x_SD.device)
+        read_RD = self.norm(self.blocks[-1].read(x_SD, shapes, wanted))  # type: ignore[operator]
+        is_cls_R = wanted.tokens_R == 0
+        cls_C, patches_R = is_cls_R.nonzero().flatten(), is_cls_R.logical_not().nonzero().flatten()
+        return read_RD.index_select(0, cls_C), read_RD.index_select(0, patches_R)
+
+    def _packed_tokens(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Shapes]:
+        """What enters the first block, [S, D], and the shapes of its groups."""
+        tokens = [self.tokens(pixels_BCHW, masks_BN) for pixels_BCHW, masks_BN in zip(crops, masks, strict=True)]
+        shapes = [(len(x_BTD), x_BTD.shape[1]) for x_BTD in tokens]
+        return torch.cat([x_BTD.flatten(0, 1) for x_BTD in tokens]), shapes
+
     def _features(self, x_BTD: Tensor, normed_BTD: Tensor) -> Features:
         first = 1 + self.spec.registers
         return Features(normed_BTD[:, 0], normed_BTD[:, 1:first], normed_BTD[:, first:], x_BTD)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Embedding [B, D]: CLS after the final norm."""
-        return self.features(pixels_BCHW).cls
+        """Embedding [B, D]: CLS after the final norm. The last block computes no other token."""
+        x_BTD = self.tokens(pixels_BCHW)
+        for block in self.blocks[:-1]:
+            x_BTD = block(x_BTD)
+        return self.norm(self.blocks[-1].cls(x_BTD))  # type: ignore[operator]
 
     def outputs(self, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
         """Served outputs: `embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w]; and of the blocks

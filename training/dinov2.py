@@ -65,15 +65,17 @@ class Dinov2Learner(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
 
-    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, precision: Precision) -> tuple[Tensor, Tensor]:
-        """CLS tokens [C, D] of all crops, and patches [G, N, D] of the first batch of crops, to which the masks belong; float32.
+    def encode(
+        self, crops: Sequence[Tensor], masks_GN: Tensor | None, read_GN: Tensor, precision: Precision
+    ) -> tuple[Tensor, Tensor]:
+        """CLS tokens [C, D] of all crops, and the patches [R, D] of the first batch of crops that are True in `read_GN`; float32.
 
-        All crops [C_i, 3, h_i, w_i] go through the backbone as one packed sequence.
+        All crops [C_i, 3, h_i, w_i] go through the backbone as one packed sequence; `masks_GN` hides patches of the first batch.
         """
-        masks = [masks_GN, *[None] * (len(crops) - 1)]
+        none = [None] * (len(crops) - 1)
         with narrow_products(crops[0].device, precision):
-            found = self.backbone.packed_features(crops, masks)
-        return torch.cat([one.cls for one in found]).float(), found[0].patches.float()
+            cls_CD, patches_RD = self.backbone.packed_read(crops, [masks_GN, *none], [read_GN, *none])
+        return cls_CD.float(), patches_RD.float()
 
     def scores(self, cls_BD: Tensor, patches_RD: Tensor) -> tuple[Scores, Scores]:
         """Logits of CLS tokens and of patches, not multiplied out."""
@@ -223,10 +225,10 @@ def teacher_says(
     teacher = state.teacher if state.guide is None else state.guide
     cls, masked, scores = [], [], []
     for part in parts:
-        cls_GD, patches_GND = teacher.encode(part.crops[:1], None, spec.precision)
+        cls_GD, patches_RD = teacher.encode(part.crops[:1], None, part.masks_GN, spec.precision)
         cls.append(cls_GD)
-        masked.append(patches_GND[part.masks_GN])
-        scores.append(teacher.scores(cls_GD, masked[-1]))
+        masked.append(patches_RD)
+        scores.append(teacher.scores(cls_GD, patches_RD))
     # The weights are the same tensor for all parts, or at least have the same values.
     dino, ibot = (
         Scores(torch.cat([one.bottleneck_RE for one in ones]), ones[0].weight_KE) for ones in zip(*scores, strict=True)
@@ -273,7 +275,9 @@ def koleo_across(
         torch.manual_seed(seed)
         crops = part.crops if drops else part.crops[:1]
         with torch.no_grad():
-            cls_VD, _ = student.encode(crops, part.masks_GN if hide else None, spec.precision)
+            cls_VD, _ = student.encode(
+                crops, part.masks_GN if hide else None, torch.zeros_like(part.masks_GN), spec.precision
+            )
         found.append(cls_VD[: len(part.masks_GN)].unflatten(0, (2, -1)))
     cls_2BD = torch.cat(found, dim=1).requires_grad_()
     value = koleo_of_views(cls_2BD.flatten(0, 1), spec)
@@ -304,7 +308,7 @@ def loss_of(
     DINO is the mean over all pairs of different views; `dino_global` holds the two pairs of global crops, `dino_local` the others.
     """
     n_images, masks_GN = len(part.views[0]), part.masks_GN
-    cls_VD, patches_GND = student.encode(part.crops, masks_GN if hide else None, spec.precision)
+    cls_VD, patches_RD = student.encode(part.crops, masks_GN if hide else None, masks_GN, spec.precision)
     if guesses is not None:
         with torch.no_grad():
             guesses.append(student.dino_head(cls_VD[: 2 * n_images].detach()))
@@ -313,7 +317,7 @@ def loss_of(
     weights_G = spec.ibot_weight / (len(masks_GN) * masks_GN.sum(dim=1).clamp_min(1))
     loss, dino_V, ibot_R = student.cross_entropy(
         cls_VD,
-        patches_GND[masks_GN],
+        patches_RD,
         (targets_of_pairs(said.cls_TBK), said.patches),
         (weights_V, weights_G[:, None].expand_as(masks_GN)[masks_GN]),
         spec.student_temperature,

@@ -45,9 +45,13 @@ class Shared(nn.Module):
             name: deque(maxlen=n_parts) for name in ("encode", "scores")
         }
 
-    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, precision: Any) -> Any:
-        """As the learner's."""
-        return self._once("encode", (*crops, precision), lambda: self.learner.encode(crops, masks_GN, precision))
+    def encode(self, crops: Sequence[Tensor], masks_GN: Tensor | None, read_GN: Tensor, precision: Any) -> Any:
+        """As the learner's. It is asked for all patches, of which each student reads its own."""
+        every_GN = torch.ones_like(read_GN)
+        cls_CD, patches_XD = self._once(
+            "encode", (*crops, precision), lambda: self.learner.encode(crops, masks_GN, every_GN, precision)
+        )
+        return cls_CD, patches_XD[read_GN.flatten()]
 
     def scores(self, cls_BD: Tensor, patches_RD: Tensor) -> Any:
         """As the learner's."""

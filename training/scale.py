@@ -1,6 +1,6 @@
 """How a run is spread over processes and memory. Nothing here changes what is learned, only where it is computed and what it costs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,9 +20,11 @@ from training.projection_head import ProjectionHead
 from training.recipe import Recipe
 from training.sync_norm import synchronise_
 
-BLOCK_METHODS = ("forward", "packed")
-"""The two ways through a block."""
-WAYS_THROUGH = ("packed", "packed_features", "scores", "cross_entropy", "encode", "loss")
+BLOCK_METHODS = ("forward", "packed", "cls", "read")
+"""The ways through a block."""
+NOT_COMPILED = ("read",)
+"""How many tokens are read changes from step to step, and with it all shapes."""
+WAYS_THROUGH = ("packed", "cls", "read", "packed_features", "packed_read", "scores", "cross_entropy", "encode", "loss")
 """Of blocks, backbones, heads and learners, beside forward."""
 COMPILED_VARIANTS = 256
 """Of a block: by crop size, rate of stochastic depth, student or teacher. Above it torch would fall back to eager, silently."""
@@ -50,7 +52,9 @@ def spread_(state: State[Any], recipe: Recipe, scale: Scale) -> None:
         raise InputError("--checkpoint-blocks: a ResNet has no blocks to compute again; leave it out")
     if scale.compile_blocks:
         torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-        wrap_(blocks, lambda method: torch.compile(method))
+        wrap_(
+            blocks, lambda method: torch.compile(method), [name for name in BLOCK_METHODS if name not in NOT_COMPILED]
+        )
     if scale.checkpoint_blocks:
         own = [module for module in state.student.modules() if isinstance(module, Block)]
         wrap_(own, lambda method: partial(checkpoint, method, use_reentrant=False))
@@ -66,10 +70,14 @@ def spread_(state: State[Any], recipe: Recipe, scale: Scale) -> None:
         state.averager = parallel.GradientAverage(state.student.parameters())
 
 
-def wrap_(blocks: list[Block], wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def wrap_(
+    blocks: list[Block],
+    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ways: Sequence[str] = BLOCK_METHODS,
+) -> None:
     """Replace the ways through each block."""
     for block in blocks:
-        for name in BLOCK_METHODS:
+        for name in ways:
             setattr(block, name, wrapper(getattr(block, name)))
 
 

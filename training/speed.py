@@ -1,7 +1,8 @@
 """How fast a run goes and what that is of the machine: images a second, waiting for data, MFU, peak memory.
 
 MFU is the model FLOPs of a step over its time and the peak FLOP/s of the devices (Chowdhery et al. 2022, appendix B). Model FLOPs are the
-matrix products and attention that the method asks for, two for each multiply-add; recomputed ones do not count.
+matrix products and attention that the method asks for, two for each multiply-add; recomputed ones do not count, and neither do those of
+the last block for tokens that no loss reads.
 """
 
 import resource
@@ -44,35 +45,48 @@ PRODUCT = 1024
 MEASURED = "measured product"
 
 
-def step_flops(recipe: Recipe, guide: Any = None) -> float:
+def step_flops(recipe: Recipe, guide: Any = None, as_published: bool = False) -> float:
     """Model FLOPs of one step on the whole batch: teacher forward, student forward and backward, heads.
 
     The backward pass counts twice the forward. Stochastic depth that leaves samples out counts for less, masks as many patches as
-    they have on average. `guide` is the frozen learner that stands in for the teacher, if any.
+    they have on average. `guide` is the frozen learner that stands in for the teacher, if any. `as_published` counts the last block of
+    all tokens, as the published code computes it.
     """
     crops, spec = recipe.crops, recipe.step
     packed = isinstance(spec, Dinov2Spec)
+    read: list[float | None] = [None] * crops.n_views
+    masked = spec.masks.crops * sum(spec.masks.ratio) / 2 if isinstance(spec, Dinov2Spec) else 0.0
+    if guide is not None:
+        masked = 1.0
+    if not as_published and not isinstance(spec, FeatureSpec):
+        read = [masked if packed and i < 2 else 0.0 for i in range(crops.n_views)]
     student = sum(
-        view_flops(recipe.backbone, crops.view_px(i), packed=packed, drops=True) for i in range(crops.n_views)
+        view_flops(recipe.backbone, crops.view_px(i), packed=packed, drops=True, read=read[i])
+        for i in range(crops.n_views)
     )
     teaching: ViTSpec | ResNetSpec | None = recipe.backbone
     if guide is not None:
         # A teacher on an engine of its own is not counted.
         teaching = guide.backbone.spec if isinstance(guide.backbone, ViT | ResNet) else None
-    image = 3 * student + (2 * view_flops(teaching, crops.global_px) if teaching else 0.0)
+    image = 3 * student + (2 * view_flops(teaching, crops.global_px, read=read[0]) if teaching else 0.0)
     if isinstance(spec, FeatureSpec):
         return image * recipe.batch_size
     # A guide's head is counted as the student's: they have as many prototypes, and the prototypes are most of a head.
     image += (3 * crops.n_views + 2) * head_flops(recipe.backbone, recipe.head)
     if isinstance(spec, Dinov2Spec) and isinstance(recipe.backbone, ViTSpec):
         n_patches = (crops.global_px // recipe.backbone.patch_px) ** 2
-        masked = 1.0 if guide is not None else spec.masks.crops * sum(spec.masks.ratio) / 2
         image += 2 * masked * n_patches * 4 * head_flops(recipe.backbone, spec.ibot_head or recipe.head)
     return image * recipe.batch_size
 
 
-def view_flops(spec: ViTSpec | ResNetSpec, px: int, *, packed: bool = False, drops: bool = False) -> float:
-    """Forward FLOPs of one square view. With `drops` the samples that stochastic depth leaves out cost nothing, where they are left out."""
+def view_flops(
+    spec: ViTSpec | ResNetSpec, px: int, *, packed: bool = False, drops: bool = False, read: float | None = None
+) -> float:
+    """Forward FLOPs of one square view. With `drops` the samples that stochastic depth leaves out cost nothing, where they are left out.
+
+    `read` is the share of patches that are read beside CLS, for which the last block is computed; None: all tokens are. For CLS alone (0)
+    its queries are that one.
+    """
     if isinstance(spec, ResNetSpec):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             ResNet(spec).eval()(torch.empty(1, 3, px, px))
@@ -82,11 +96,18 @@ def view_flops(spec: ViTSpec | ResNetSpec, px: int, *, packed: bool = False, dro
     n_patches = (px // spec.patch_px) ** 2
     tokens = n_patches + 1 + spec.registers
     flops = 2.0 * n_patches * sum(p.numel() for p in vit.patch_embed.parameters() if p.ndim > 1)
-    for block in vit.blocks:
+    for i, block in enumerate(vit.blocks):
         assert isinstance(block, Block)
         kept = 1 - block.drop_path if drops and (packed or block.drop_path > SUBSET_ABOVE) else 1.0
         linears = sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
-        flops += kept * (2.0 * tokens * linears + 4.0 * tokens**2 * spec.width)
+        asking, ending = float(tokens), float(tokens)  # tokens with a query, and tokens that end the block
+        if read is not None and i == spec.depth - 1:
+            asking, ending = (1.0 if read == 0 else tokens), 1 + read * n_patches
+        keys = 2 * spec.width**2
+        rest = linears - 3 * spec.width**2
+        flops += (
+            kept * 2.0 * (tokens * keys + asking * spec.width**2 + ending * rest + 2 * asking * tokens * spec.width)
+        )
     return flops
 
 

@@ -1,9 +1,11 @@
 """Sizes of the published ViTs, and what a ViT refuses. Its numbers are held in test_vit_reference.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from backbones.vit import VIT_SIZES, ViT, ViTSpec, swiglu_hidden
 from data.errors import InputError
@@ -125,3 +127,48 @@ class TestPackedSequences:
     def test_at_least_one_sample_of_each_group_takes_the_branch(self) -> None:
         block = small_vit(depth=1, drop_path=0.9, drop_path_uniform=True).train().blocks[0]
         assert block._subset([(1, 5), (2, 3)], torch.device("cpu"))[2] == [(1, 5), (1, 3)]
+
+
+class TestTokensThatAreRead:
+    """The last block computes only what is read: the same values and gradients as of all tokens."""
+
+    @pytest.mark.parametrize("drop_path", [0.0, 0.05, 0.5])
+    @pytest.mark.parametrize("layer_scale", [None, 0.3])
+    def test_cls_alone_is_that_of_all_tokens(self, drop_path: float, layer_scale: float | None) -> None:
+        model = small_vit(registers=2, drop_path=drop_path, drop_path_uniform=True, layer_scale=layer_scale).train()
+        pixels = torch.randn(6, 3, 32, 32)
+        same_with_gradients(model, lambda: model(pixels), lambda: model.features(pixels).cls)
+
+    @pytest.mark.parametrize("drop_path", [0.0, 0.5])
+    @pytest.mark.parametrize("qkv_bias", [True, False])
+    def test_cls_and_chosen_patches_are_those_of_all_tokens(self, drop_path: float, qkv_bias: bool) -> None:
+        """Some crops have no chosen patch, and one group none at all."""
+        model = small_vit(registers=2, mask_token=True, drop_path=drop_path, drop_path_uniform=True, qkv_bias=qkv_bias)
+        model.train()
+        crops = [torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 24)]
+        hidden = torch.rand(4, 16) < 0.5
+        hidden[1:3] = False
+
+        def read() -> Tensor:
+            return torch.cat(model.packed_read(crops, [hidden, None], [hidden, None]))
+
+        def read_of_all() -> Tensor:
+            found = model.packed_features(crops, [hidden, None])
+            return torch.cat([*[one.cls for one in found], found[0].patches[hidden]])
+
+        same_with_gradients(model, read, read_of_all)
+
+
+def same_with_gradients(model: nn.Module, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> None:
+    """Both ways give the same, and the same gradients of all parameters, where they draw the same."""
+    model.requires_grad_()
+    model.requires_grad_()
+    found = []
+    for way in (one, other):
+        torch.manual_seed(1)
+        model.zero_grad()
+        value = way()
+        (value * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((value.detach(), gradients))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
