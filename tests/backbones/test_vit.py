@@ -167,8 +167,9 @@ def same_with_gradients(model: nn.Module, one: Callable[[], Tensor], other: Call
     for way in (one, other):
         torch.manual_seed(1)
         model.zero_grad()
-        value = way()
-        (value * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+        with torch.enable_grad():
+            value = way()
+            (value * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append((value.detach(), gradients))
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
