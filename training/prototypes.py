@@ -19,14 +19,16 @@ from training.losses import sinkhorn_knopp
 
 CHUNK_ELEMENTS = 2**23
 """Logits made at a time, about: few enough to stay small beside the network, enough rows for fast products."""
+CACHED_ELEMENTS = 2**19
+"""Of those, how many go through one softmax after another: few enough to stay in a core's cache on the way."""
 
 Targets = Callable[[slice], Tensor]
 """Rows to their targets [r, K], which it may not share with anyone; rows need not sum to 1."""
 
 
-def chunks(n_rows: int, n_prototypes: int) -> Iterator[slice]:
-    """Slices of the rows, in order."""
-    size = max(CHUNK_ELEMENTS // n_prototypes, 1)
+def chunks(n_rows: int, n_prototypes: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the rows, in order, each of so many logits at most (CHUNK_ELEMENTS), or of one row."""
+    size = max((elements or CHUNK_ELEMENTS) // n_prototypes, 1)
     yield from (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
 
 
@@ -39,8 +41,11 @@ class Scores:
 
     def probs(self, rows: slice, temperature: float, center_K: Tensor) -> Tensor:
         """Centred and sharpened probabilities [r, K] (Caron et al. 2021, eq. 1)."""
-        logits_rK = torch.addmm(-center_K / temperature, self.bottleneck_RE[rows] / temperature, self.weight_KE.T)
-        return logits_rK.softmax(dim=1)
+        logits_rK = (self.bottleneck_RE[rows] / temperature) @ self.weight_KE.T
+        shift_K = center_K / temperature
+        for some in chunks(*logits_rK.shape, CACHED_ELEMENTS):
+            torch.softmax(logits_rK[some] - shift_K, dim=1, out=logits_rK[some])
+        return logits_rK
 
     def sinkhorn(self, temperature: float, iterations: int) -> Tensor:
         """Probabilities [R, K] that use the prototypes evenly over all processes."""
@@ -120,16 +125,15 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         for rows in chunks(len(bottleneck_RE), len(weight_KE)):
             z_rE, weight_r1 = bottleneck_RE[rows], weights_R[rows, None]
             targets_rK = targets(rows)
-            logs_rK = ((z_rE / temperature) @ weight_KE.T).log_softmax(dim=1)
-            # As products of rows, for `vecdot` writes all of r x K down before it sums.
-            losses_R[rows] = -torch.bmm(targets_rK[:, None], logs_rK[:, :, None]).flatten() * weights_R[rows]
+            of_logits_rK = (z_rE / temperature) @ weight_KE.T
+            for some in chunks(*of_logits_rK.shape, CACHED_ELEMENTS):
+                losses_R[rows][some] = _losses_to_gradients_(of_logits_rK[some], targets_rK[some])
+            losses_R[rows] *= weights_R[rows]
             if gradients:
-                mass_r1 = targets_rK.sum(dim=1, keepdim=True)
-                of_logits_rK = logs_rK.exp_().mul_(mass_r1 * weight_r1 / temperature)
-                of_logits_rK.addcmul_(targets_rK, weight_r1, value=-1 / temperature)
                 torch.mm(of_logits_rK, weight_KE, out=of_bottleneck_RE[rows])
-                torch.addmm(of_weight_KE, of_logits_rK.T, z_rE, out=of_weight_KE)
-            del targets_rK, logs_rK
+                of_bottleneck_RE[rows] *= weight_r1 / temperature
+                torch.addmm(of_weight_KE, of_logits_rK.T, z_rE * (weight_r1 / temperature), out=of_weight_KE)
+            del targets_rK, of_logits_rK
         ctx.save_for_backward(of_bottleneck_RE, of_weight_KE)
         ctx.mark_non_differentiable(losses_R)
         return losses_R.sum(), losses_R
@@ -139,3 +143,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         of_bottleneck_RE, of_weight_KE = ctx.saved_tensors
         # In place: another tensor of all prototypes costs more than the product. So there is one backward pass, as everywhere here.
         return of_bottleneck_RE.mul_(of_sum), of_weight_KE.mul_(of_sum), None, None, None
+
+
+def _losses_to_gradients_(logits_rK: Tensor, targets_rK: Tensor) -> Tensor:
+    """Cross-entropy [r] of each row; its gradient takes the place of the logits."""
+    logs_rK = logits_rK.log_softmax(dim=1)
+    losses_r = -(targets_rK * logs_rK).sum(dim=1)
+    probs_rK = logs_rK.exp_().mul_(targets_rK.sum(dim=1, keepdim=True))
+    torch.sub(probs_rK, targets_rK, out=logits_rK)
+    return losses_r

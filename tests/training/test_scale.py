@@ -18,7 +18,7 @@ from torch import Tensor
 from backbones.checkpoints import load_backbone
 from data.datasets import open_dataset
 from data.errors import InputError
-from training import prototypes
+from training import projection_head, prototypes
 from training.distillation import Schedule
 from training.loop import train
 from training.methods import make_state, take_step_
@@ -144,6 +144,7 @@ def test_a_plain_copy_of_the_teacher_is_free_of_what_was_done_to_its_blocks() ->
 
 def test_prototypes_in_chunks_give_the_loss_and_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prototypes, "CHUNK_ELEMENTS", 3 * 7)
+    monkeypatch.setattr(prototypes, "CACHED_ELEMENTS", 2 * 7)
     generator = torch.Generator().manual_seed(0)
     z, w, t, a = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((10, 4), (7, 4), (10, 7), (10,)))
     t = 2 * t.softmax(dim=1)
@@ -258,3 +259,17 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_an_uninterrupted_one(
     one, other = (RunFolder(tmp_path / name).load_state() for name in ("killed", "whole"))
     for kind in ("student", "teacher", "centers", "optimizer"):
         assert all(torch.equal(other[kind][name], tensor) for name, tensor in one[kind].items()), kind
+
+
+def test_the_prototypes_and_their_gradients_are_those_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, the last ones fewer; oracle: autograd."""
+    monkeypatch.setattr(projection_head._WeightNorm, "ROWS", 3)
+    generator = torch.Generator().manual_seed(0)
+    v, g, along = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((7, 4), (7, 1), (7, 4)))
+    found = []
+    for formula in (projection_head._WeightNorm.apply, lambda v, g: v * (g / v.norm(dim=1, keepdim=True))):
+        v_KE, g_K1 = v.clone().requires_grad_(), g.clone().requires_grad_()
+        weight_KE = formula(v_KE, g_K1)
+        (weight_KE * along).sum().backward()
+        found.append([weight_KE.detach(), v_KE.grad, g_K1.grad])
+    torch.testing.assert_close(*found)
