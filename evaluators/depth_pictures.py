@@ -18,13 +18,13 @@ from evaluators.picture_sheet import UNKNOWN_GREY, save_sheet, spread_picks
 def save_comparison(
     path: Path, head: AnyDepthHead, test: DepthTable, images: Dataset, predictions: dict[str, np.ndarray]
 ) -> None:
-    """Write the sheet of `ROWS` test images, evenly spaced in the order of their error.
+    """Write the sheet of `ROWS` test images, evenly spaced from the worst to the best.
 
     `predictions` holds `rows` of `test` and their `abs_rel`; names of `test` are looked up in `images`.
     """
     index = {item.name: number for number, item in enumerate(images.items)}
     short, rows = SHORT_UNITS.get(head.spec.unit, head.spec.unit), []
-    for pick in spread_picks(predictions["abs_rel"]):
+    for pick in spread_picks(-predictions["abs_rel"]):
         row = int(predictions["rows"][pick])
         name, measured_HW = test.names[row], test.depth_m[row]
         predicted_HW = predict_depth(head, test, row)

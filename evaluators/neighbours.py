@@ -19,6 +19,8 @@ CHUNK_BYTES = 128 * 2**20
 """Largest block of similarities held at a time."""
 GROUP = 32
 """Columns that share a maximum."""
+BLOCK_BYTES = 2**20
+"""Similarities that are searched at a time: what was read to bound them is still in a core's cache when they are compared."""
 MIN_GROUPS = 4
 """Groups wanted for each neighbour; with fewer, whole rows are sorted."""
 MAX_HITS = 8
@@ -62,31 +64,50 @@ def top_rows(similarity_cn: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values_cn = similarity_cn.numpy()
     if n // GROUP < MIN_GROUPS * k:
         return _sorted_rows(values_cn, k)
-    bound_c = _lower_bound(similarity_cn, k)
-    hits = np.flatnonzero(values_cn >= bound_c[:, None])
+    hits, found = _hits(values_cn, k)
     ends_c = np.searchsorted(hits, np.arange(1, c + 1) * n)
     counts_c = np.diff(ends_c, prepend=0)
     few_c = counts_c <= MAX_HITS * k
     if not few_c.all():
         many = np.flatnonzero(~few_c)
-        hits = hits[few_c[hits // n]]
+        kept = few_c[hits // n]
+        hits, found = hits[kept], found[kept]
         counts_c = np.where(few_c, counts_c, 0)
     row_of_hit = np.repeat(np.arange(c), counts_c)
     columns = hits - row_of_hit * n
     slots = np.arange(len(hits)) - np.repeat(np.cumsum(counts_c) - counts_c, counts_c)
     keys_cL = np.full((c, max(k, int(counts_c.max(initial=0)))), np.iinfo(np.int64).min)
-    keys_cL[row_of_hit, slots] = _keys(values_cn.reshape(-1)[hits], columns)
+    keys_cL[row_of_hit, slots] = _keys(found, columns)
     values, rows = _take(keys_cL, k)
     if not few_c.all():
         values[many], rows[many] = _sorted_rows(values_cn[many], k)
     return values, rows
 
 
-def _lower_bound(similarity_cn: Tensor, k: int) -> np.ndarray:
+def _hits(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places, counted through all rows, and values of the entries that reach their row's bound; places rise."""
+    c, n = values_cn.shape
+    rows = min(c, max(1, BLOCK_BYTES // (4 * n)))
+    reached = np.zeros(-(-rows * n // 8) * 8, bool)  # whole words, so that eight entries are passed over at once
+    words, places, values = reached.view(np.uint64), [], []
+    for start in range(0, c, rows):
+        block_rn = values_cn[start : start + rows]
+        bound_r = _lower_bound(block_rn, k)
+        reached[block_rn.size :] = False
+        np.greater_equal(block_rn, bound_r[:, None], out=reached[: block_rn.size].reshape(block_rn.shape))
+        some = np.flatnonzero(words != 0)
+        within = np.flatnonzero(words[some].view(bool))
+        own = some[within >> 3] * 8 + (within & 7)
+        places.append(own + start * n)
+        values.append(block_rn.reshape(-1)[own])
+    return np.concatenate(places), np.concatenate(values)
+
+
+def _lower_bound(values_cn: np.ndarray, k: int) -> np.ndarray:
     """For each row, the k-th largest of the maxima of its groups: at least k entries reach it."""
-    n = similarity_cn.shape[1]
+    n = values_cn.shape[1]
     per_group = n // GROUP
-    maxima_cm = similarity_cn[:, : GROUP * per_group].unflatten(1, (GROUP, per_group)).amax(dim=1).numpy()
+    maxima_cm = values_cn[:, : GROUP * per_group].reshape(-1, GROUP, per_group).max(axis=1)
     bound_c: np.ndarray = np.partition(maxima_cm, per_group - k, axis=1)[:, per_group - k]
     return bound_c
 

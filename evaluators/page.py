@@ -11,6 +11,8 @@ import numpy as np
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 52, 10, 8, 22
 """Of a chart and its margins, in units of its own."""
 N_COLOURS = 6
+MAX_MARKED = 6
+"""Up to so many different x on a logarithmic axis, each is marked itself."""
 JPEG_QUALITY = 85
 Points = Sequence[tuple[float, float]]
 STYLE = """
@@ -81,7 +83,7 @@ def chart(
         return ""
     y_ticks = ticks(min(ys), max(ys), 4)
     low, high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
-    first, last = min(xs), max(max(xs), min(xs) + 1)
+    first, last = min(xs), max(xs) if max(xs) > min(xs) and log_x else max(max(xs), min(xs) + 1)
 
     def at(x: float, y: float) -> str:
         across = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
@@ -95,10 +97,14 @@ def chart(
         parts.append(
             f'<text x="{LEFT - 5}" y="{down}" text-anchor="end" dominant-baseline="middle">{short(tick)}</text>'
         )
-    for tick in (tick for tick in ticks(first, last, 4) if first <= tick <= last and tick == round(tick)):
+    marked = [tick for tick in ticks(first, last, 4) if first <= tick <= last and tick == round(tick)]
+    if log_x and len(set(xs)) <= MAX_MARKED:
+        marked = sorted(set(xs))
+    for tick in marked:
         across = at(tick, low).split(",")[0]
-        words = short(10.0**tick if log_x else tick)
-        parts.append(f'<text x="{across}" y="{HEIGHT - 6}" text-anchor="middle">{words}</text>')
+        words = short(float(f"{10.0**tick:.10g}") if log_x else tick)
+        anchor = "end" if float(across) > WIDTH - 2 * RIGHT else "middle"
+        parts.append(f'<text x="{across}" y="{HEIGHT - 6}" text-anchor="{anchor}">{words}</text>')
     legend = []
     for i, (name, values) in enumerate(drawn.items()):
         points = [at(x, y) for x, y in values]

@@ -16,6 +16,13 @@ THUMB_PX = 78
 CONFUSED_PAIRS, EXAMPLES = 8, 5
 QUERIES, NEIGHBOURS = 6, 8
 PICTURE_PX = 1400
+COLUMNS = {
+    "attention": "image, its objects, the best head's attention, the patches that it keeps",
+    "depth": "image, measured and predicted depth (near is bright)",
+    "segmentation": "image, true and predicted classes",
+    "video_objects": "the objects as given, where they are in a late frame, where they were found",
+}
+"""What stands side by side in the pictures of an evaluator."""
 
 
 class Thumbnails:
@@ -108,6 +115,6 @@ def file_picture(one: Found) -> str:
     if found is None:
         return ""
     shown = picture(found, f"{one.result['evaluator']} of {one.network}", PICTURE_PX)
-    return (
-        f'<figure style="margin-top:10px"><figcaption>{html.escape(one.network)}: pictures</figcaption>{shown}</figure>'
-    )
+    columns = COLUMNS.get(one.result["evaluator"])
+    words = f"{one.network}: {columns}" if columns else f"{one.network}: pictures"
+    return f'<figure style="margin-top:10px"><figcaption>{html.escape(words)}</figcaption>{shown}</figure>'

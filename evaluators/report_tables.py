@@ -20,7 +20,9 @@ HEAT = ("features", "lr_per_256")
 STYLE = """
 section{margin-top:34px;border-top:1px solid var(--line)}.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft);font-weight:600}
+th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--soft);font-weight:600;white-space:normal}
+.paired{white-space:normal;min-width:10rem}
 th:first-child,td:first-child{text-align:left}tr.base td{color:var(--soft)}td small{color:var(--soft)}td.best{font-weight:700}
 a{color:var(--c0)}.heat td{border:1px solid var(--card);padding:4px 5px;font-size:.7rem;color:#fff;text-align:center}
 .heat th{font-size:.68rem;padding:3px 4px}.heat td.chosen{outline:2px solid var(--c1);outline-offset:-2px}
@@ -36,7 +38,7 @@ def overview(groups: Sequence[Group]) -> str:
     networks = list(dict.fromkeys(one.network for group in groups for one in group.found))
     head = "".join(
         f'<th><a href="#{group.anchor}">{html.escape(group.evaluator)}</a><br><small>{html.escape(Path(group.source.split(",")[0]).name)}, '
-        f"{html.escape(group.best.result['headline'])}</small></th>"
+        f"{html.escape(group.best.result['headline'])}{arrow(group.best.result, group.best.result['headline'])}</small></th>"
         for group in groups
     )
     rows = []
@@ -57,32 +59,38 @@ def leaderboard(group: Group, compared: Mapping[Path, Mapping[str, Any]]) -> str
     """One row a network and a baseline, best network first: all metrics with intervals, the published figure, the paired difference."""
     headline = group.best.result["headline"]
     names = list(dict.fromkeys([headline, *(name for one in group.found for name in one.result["metrics"])]))
-    marks = {name: " ↓" for name in names if group.best.result["metrics"].get(name, {}).get("lower_is_better")}
-    head = "".join(f"<th>{html.escape(name)}{marks.get(name, '')}</th>" for name in names)
+    head = "".join(f"<th>{html.escape(name)}{arrow(group.best.result, name)}</th>" for name in names)
     rows, published = [], any(one.result.get("published") for one in group.found)
     paired = len(group.found) > 1 or any(one.result["baselines"] for one in group.found)
     for one in group.found:
         cells = "".join(f"<td>{with_interval(one.result['metrics'].get(name))}</td>" for name in names)
         cells += f"<td>{published_cell(one.result)}</td>" if published else ""
         rows.append(
-            f"<tr><td>{html.escape(one.network)}</td>{cells}<td>{paired_cell(compared.get(one.path))}</td></tr>"
+            f"<tr><td>{html.escape(one.network)}</td>{cells}<td class='paired'>{paired_cell(compared.get(one.path))}</td></tr>"
         )
         for name, baseline in one.result["baselines"].items():
             cells = "".join(f"<td>{figure(baseline['metrics'].get(name))}</td>" for name in names)
             cells += "<td></td>" if published else ""
             gain = with_interval(baseline.get("difference"), signed=True)
             rows.append(
-                f'<tr class="base"><td>&nbsp;&nbsp;{html.escape(name)}</td>{cells}<td>network above it by {gain}</td></tr>'
+                f'<tr class="base"><td>&nbsp;&nbsp;{html.escape(name)}</td>{cells}<td class="paired">network above it by {gain}</td></tr>'
             )
-    extra = ("<th>published</th>" if published else "") + ("<th>compared with the best, paired</th>" if paired else "")
+    extra = ("<th>published</th>" if published else "") + (
+        '<th class="paired">compared with the best, paired</th>' if paired else ""
+    )
     n = group.best.result["metrics"][headline]["n"]
-    lower = "; arrows: lower is better" if marks else ""
+    lower = "; arrows: lower is better" if any(arrow(group.best.result, name) for name in names) else ""
     return (
         f'<p class="soft">{n:,} test items; 95 % intervals below the figures{lower}</p>'
         f'<div class="scroll"><table>'
         f"<thead><tr><th>network</th>{head}{extra}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def arrow(result: Mapping[str, Any], name: str) -> str:
+    """The mark of a metric of which less is better."""
+    return "\u00a0↓" if result["metrics"].get(name, {}).get("lower_is_better") else ""
 
 
 def figure(metric: Mapping[str, Any] | None) -> str:
@@ -127,7 +135,7 @@ def paired_cell(found: Mapping[str, Any] | None) -> str:
 
 
 def curves(group: Group) -> str:
-    """The headline over what was tried: k, C, images a class, one line a network."""
+    """The headline over what was tried: k, C, images a class, one line a network, named with the headline itself."""
     parts = []
     headline = group.best.result["headline"]
     for key, (words, log_x) in CURVES.items():
@@ -138,7 +146,8 @@ def curves(group: Group) -> str:
                 for suffix, points in grid_lines(one.result["grid"], key, headline).items()
             }
         if any(len(points) > 1 for points in lines.values()):
-            parts.append(chart(f"{headline} over {words}", lines, log_x=log_x))
+            ends = {one.network: float(one.result["metrics"][headline]["value"]) for one in group.found}
+            parts.append(chart(f"{headline} over {words}", lines, ends, log_x))
     return "".join(parts)
 
 

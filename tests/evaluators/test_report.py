@@ -108,7 +108,7 @@ def test_lower_is_better_puts_the_smallest_error_first(tmp_path: Path) -> None:
     (group,) = group_results(load_results([tmp_path]))
     assert [one.path.stem for one in group.found] == ["b", "a"]
     page = make_page(load_results([tmp_path]), "t")
-    assert "rmse ↓" in page
+    assert "rmse\u00a0↓" in page
     assert "0.250 metre" in page
 
 
