@@ -7,6 +7,7 @@ is replaced by the next good one in the epoch's order and remembered in `skipped
 Workers either make the views (`workers`: OpenCV, uint8), or only decode, and the views are made where the network is (`device`).
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -221,5 +222,8 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    # A terminal, `timeout`, systemd or SLURM signal the whole group: the trainer saves first, and needs its workers for that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # 0, not 1: in a forked process OpenCV would wait for the threads that its parent had (test_loader.py)
     cv2.setNumThreads(0)

@@ -67,7 +67,7 @@ class _WeightNorm(torch.autograd.Function):
         return weight_KE
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_weight_KE: Tensor) -> tuple[Tensor, Tensor]:
         v_KE, g_K1, norms_K1 = ctx.saved_tensors
         of_v_KE, of_g_K1 = torch.empty_like(v_KE), torch.empty_like(g_K1)

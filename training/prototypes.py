@@ -43,7 +43,7 @@ class Scores:
         """Centred and sharpened probabilities [r, K] (Caron et al. 2021, eq. 1)."""
         logits_rK = (self.bottleneck_RE[rows] / temperature) @ self.weight_KE.T
         shift_K = center_K / temperature
-        for some in chunks(*logits_rK.shape, CACHED_ELEMENTS):
+        for some in chunks(len(logits_rK), logits_rK.shape[1], CACHED_ELEMENTS):
             torch.softmax(logits_rK[some] - shift_K, dim=1, out=logits_rK[some])
         return logits_rK
 
@@ -126,7 +126,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             z_rE, weight_r1 = bottleneck_RE[rows], weights_R[rows, None]
             targets_rK = targets(rows)
             of_logits_rK = (z_rE / temperature) @ weight_KE.T
-            for some in chunks(*of_logits_rK.shape, CACHED_ELEMENTS):
+            for some in chunks(len(of_logits_rK), of_logits_rK.shape[1], CACHED_ELEMENTS):
                 losses_R[rows][some] = _losses_to_gradients_(of_logits_rK[some], targets_rK[some])
             losses_R[rows] *= weights_R[rows]
             if gradients:

@@ -332,6 +332,23 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path,
     assert saved["step"] == done
 
 
+def test_a_signal_to_the_whole_group_workers_too_saves_first(folder: Path, tmp_path: Path, repo_root: Path) -> None:
+    """As a terminal's Ctrl-C, `timeout`, systemd and SLURM send it."""
+    words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "2")
+    long = command(*words, "--epochs", "400", "--threads", "1")
+    process = subprocess.Popen(long, cwd=repo_root, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 90
+    while not (log.is_file() and len(read_steps(log)) > 3):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert RunFolder(tmp_path / "run").load_state()["step"] == len(read_steps(log))
+
+
 def test_kill_9_leaves_a_state_that_loads(folder: Path, tmp_path: Path, repo_root: Path) -> None:
     words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "0")
     env = {**os.environ, "PYTHONPATH": str(repo_root)}
