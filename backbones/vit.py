@@ -228,14 +228,14 @@ class Block(nn.Module):
         return x_RD.index_add(0, taking_r, (branch_rD * gains_r1).to(x_RD.dtype))
 
     def cls(self, x_BTD: Tensor) -> Tensor:
-        """What `forward` gives for the CLS tokens, [B, D]."""
+        """What `forward` gives for the CLS tokens, [B, 1, D]: without stochastic depth no view, of which FSDP2 warns."""
         B, T, _ = x_BTD.shape
         if self.training and self.drop_path > SUBSET_ABOVE:
             shapes = [(B, T)]
-            return self.read(x_BTD.flatten(0, 1), shapes, wanted_of(shapes, [None], 0, x_BTD.device))
+            return self.read(x_BTD.flatten(0, 1), shapes, wanted_of(shapes, [None], 0, x_BTD.device))[:, None]
         mixed_BD = self.attn.read(self.norm1(x_BTD).flatten(0, 1), [(B, T)], [True])
         x_B1D = self._add(x_BTD[:, :1], self.ls1(self.attn.proj(mixed_BD))[:, None])
-        return self._add(x_B1D, self.ls2(self.mlp(self.norm2(x_B1D)))).squeeze(1)
+        return self._add(x_B1D, self.ls2(self.mlp(self.norm2(x_B1D))))
 
     def forward_with_cls_weights(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output [B, T, D] and the CLS query's softmax weights [B, heads, T]; for evaluation."""
@@ -372,7 +372,7 @@ class ViT(nn.Module):
         x_BTD = self.tokens(pixels_BCHW)
         for block in self.blocks[:-1]:
             x_BTD = block(x_BTD)
-        return self.norm(self.blocks[-1].cls(x_BTD))  # type: ignore[operator]
+        return self.norm(self.blocks[-1].cls(x_BTD).squeeze(1))  # type: ignore[operator]
 
     def outputs(self, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
         """Served outputs: `embedding` [B, D], `patches` [B, N, D], `attention` [B, heads, h, w]; and of the blocks
