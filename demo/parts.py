@@ -123,8 +123,7 @@ class Parts:
         def event(request: gr.Request, looked_at: str, path: str | None, *values: Any) -> Any:
             if looked_at != name or path is None:
                 return gr.skip()
-            with self.turns.take(request, work.__qualname__):
-                return work(path, *values)
+            return self.turns.newest(request, work.__qualname__, work, path, *values)
 
         moved = [control.change for control in controls if on_change and hasattr(control, "change")]
         gr.on(

@@ -1,5 +1,6 @@
 """The tab Search: what is like the image in a collection, a vote of the nearest, and images of one's own in collections of one's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ class SearchTab:
         if self.served.rest is None:
             return self._without_rest(data, collection, int(k))
         sizes = {one["name"]: one["size"] for one in self.served.get("/v1/collections")["collections"]}
-        if sizes.get(collection) == 0:
+        if collection not in sizes:
+            return [], None, f"There is no collection {_plain(collection)}: choose one of the list."
+        if sizes[collection] == 0:
             return [], None, "This collection is empty: add images to it below."
         sent: dict[str, Any] = {
             "content": data,
             "headers": {"content-type": "application/octet-stream"},
-            "params": {"k": max(1, min(int(k), sizes.get(collection, MAX_NEIGHBOURS)))},
+            "params": {"k": max(1, min(int(k), sizes[collection]))},
         }
         where = f"/v1/collections/{quote(collection, safe='')}"
         nearest = self.served.post(f"{where}/search", **sent)["results"][0]["neighbours"]
@@ -75,17 +78,23 @@ class SearchTab:
         infos = [one for one in self.served.get("/v1/collections")["collections"] if one["usable"]]
         return [(f"{one['name']} ({one['size']})", one["name"]) for one in infos]
 
-    def refresh(self, chosen: str | None) -> tuple[Any, Any]:
-        """The choice of collections and of items to delete, as they are now."""
+    def choice(self, chosen: str | None) -> Any:
+        """The collections as they are now."""
         known = self.collections()
         names = [name for _, name in known]
-        chosen = chosen if chosen in names else next(iter(names), None)
-        return gr.Dropdown(choices=known, value=chosen), gr.Dropdown(choices=self.items(chosen), value=[])
+        return _choices(known, chosen in names, next(iter(names), None))
 
-    def items(self, collection: str | None) -> list[tuple[str, str]]:
-        """The items of a collection of one's own, the newest first, as (shown, id)."""
+    def items(self, collection: str | None, chosen: list[str]) -> Any:
+        """The items to delete: those of a collection of one's own, the newest first."""
+        known = self._items(collection)
+        left = [one for one in chosen if one in {name for _, name in known}]
+        return _choices(known, left == chosen, left)
+
+    def _items(self, collection: str | None) -> list[tuple[str, str]]:
         if self.served.rest is None or collection in (None, SAMPLES):
             return []
+        if collection not in [name for _, name in self.collections()]:
+            return []  # deleted a moment ago
         page = self.served.get(f"/v1/collections/{quote(collection, safe='')}/items", limit=MAX_LISTED)
         shown = [
             (f"{one['label'] or 'no label'}: {one['metadata'].get('file', one['id'])}", one["id"])
@@ -93,10 +102,8 @@ class SearchTab:
         ]
         return shown[::-1]
 
-    def add(
-        self, request: gr.Request, files: list[str] | None, label: str, collection: str
-    ) -> tuple[Any, Any, None, str]:
-        """Embed images into a collection, which is made where there is none. Returns the choices, no files, words."""
+    def add(self, files: list[str] | None, label: str, collection: str, count: str) -> tuple[Any, None, str, str]:
+        """Embed images into a collection, which is made where there is none. Returns the choice of it, no files, words, `count` + 1."""
         if not files:
             raise refusal("Choose one or more image files to add.")
         if len(files) > MAX_FILES:
@@ -107,22 +114,32 @@ class SearchTab:
         form: list[Any] = [("file", (Path(path).name, read_bytes(path))) for path in files]
         fields = {"label": label.strip()} if label.strip() else {}
         ids = self.served.post(f"/v1/collections/{quote(name, safe='')}/items", files=form, data=fields)["ids"]
-        return *self.refresh(name), None, f"Added {len(ids)} to {_plain(name)}. They stay until somebody deletes them."
+        words = f"Added {len(ids)} to {_plain(name)}. They stay until somebody deletes them."
+        return gr.Dropdown(choices=self.collections(), value=name), None, words, _one_more(count)
 
-    def remove(self, chosen: list[str], collection: str | None) -> tuple[Any, Any, str]:
-        """Delete items of a collection."""
+    def remove(self, chosen: list[str], collection: str | None, count: str) -> tuple[str, str]:
+        """Delete items of a collection. Returns words and `count` + 1."""
         if not chosen:
             raise refusal("Choose the images to delete.")
         for item in chosen:
-            self.served.delete(f"/v1/collections/{quote(str(collection), safe='')}/items/{quote(item, safe='')}")
-        return *self.refresh(collection), f"Deleted {len(chosen)}."
+            self.served.delete(f"/v1/collections/{quote(str(collection), safe='')}/items/{quote(str(item), safe='')}")
+        return f"Deleted {len(chosen)}.", _one_more(count)
 
-    def remove_all(self, collection: str | None) -> tuple[Any, Any, str]:
+    def remove_all(self, collection: str | None) -> tuple[Any, str]:
         """Delete a whole collection."""
         if collection in (None, SAMPLES):
             raise refusal("The samples belong to the server. Choose a collection of your own to delete.")
         self.served.delete(f"/v1/collections/{quote(collection, safe='')}")
-        return *self.refresh(None), f"Deleted the collection {_plain(collection)}."
+        return self.choice(None), f"Deleted the collection {_plain(collection)}."
+
+
+def _choices(known: list[tuple[str, str]], still_there: bool, otherwise: Any) -> Any:
+    """An update of a list that leaves alone what is chosen while it is there: a late answer must not undo a choice made meanwhile."""
+    return gr.Dropdown(choices=known) if still_there else gr.Dropdown(choices=known, value=otherwise)
+
+
+def _one_more(count: str) -> str:
+    return str(int(count) + 1)
 
 
 def caption(item: dict[str, Any]) -> str:
@@ -147,7 +164,13 @@ def search_tab(parts: Parts, root: Path) -> None:
             return
         tab = SearchTab(parts.served, bundled_items(parts.samples, root))
         with gr.Row():
-            collection = gr.Dropdown([SAMPLES], value=SAMPLES, label="Collection", elem_id="collection")
+            collection = gr.Dropdown(
+                [SAMPLES],
+                value=SAMPLES,
+                label="Collection",
+                allow_custom_value=True,  # Gradio's own check knows the list as it was a moment ago; the server judges
+                elem_id="collection",
+            )
             k = gr.Slider(1, MAX_NEIGHBOURS, NEIGHBOURS, step=1, label="Neighbours", elem_id="k")
         words = gr.Markdown(elem_id="search-words")
         with gr.Row():
@@ -170,14 +193,21 @@ def search_tab(parts: Parts, root: Path) -> None:
             )
             return
         items = _own_images(parts, tab, collection, changed)
-        gr.on(
-            [parts.looked_at.change, parts.back.change],
-            lambda looked_at, chosen: tab.refresh(chosen) if looked_at == "search" else gr.skip(),
-            [parts.looked_at, collection],
-            [collection, items],
-            show_progress="hidden",
-        )
-        collection.input(lambda chosen: gr.Dropdown(choices=tab.items(chosen), value=[]), collection, items)
+        _keep_up(parts, tab.choice, [collection], [changed.change])
+        _keep_up(parts, tab.items, [collection, items], [changed.change, collection.change])
+
+
+def _keep_up(parts: Parts, work: Callable[..., Any], controls: list[Any], also: list[Any]) -> None:
+    """Put `work(*controls)` into the last of them whenever the tab comes to the front, the server is back, or `also` happens."""
+
+    def event(request: gr.Request, looked_at: str, *values: Any) -> Any:
+        if looked_at != "search":
+            return gr.skip()
+        return parts.turns.newest(request, work.__qualname__, work, *values)
+
+    triggers = [parts.looked_at.change, parts.back.change, *also]
+    inputs = [parts.looked_at, *controls]
+    gr.on(triggers, event, inputs, controls[-1], trigger_mode="always_last", show_progress="hidden")
 
 
 def _own_images(parts: Parts, tab: SearchTab, collection: gr.Dropdown, changed: gr.Textbox) -> gr.Dropdown:
@@ -202,13 +232,9 @@ def _own_images(parts: Parts, tab: SearchTab, collection: gr.Dropdown, changed: 
 
     def one_at_a_time(request: gr.Request, *values: Any) -> Any:
         with parts.turns.take(request, "add"):
-            return tab.add(request, *values)
+            return tab.add(*values)
 
-    events = [
-        add.click(one_at_a_time, [files, label, name], [collection, items, files, done]),
-        remove.click(tab.remove, [items, collection], [collection, items, done]),
-        remove_all.click(tab.remove_all, collection, [collection, items, done]),
-    ]
-    for event in events:
-        event.success(None, changed, changed, js="count => String(Number(count) + 1)")
+    add.click(one_at_a_time, [files, label, name, changed], [collection, files, done, changed], show_progress_on=done)
+    remove.click(tab.remove, [items, collection, changed], [done, changed], show_progress_on=done)
+    remove_all.click(tab.remove_all, collection, [collection, done], show_progress_on=done)
     return items

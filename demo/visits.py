@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,8 @@ class Turns:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: set[tuple[str | None, str]] = set()
+        self._asked: dict[tuple[str | None, str], tuple[Any, ...]] = {}
+        """What a visitor asked for and nobody has begun."""
 
     @contextlib.contextmanager
     def take(self, request: gr.Request, work: str) -> Iterator[None]:
@@ -106,3 +108,33 @@ class Turns:
         finally:
             with self._lock:
                 self._running.discard(turn)
+
+    def newest(self, request: gr.Request, name: str, work: Callable[..., Any], *asked: Any) -> Any:
+        """`work(*asked)`, or what the visitor asked for meanwhile: events that follow from one click may come at once, and the last counts.
+
+        A call that comes while another works leaves its question to that one and returns gr.skip() at once.
+        """
+        turn = (request.session_hash, name)
+        with self._lock:
+            self._asked[turn] = asked
+            if turn in self._running:
+                return gr.skip()
+            self._running.add(turn)
+        while True:
+            with self._lock:
+                asked = self._asked.pop(turn)
+            answer, error = _attempt(work, asked)
+            with self._lock:
+                if turn not in self._asked:
+                    self._running.discard(turn)
+                    break
+        if error is not None:
+            raise error
+        return answer
+
+
+def _attempt(work: Callable[..., Any], asked: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    try:
+        return work(*asked), None
+    except Exception as error:  # a question that came meanwhile is answered first
+        return None, error

@@ -18,6 +18,8 @@ import numpy as np
 START_S = 240
 ANSWER_MS = 200_000
 TOAST = ".toast-body, [data-testid=toast-body]"
+CHOSEN = """([id, words]) => { const box = document.getElementById(id);
+    return [...box.querySelectorAll('.token, input')].some(one => (one.value ?? one.innerText).includes(words)) }"""
 TABS = ("Attention", "Similarity", "Search", "Depth and segmentation", "Video", "Evaluate", "Train")
 
 
@@ -121,7 +123,7 @@ def set_slider(page: Any, elem_id: str, value: str) -> None:
 
 
 def choose(page: Any, elem_id: str, words: str) -> None:
-    """Choose the entry of a drop-down list that holds some words; open the list again where it closed, as a person would."""
+    """Choose the entry of a drop-down list that holds some words; as a person would, again where the list closed or took no click."""
     from playwright.sync_api import TimeoutError as Late  # the tests are skipped where it is not installed
 
     option = page.get_by_role("option").filter(has_text=words).first
@@ -131,6 +133,7 @@ def choose(page: Any, elem_id: str, words: str) -> None:
         box.click()
         with contextlib.suppress(Late):
             option.click(timeout=3000)
+            page.wait_for_function(CHOSEN, arg=[elem_id, words], timeout=3000)
             return
     raise AssertionError(f"no entry {words!r} of #{elem_id} could be chosen")
 

@@ -1,5 +1,6 @@
 """The demo's drawings, and what it holds visitors to, without a browser."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,28 @@ def test_one_visitor_has_one_turn_of_a_kind_and_others_have_theirs() -> None:
             pass
     with turns.take(anyone, "video"):
         pass
+
+
+def test_of_questions_that_come_while_one_is_answered_the_last_is_answered_too_by_whoever_works() -> None:
+    turns, visitor, asked = Turns(), SimpleNamespace(session_hash="a"), []
+
+    def work(question: int) -> int:
+        asked.append(question)
+        if question == 1:
+            with ThreadPoolExecutor() as pool:
+                later = [
+                    pool.submit(turns.newest, visitor, "search", work, more).result()  # type: ignore[arg-type]
+                    for more in (2, 3)
+                ]
+            assert [one == gr.skip() for one in later] == [True, True]
+            raise gr.Error("too late to matter")
+        return 10 * question
+
+    assert turns.newest(visitor, "search", work, 1) == 30  # type: ignore[arg-type]
+    assert asked == [1, 3]
+    with pytest.raises(ValueError, match="zero"):
+        turns.newest(visitor, "search", lambda: int("zero"))  # type: ignore[arg-type]
+    assert turns.newest(visitor, "search", work, 4) == 40, "a failure ends its turn"  # type: ignore[arg-type]
 
 
 def test_what_a_killed_demo_left_goes_when_the_next_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
