@@ -59,16 +59,11 @@ def similarity_tab(parts: Parts) -> None:
     """The two images, their maps, and where the patch is."""
     tab = SimilarityTab(parts.served)
     with parts.tab("Similarity", "similarity"):
-        with gr.Row():
-            gr.Markdown("Click anywhere in the first picture: bright is what the network finds similar to that patch.")
-            titles = {f"{sample.title} ({sample.label})": sample.path for sample in parts.samples}
-            sample = gr.Dropdown(
-                list(titles),
-                value=next(iter(titles), None),
-                label="The other image: a sample",
-                elem_id="other-sample",
-                min_width=280,
-            )
+        gr.Markdown("Click anywhere in the first picture: bright is what the network finds similar to that patch.")
+        titles = {f"{sample.title} ({sample.label})": sample.path for sample in parts.samples}
+        sample = gr.Dropdown(
+            list(titles), value=next(iter(titles), None), label="The other image: a sample", elem_id="other-sample"
+        )
         with gr.Row():
             here = gr.Image(label="This image: click a patch", interactive=False, elem_id="here", min_width=280)
             there = gr.Image(label="Similar in the other image", interactive=False, elem_id="there", min_width=280)
