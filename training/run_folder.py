@@ -13,11 +13,13 @@ skipped.json             images that could not be read, and why
 places.jsonl             of tar shards: where the blocks of the epoch begin, so that a resumed run need not walk there
 """
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.errors import InputError
 from training.saved_state import SavedStates, read_all
@@ -28,6 +30,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: IO[str] | None = None
 
     @property
     def states(self) -> SavedStates:
@@ -71,16 +74,31 @@ class RunFolder:
                 raise InputError(
                     f"{self.path}: holds a run with another {', '.join(changed)}; go on with the same ones or choose another --out"
                 )
+            self._hold()
             return True
         # A run that ended before it saved anything, over its data for example, leaves a recipe and perhaps a log, and may start anew.
-        if self.path.is_dir() and any(self.path.iterdir()) and not recipe.is_file():
+        if self.path.is_dir() and any(one.name != ".lock" for one in self.path.iterdir()) and not recipe.is_file():
             raise InputError(f"{self.path}: is not empty and holds no run; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
             self.write_text("recipe.json", wanted)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
         return False
+
+    def _hold(self) -> None:
+        """Keep other trainers out for as long as this process lives. A record lock: no worker inherits it, `kill -9` frees it."""
+        self._lock = lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"{self.path}: another process is training into it; wait until it ends, or choose another --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+                raise
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file atomically."""

@@ -332,7 +332,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path,
     assert saved["step"] == done
 
 
-def test_a_signal_to_the_whole_group_workers_too_saves_first(folder: Path, tmp_path: Path, repo_root: Path) -> None:
+def test_a_run_keeps_others_out_and_saves_first_when_its_whole_group_is_signalled(
+    folder: Path, tmp_path: Path, repo_root: Path
+) -> None:
     """As a terminal's Ctrl-C, `timeout`, systemd and SLURM send it."""
     words = ("--recipe", "smoke", "--data", str(folder), "--out", str(tmp_path / "run"), "--workers", "2")
     long = command(*words, "--epochs", "400", "--threads", "1")
@@ -342,6 +344,9 @@ def test_a_signal_to_the_whole_group_workers_too_saves_first(folder: Path, tmp_p
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    second = subprocess.run(long, cwd=repo_root, capture_output=True, text=True)
+    assert second.returncode == 2, "two trainers would overwrite each other"
+    assert second.stderr.strip().splitlines()[-1].endswith("wait until it ends, or choose another --out")
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
