@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.9
+CACHED_BYTES = 2**20
+"""Logits that become errors at a time: between these passes they stay in a core's cache."""
 INITIAL_STD = 0.01
 """Weights start from N(0, 0.01), biases from 0 (DINO, DINOv2)."""
 
@@ -82,8 +84,9 @@ def train_grid(
     """
     generators = [torch.Generator().manual_seed(seed) for _ in combinations]
     batch = min(batch, len(labels_n))
+    error_Bn = torch.empty(batch, len(learning_rates) * n_classes)
     group = {
-        name: _Group(columns, n_classes, learning_rates, batch, generator)
+        name: _Group(columns, n_classes, learning_rates, error_Bn, generator)
         for (name, columns), generator in zip(combinations.items(), generators, strict=True)
     }
     order, epoch = torch.empty(0, dtype=torch.int64), -1
@@ -102,28 +105,35 @@ class _Group:
     """The heads of one combination, side by side: a step is two products, and passes over what these gave."""
 
     def __init__(
-        self, columns: slice, n_classes: int, rates: Sequence[float], batch: int, generator: torch.Generator
+        self, columns: slice, n_classes: int, rates: Sequence[float], error_Bn: Tensor, generator: torch.Generator
     ) -> None:
-        self.columns, self._shape_HC = columns, (len(rates), n_classes)
+        self.columns, self._shape_HC, self._error = columns, (len(rates), n_classes), error_Bn
         width, n = columns.stop - columns.start, len(rates) * n_classes
         first_DC = torch.empty(width, n_classes).normal_(0.0, INITIAL_STD, generator=generator)
-        self._weight = first_DC[:, None, :].expand(width, *self._shape_HC).reshape(width, -1).clone()
+        self._weight = first_DC.repeat(1, len(rates))
         self._bias = torch.zeros(n)
         self._speed, self._bias_speed = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
-        self._rates = torch.tensor(rates, dtype=torch.float32).repeat_interleave(n_classes) / batch
-        self._logits, self._error = torch.empty(batch, n), torch.empty(batch, n)
-        self._every = torch.arange(batch)
+        self._rates = torch.tensor(rates, dtype=torch.float32).repeat_interleave(n_classes) / len(error_Bn)
+        self._logits = torch.empty(min(len(error_Bn), max(1, CACHED_BYTES // (4 * n))), n)
+        self._bias_change = torch.empty(n)
 
     def step_(self, x_BD: Tensor, labels_B: Tensor, shrink: float) -> None:
         """One step of SGD. The gradient of the summed cross-entropy is softmax - one-hot; 1 / B is part of the rates."""
-        torch.addmm(self._bias, x_BD, self._weight, out=self._logits)
-        error_BHC = self._error.view(-1, *self._shape_HC)
-        torch.softmax(self._logits.view_as(error_BHC), dim=2, out=error_BHC)
-        error_BHC[self._every, :, labels_B] -= 1
+        torch.mm(x_BD, self._weight, out=self._error)
+        self._bias_speed.mul_(MOMENTUM)
+        for start in range(0, len(x_BD), len(self._logits)):
+            self._to_error_(self._error[start : start + len(self._logits)], labels_B[start : start + len(self._logits)])
         torch.addmm(self._speed, x_BD.T, self._error, beta=MOMENTUM, out=self._speed)
-        self._bias_speed.mul_(MOMENTUM).add_(self._error.sum(dim=0))
         self._weight.addcmul_(self._speed, self._rates, value=-shrink)
         self._bias.addcmul_(self._bias_speed, self._rates, value=-shrink)
+
+    def _to_error_(self, some_bn: Tensor, labels_b: Tensor) -> None:
+        """Products without bias become softmax - one-hot, for as many images as a core's cache holds."""
+        logits_bn = torch.add(some_bn, self._bias, out=self._logits[: len(some_bn)])
+        error_bHC = some_bn.view(-1, *self._shape_HC)
+        torch.softmax(logits_bn.view_as(error_bHC), dim=2, out=error_bHC)
+        error_bHC[torch.arange(len(labels_b)), :, labels_b] -= 1
+        self._bias_speed += torch.sum(some_bn, dim=0, out=self._bias_change)
 
     def result(self) -> Heads:
         """The heads as they stand."""
