@@ -15,7 +15,7 @@ from training.recipe import OptimSpec, Recipe
 from training.small import SMALL, fit_to_data
 
 RECIPES: dict[str, Recipe] = PUBLISHED | {
-    # For some thousand small images and an hour or two of a CPU; the bundled checkpoint's recipe, see docs/bundled-checkpoint.md.
+    # For some thousand small images and an hour or two of a CPU; first of the bundled checkpoint's, see docs/bundled-checkpoint.md.
     # Half the depth of a ViT-Ti/16 and small crops, because steps are what a short run lacks. Fewer prototypes than images; a lower
     # teacher momentum and a higher learning rate because the steps are few; a colder teacher because at the published temperature the
     # targets of a run this short stay near uniform and teach little.
@@ -37,7 +37,7 @@ RECIPES: dict[str, Recipe] = PUBLISHED | {
         epochs=48,
         batch_size=32,
     ),
-    # The same backbone and crops, taught by DINOv2: goes on from the bundled checkpoint with --init, see docs/bundled-checkpoint.md.
+    # The same backbone and crops, taught by DINOv2: goes on from such a run with --init, see docs/bundled-checkpoint.md.
     # Sinkhorn-Knopp keeps the prototypes in use at batches as small as these, at the temperature that the first phase ended with.
     "dinov2_tiny_small_data": Recipe(
         backbone=ViTSpec(patch_px=16, width=192, depth=6, heads=3, img_px=96, mask_token=True),
