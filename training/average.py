@@ -1,8 +1,8 @@
 """Averages of weights: `python -m training.average --ckpt A.safetensors B.safetensors --weights 0.4 0.6 --out C.safetensors`.
 
 Networks that were trained on from the same weights often lie in one basin of the loss, and a point between them can be better than each
-(Wortsman et al. 2022: "Robust fine-tuning of zero-shot models", equation 1; and "Model soups"). Nothing is trained; it costs one forward
-pass less than nothing to serve.
+(Wortsman et al. 2022: "Robust fine-tuning of zero-shot models", equation 1; and "Model soups"). Nothing is trained, and the
+result costs no more to serve than one of them.
 """
 
 import math
@@ -88,9 +88,7 @@ def _manifest(names: Sequence[str], backbones: Sequence[Backbone], weights: Sequ
     )
     masks = any(one.manifest.architecture.get(MASK_TOKEN) for one in backbones)
     architecture = {**last.architecture, MASK_TOKEN: masks} if MASK_TOKEN in last.architecture else last.architecture
-    return replace(
-        last, architecture=architecture, source=f"average of weights: {parts}", metrics={}, weights_sha256=""
-    )
+    return replace(last, architecture=architecture, source=f"average of weights: {parts}", metrics={})
 
 
 if __name__ == "__main__":

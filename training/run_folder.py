@@ -10,6 +10,7 @@ pictures/                what it sees in a few images: attention by head, patche
 attention.png, pca.png   links to the latest
 run.html                 all of this as one page
 skipped.json             images that could not be read, and why
+.lock                    held by the one trainer that writes here
 places.jsonl             of tar shards: where the blocks of the epoch begin, so that a resumed run need not walk there
 """
 
@@ -89,7 +90,10 @@ class RunFolder:
 
     def _hold(self) -> None:
         """Keep other trainers out for as long as this process lives. A record lock: no worker inherits it, `kill -9` frees it."""
-        self._lock = lock = (self.path / ".lock").open("w")
+        try:
+            self._lock = lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
