@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK_QUERIES = 256
-CHUNK_BYTES = 128 * 2**20
-"""Largest block of similarities held at a time."""
+CHUNK_QUERIES = 1024
+CHUNK_BYTES = 256 * 2**20
+"""Largest block of similarities held at a time, unless half the database is more: products with few queries are slow."""
 GROUP = 32
 """Columns that share a maximum."""
 BLOCK_BYTES = 2**20
 """Similarities that are searched at a time: what was read to bound them is still in a core's cache when they are compared."""
+PART_ROWS = 128
+"""Queries whose nearest are sorted at a time, in a core's cache."""
 MIN_GROUPS = 4
 """Groups wanted for each neighbour; with fewer, whole rows are sorted."""
 MAX_HITS = 8
@@ -44,7 +46,8 @@ def similarity_chunks(
     `bank_nD` has unit rows. Queries are brought to length 1 a chunk at a time, unless `cosine` is off.
     """
     n = len(bank_nD)
-    chunk = max(1, min(CHUNK_QUERIES, CHUNK_BYTES // (4 * max(1, n)), len(queries_qD)))
+    most = max(CHUNK_BYTES, bank_nD.nbytes // 2) // (4 * max(1, n))
+    chunk = max(1, min(CHUNK_QUERIES, most, len(queries_qD)))
     buffer_cn = torch.empty(chunk, n)
     for start in range(0, len(queries_qD), chunk):
         queries = queries_qD[start : start + chunk]
@@ -59,9 +62,14 @@ def top_rows(similarity_cn: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Exact, also where equals lie on both sides of the k-th place. The values are finite or -inf.
     """
-    c, n = similarity_cn.shape
-    k = min(k, n)
-    values_cn = similarity_cn.numpy()
+    values_cn, k = similarity_cn.numpy(), min(k, similarity_cn.shape[1])
+    parts = np.split(values_cn, range(PART_ROWS, len(values_cn), PART_ROWS))
+    values, rows = (np.concatenate(part) for part in zip(*(_top_rows(part, k) for part in parts), strict=True))
+    return torch.from_numpy(values), torch.from_numpy(rows)
+
+
+def _top_rows(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    c, n = values_cn.shape
     if n // GROUP < MIN_GROUPS * k:
         return _sorted_rows(values_cn, k)
     hits, found = _hits(values_cn, k)
@@ -88,19 +96,26 @@ def _hits(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Places, counted through all rows, and values of the entries that reach their row's bound; places rise."""
     c, n = values_cn.shape
     rows = min(c, max(1, BLOCK_BYTES // (4 * n)))
-    reached = np.zeros(-(-rows * n // 8) * 8, bool)  # whole words, so that eight entries are passed over at once
-    words, places, values = reached.view(np.uint64), [], []
+    reached = np.zeros(-(-rows * n // 64) * 64, bool)
+    places, values = [], []
     for start in range(0, c, rows):
         block_rn = values_cn[start : start + rows]
         bound_r = _lower_bound(block_rn, k)
         reached[block_rn.size :] = False
         np.greater_equal(block_rn, bound_r[:, None], out=reached[: block_rn.size].reshape(block_rn.shape))
-        some = np.flatnonzero(words != 0)
-        within = np.flatnonzero(words[some].view(bool))
-        own = some[within >> 3] * 8 + (within & 7)
+        own = _few_places(reached)
         places.append(own + start * n)
         values.append(block_rn.reshape(-1)[own])
     return np.concatenate(places), np.concatenate(values)
+
+
+def _few_places(flags: np.ndarray) -> np.ndarray:
+    """Where flags are set: eight at a time are passed over, and eight of these; their number is a multiple of 64."""
+    words = flags.view(np.uint64)
+    some = _few_places(words != 0) if len(words) % 64 == 0 else np.flatnonzero(words != 0)
+    within = np.flatnonzero(words[some].view(bool))
+    places: np.ndarray = some[within >> 3] * 8 + (within & 7)
+    return places
 
 
 def _lower_bound(values_cn: np.ndarray, k: int) -> np.ndarray:
@@ -112,7 +127,7 @@ def _lower_bound(values_cn: np.ndarray, k: int) -> np.ndarray:
     return bound_c
 
 
-def _sorted_rows(values_cn: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+def _sorted_rows(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return _take(_keys(values_cn, np.arange(values_cn.shape[1])), k)
 
 
@@ -124,7 +139,7 @@ def _keys(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _take(keys_cL: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+def _take(keys_cL: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest keys of each row, largest first, as values and columns."""
     length = keys_cL.shape[1]
     if length > 4 * k:
@@ -132,8 +147,8 @@ def _take(keys_cL: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
     best_ck = np.sort(keys_cL, axis=1)[:, : -k - 1 : -1]
     columns = 0xFFFFFFFF - (best_ck & 0xFFFFFFFF)
     ordered = (best_ck >> 32).astype(np.int32)
-    values = (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
-    return torch.from_numpy(values), torch.from_numpy(columns)
+    values: np.ndarray = (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return values, columns
 
 
 def nearest(
