@@ -61,7 +61,7 @@ class Answer:
     executions: tuple[Execution, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Entry:
     rows: np.ndarray
     due_s: float
@@ -80,7 +80,7 @@ class _Entry:
         return len(self.rows) - self.taken
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Piece:
     """Rows [start, stop) of an entry, on their way through one batch."""
 
@@ -89,7 +89,7 @@ class _Piece:
     stop: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Batch:
     """Work for an instance; what came of it is told to `done`, on the loop."""
 
@@ -235,17 +235,22 @@ class Batcher:
             ripe = [key for key in self._buckets if self._ripe_at(key) <= loop.time()]
             if not ripe:
                 break
-            key = min(ripe, key=lambda key: min((entry.due_s, entry.order) for entry in self._buckets[key]))
+            key = ripe[0] if len(ripe) == 1 else min(ripe, key=self._most_urgent)
             instance = self._idle.pop()
             self._at_rest.clear()
             instance.begin(_Batch(key, self._take(key), loop, self._finish))
         if self._idle and self._buckets:
             self._timer = loop.call_at(min(map(self._ripe_at, self._buckets)), self._dispatch)
 
+    def _most_urgent(self, key: Hashable) -> tuple[float, int]:
+        return min((entry.due_s, entry.order) for entry in self._buckets[key])
+
     def _room(self, key: Hashable) -> int:
         return min(self.spec.max_rows, self._most_rows(key))
 
     def _ripe_at(self, key: Hashable) -> float:
+        if not self.spec.max_delay_us:
+            return -math.inf
         bucket = self._buckets[key]
         if sum(entry.left for entry in bucket) >= self._room(key):
             return -math.inf

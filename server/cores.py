@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def usable_cores(quota: Path = CGROUP_QUOTA) -> int:
         return allowed if time_us == "max" else min(allowed, max(1, math.ceil(int(time_us) / int(period_us))))
     except (OSError, ValueError):
         return allowed
+
+
+def wake_without_preempting() -> None:
+    """Let a thread of this process that is woken wait for a core instead of taking it from one that computes. Linux only.
+
+    A call wakes half a dozen threads, one after the other; each would stop the event loop to do what takes microseconds, or only to find
+    that the loop holds the interpreter's lock. Threads made later do the same; a scheduling policy that the operator chose stays.
+    """
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with suppress(OSError):  # a sandbox may forbid it, and all works without
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 KEPT_BYTES = 128 << 20

@@ -4,6 +4,7 @@ The engine owns the instances of the network, their batcher and the decode pool.
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +44,8 @@ class EngineSpec:
     """Memory that the networks may need while they run, all instances together."""
 
 
+KEPT_SIZES = 256
+"""Sizes of images, with outputs, of which it is remembered what they take."""
 MAX_CLASSES = 150
 """Logits of a pixel that a segmentation head is reckoned to hold (ADE20K's)."""
 
@@ -56,6 +60,7 @@ class Engine:
         self.preprocess: Preprocess = self.manifest.preprocess
         self.step_px = _step_px(self.manifest.architecture)
         self.shapes = self._probe()
+        self._row_bytes = lru_cache(KEPT_SIZES)(self._reckon_row)
         self._memory = Budget(spec.working_bytes)
         self.batcher = Batcher([self._run_with(runtime) for runtime in runtimes], spec.batching, self._most_rows)
         self._pool = ThreadPoolExecutor(spec.decode_threads, thread_name_prefix="decode")
@@ -87,21 +92,22 @@ class Engine:
         """Raise InputError, naming the nearest good sizes, or TooLarge, unless the network has these outputs for this size."""
         step, largest = self.step_px, self.spec.max_size_px
         for side in (height_px, width_px):
+            if step <= side <= largest and side % step == 0:
+                continue
             low = max(step, min(side, largest) // step * step)
-            good = [low] if low == side or low + step > largest else [low, low + step]
-            if side != low:
-                raise InputError(
-                    f"{what} {side} does not fit: sides are multiples of {step} from {step} to {largest} pixels; "
-                    f"nearest: {' or '.join(map(str, good))}"
-                )
-        needed = self._row_bytes(height_px, width_px, outputs)
+            good = [low] if low + step > largest else [low, low + step]
+            raise InputError(
+                f"{what} {side} does not fit: sides are multiples of {step} from {step} to {largest} pixels; "
+                f"nearest: {' or '.join(map(str, good))}"
+            )
+        needed = self._row_bytes(height_px, width_px, tuple(outputs))
         if needed > self.spec.working_bytes:
             raise TooLarge(
                 f"{what} {max(height_px, width_px)}: one such image needs about {needed >> 20} MB inside the network, and "
                 f"{self.spec.working_bytes >> 20} MB are allowed; ask for a smaller size, or start the server with more --queue-mb"
             )
 
-    def _row_bytes(self, height_px: int, width_px: int, outputs: Sequence[str]) -> int:
+    def _reckon_row(self, height_px: int, width_px: int, outputs: tuple[str, ...]) -> int:
         """What one image takes inside the network at its widest.
 
         A block holds about 16 times its tokens (measured), and where attention is no single operator its scores, before and after
@@ -208,7 +214,7 @@ def _spoil(pixels_NCHW: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
     A sum is finite only if all its parts are, and costs a third of looking at each of them; one sum serves for all images that are well.
     """
     with np.errstate(all="ignore"):
-        if np.isfinite(pixels_NCHW.sum()):
+        if math.isfinite(np.einsum("i->", pixels_NCHW.reshape(-1))):  # three times as fast as NumPy's exacter sum
             return
         bad = [
             row
@@ -232,11 +238,12 @@ class Budget:
         """Have these bytes, at most all there are, for the length of the block."""
         turn, nbytes = object(), min(nbytes, self._total)
         with self._changed:
-            self._turns.append(turn)
-            self._changed.wait_for(lambda: self._turns[0] is turn and self._left >= nbytes)
-            self._turns.popleft()
+            if self._turns or self._left < nbytes:
+                self._turns.append(turn)
+                self._changed.wait_for(lambda: self._turns[0] is turn and self._left >= nbytes)
+                self._turns.popleft()
+                self._changed.notify_all()
             self._left -= nbytes
-            self._changed.notify_all()
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from tritonclient.grpc.service_pb2_grpc import (
 
 from server import describe
 from server.grpc_api import answering
-from server.grpc_calls import RefuseUnreadable
+from server.grpc_calls import ReadableCalls
 from server.grpc_messages import reply_message, request_from
 from server.infer_message import InferMessage
 from server.service import Service, off_loop_if_large
@@ -56,10 +56,11 @@ class _Inside(GRPCInferenceServiceServicer):
 async def evaluation_wire(service: Service) -> AsyncIterator[str]:
     """Listen while the block runs; gives the address as `--ckpt` takes it."""
     server = grpc.aio.server(
-        interceptors=[RefuseUnreadable()],  # it reads requests as the other listener does
         options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
     )
-    add_GRPCInferenceServiceServicer_to_server(_Inside(service), server)
+    calls = ReadableCalls()  # it reads requests as the other listener does
+    add_GRPCInferenceServiceServicer_to_server(_Inside(service), calls)
+    server.add_generic_rpc_handlers((calls,))
     with tempfile.TemporaryDirectory(prefix="dinoscope-") as folder:
         socket = Path(folder) / "network"
         server.add_insecure_port(f"unix:{socket}")

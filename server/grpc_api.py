@@ -23,7 +23,7 @@ from data.errors import InputError
 from server import describe
 from server.access import Access
 from server.errors import message
-from server.grpc_calls import GuardCalls, abort
+from server.grpc_calls import GuardedCalls, abort
 from server.grpc_messages import parameters, reply_message, request_from
 from server.infer_message import InferMessage
 from server.repository import Repository
@@ -33,6 +33,8 @@ from server.tls import Tls
 SERVICE_NAME = "inference.GRPCInferenceService"
 STREAM_DEPTH = 16
 """Requests of one stream that are worked on at the same time."""
+FRAME_BYTES, WINDOW_BYTES = 1 << 20, 4 << 20
+"""What clients may send of a message in one piece, and before they are told to go on; 16 and 64 KB unless something is said."""
 Handler = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
@@ -111,10 +113,13 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             await abort(context, error, called)
 
     async def _infer(self, request: InferMessage, called: str, context: grpc.aio.ServicerContext) -> Any:
-        left_s, shared = context.time_remaining(), self.service.shared_memory
-        with self.service.admission.holding(request.nbytes):
+        left_s, shared, admission = context.time_remaining(), self.service.shared_memory, self.service.admission
+        try:
+            admission.receive(request.nbytes, request.nbytes)
             wanted = await off_loop_if_large(request.nbytes, request_from, request, called, left_s, shared)
             return reply_message(self.service, wanted, await self.service.infer(wanted), request.id)
+        finally:
+            admission.forget(request.nbytes)
 
     @answering
     async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:
@@ -187,19 +192,23 @@ class GrpcServer:
     ) -> None:
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[GuardCalls(service.admission, access)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
                 ("grpc.so_reuseport", 0),
+                # An image is one frame, and comes without a pause for leave to go on.
+                ("grpc.http2.max_frame_size", FRAME_BYTES),
+                ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
                 # Connections that say nothing, or whose other end is gone, are closed.
                 ("grpc.server_handshake_timeout_ms", 30_000),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
-        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service, repository), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        calls = GuardedCalls(service.admission, access)
+        add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service, repository), calls)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, calls)
+        self._server.add_generic_rpc_handlers((calls,))
         try:
             where = f"{f'[{host}]' if ':' in host else host}:{port}"
             add_port = self._server.add_insecure_port

@@ -1,12 +1,11 @@
 """What a gRPC call passes before its RPC sees it: the bound on calls, the token, a reader that never raises; and how an error ends it.
 
-One interceptor does all of it, for each more costs every call as much as a small RPC does. Read in this order: GuardCalls, guarded,
-abort.
+Read in this order: ReadableCalls, GuardedCalls, guarded, abort.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -20,34 +19,63 @@ from server.infer_message import read_infer
 from server.tracing import parent
 
 
-class GuardCalls(grpc.aio.ServerInterceptor):
+class ReadableCalls(grpc.GenericRpcHandler):
+    """The RPCs of the servicers that stubs add to it as they would to a server, each with a reader that never raises.
+
+    Servicers that are added to grpc.aio's own server register each RPC there: a task waits for the next call of each, and every call
+    goes through the tasks of all of them. As one handler of everything they cost a call nothing.
+    """
+
+    def __init__(self) -> None:
+        self._added: list[grpc.GenericRpcHandler] = []
+        self._found: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Offer these too; stubs call it."""
+        self._added.extend(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Stubs call it with the same once more."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler; None where it has none."""
+        handler = self._found.get(details.method)
+        if handler is None:
+            found = (one.service(details) for one in self._added)
+            handler = next((guarded(one, details.method) for one in found if one is not None), None)
+            if handler is not None:
+                self._found[details.method] = handler
+        return handler
+
+
+class GuardedCalls(ReadableCalls):
     """Refuses calls beyond what `Admission` takes, and calls without the token that they need, before their messages are read.
 
     What is open to everyone, as health, is never refused; gRPC's own `maximum_concurrent_rpcs` would refuse that too.
     """
 
     def __init__(self, admission: Admission, access: Access) -> None:
+        super().__init__()
         self.admission, self.access = admission, access
-        self._guarded: dict[str, tuple[Any, Role | None]] = {}
+        self._needed: dict[str, Role | None] = {}
 
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler behind the checks, made once; or one that refuses."""
-        known = self._guarded.get(details.method)
-        needed = needed_on_grpc(details.method.rpartition("/")[2]) if known is None else known[1]
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """The method's handler, or one that refuses. In the task of the call."""
+        handler = super().service(details)
+        if handler is None:
+            return None
+        if details.method not in self._needed:
+            self._needed[details.method] = needed_on_grpc(details.method.rpartition("/")[2])
+        needed = self._needed[details.method]
         try:
             if needed is not None:
                 self._enter()
-            if known is None:
-                found = await continuation(details)
-                if found is None:
-                    return None
-                known = self._guarded[details.method] = (guarded(found, details.method), needed)
             given = dict(reversed(details.invocation_metadata))  # the first of a name counts
-            client.set(self.access.check(given.get("authorization"), needed, ""))  # in the task of the call
+            client.set(self.access.check(given.get("authorization"), needed, ""))
             parent.set(given.get("traceparent", ""))
         except (Overloaded, Unauthenticated, Forbidden) as error:
             return _refusing(error)
-        return known[0]
+        return handler
 
     def _enter(self) -> None:
         self.admission.enter()
@@ -75,15 +103,6 @@ def _refusing(error: Exception) -> Any:
         await abort(context, error)
 
     return grpc.stream_unary_rpc_method_handler(refuse)  # of a stream, nothing is read unasked
-
-
-class RefuseUnreadable(grpc.aio.ServerInterceptor):
-    """For a listener that lets everyone in: refuses only what cannot be read."""
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The method's handler, with a reader that never raises."""
-        handler = await continuation(details)
-        return handler and guarded(handler, details.method)
 
 
 def guarded(handler: Any, method: str) -> Any:

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,16 @@ class ServedModel(ABC):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+
+    @cached_property
+    def input_specs(self) -> dict[str, TensorSpec]:
+        """The inputs by name."""
+        return {spec.name: spec for spec in self.inputs}
+
+    @cached_property
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """The outputs by name."""
+        return {spec.name: spec for spec in self.outputs}
 
     def options(self, parameters: Mapping[str, Any]) -> Any:
         """The request parameters as this model's typed options. Raises InputError."""

@@ -65,6 +65,8 @@ class KnnOptions:
 
 def read_options(kind: type[Options], parameters: Mapping[str, Any], model: str) -> Options:
     """Check names and types of a request's parameters. Numbers may also come as text. Raises InputError."""
+    if not parameters:
+        return kind()
     hints = _hints(kind)  # type: ignore[arg-type]  # a class is hashable
     given = {name: value for name, value in parameters.items() if not _is_protocols(name)}
     unknown = sorted(given.keys() - hints.keys())

@@ -57,18 +57,18 @@ class InferReply:
 
 def wanted_outputs(model: ServedModel, names: Sequence[str]) -> tuple[str, ...]:
     """The outputs asked for in their order, or all. Raises InputError for one that the model has not."""
-    known = tuple(spec.name for spec in model.outputs)
+    known = model.output_specs
     for name in names:
         if name not in known:
             raise InputError(f"model {model.name!r} has no output {name!r:.80}; it has {', '.join(known)}")
     if len(set(names)) != len(names):
         raise InputError("an output is asked for twice")
-    return tuple(names) or known
+    return tuple(names or known)
 
 
 def checked_inputs(model: ServedModel, tensors: Sequence[Tensor]) -> dict[str, np.ndarray]:
     """The inputs by name, each with the datatype and shape that the model declares, and equally many rows."""
-    specs = {spec.name: spec for spec in model.inputs}
+    specs = model.input_specs
     inputs: dict[str, np.ndarray] = {}
     for tensor in tensors:
         spec = specs.get(tensor.name)
@@ -77,13 +77,15 @@ def checked_inputs(model: ServedModel, tensors: Sequence[Tensor]) -> dict[str, n
         if tensor.name in inputs:
             raise InputError(f"input {tensor.name!r} came twice")
         inputs[tensor.name] = _fit(spec, tensor)
-    missing = [spec.name for spec in model.inputs if not spec.optional and spec.name not in inputs]
-    if missing or not inputs:
-        wanted = missing[0] if missing else " or ".join(specs)
-        raise InputError(f"model {model.name!r} wants the input {wanted}, which did not come")
-    counts = {name: len(array) for name, array in inputs.items()}
-    if len(set(counts.values())) > 1:
-        raise InputError(f"inputs have different numbers of rows: {counts}")
+    if len(inputs) < len(specs) or not inputs:
+        missing = [spec.name for spec in model.inputs if not spec.optional and spec.name not in inputs]
+        if missing or not inputs:
+            wanted = missing[0] if missing else " or ".join(specs)
+            raise InputError(f"model {model.name!r} wants the input {wanted}, which did not come")
+    if len(inputs) > 1:
+        counts = {name: len(array) for name, array in inputs.items()}
+        if len(set(counts.values())) > 1:
+            raise InputError(f"inputs have different numbers of rows: {counts}")
     return inputs
 
 
@@ -130,6 +132,8 @@ def _shades(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
 def chosen_formats(request: InferRequest, outputs: Sequence[TensorSpec]) -> dict[str, str]:
     """Of the outputs that will be made: those that are wanted in another form, from their own parameter `format`, or from the request's
     parameter `OUTPUT.format` (for clients that cannot set the former). Raises InputError."""
+    if not request.parameters and not request.formats:
+        return {}
     specs = {spec.name: spec for spec in outputs}
     tail = f".{FORMAT}"
     asked = {name.removesuffix(tail): form for name, form in request.parameters.items() if name.endswith(tail)}

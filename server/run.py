@@ -28,7 +28,7 @@ from server.artifacts import Loaded, load_artifacts
 from server.batcher import BatchSpec
 from server.collections import Collections
 from server.config import ServerConfig, is_loopback
-from server.cores import keep_freed_memory
+from server.cores import keep_freed_memory, wake_without_preempting
 from server.databases import open_database
 from server.engine import Engine, EngineSpec
 from server.evaluation_wire import evaluation_wire
@@ -247,6 +247,7 @@ def main(config: ServerConfig, load: Load = load_artifacts) -> None:
     """Run in the foreground until SIGTERM or SIGINT; a second signal ends the process at once."""
     cv2.setNumThreads(1)  # the cores belong to the network's copies; the decode pool has threads of its own
     keep_freed_memory()
+    wake_without_preempting()
     _run(_main(config, load))
 
 

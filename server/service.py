@@ -5,6 +5,7 @@ This is the one way in. gRPC, the v2 REST routes and the routes for people all b
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ T = TypeVar("T")
 LARGE_BYTES = 1 << 20
 """From here on a request's numbers are read off the event loop."""
 
+_UNLIMITED = contextlib.nullcontext()
 NAME = "dinoscope"
 VERSION = "0.1.0"
 EXTENSIONS = (
@@ -164,7 +166,7 @@ class Service:
         model = self.model(request.model, request.version)
         outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
         answers = await self.engine.run(inputs["pixels"], outputs, Times(), None, patience_s)
-        specs = {spec.name: spec for spec in model.outputs}
+        specs = model.output_specs
         return InferReply(
             model.name, self.model_version, request.id, tuple((specs[name], answers[name]) for name in outputs)
         )
@@ -182,7 +184,7 @@ class Service:
         if self.state == "closed":
             raise Draining("the server is shutting down")
         options = model.options(request.parameters)
-        specs = {spec.name: spec for spec in model.outputs}
+        specs = model.output_specs
         forms = chosen_formats(request, [specs[name] for name in outputs])
         nbytes = rows * 12 * model.pixel_count(inputs, options) + sum(map(size_bytes, inputs.values()))
         timeout_s = timeout_of(request)
@@ -192,11 +194,11 @@ class Service:
             counts.pending += 1
             self._running[model.engine] += 1
             try:
-                async with asyncio.timeout_at(deadline_s) as limit:
+                async with asyncio.timeout_at(deadline_s) if deadline_s is not None else _UNLIMITED as limit:
                     answers = await model.infer(inputs, outputs, options, times, deadline_s)
                     ready = await _formatted(model, [(specs[name], answers[name]) for name in outputs], forms, times)
             except TimeoutError as error:
-                if not limit.expired():
+                if limit is None or not limit.expired():
                     raise EngineFailed("a part of the server timed out") from error
                 raise Expired(
                     f"the deadline of {(timeout_s or 0) * 1e3:g} ms passed before the answer was ready"
