@@ -25,6 +25,9 @@ MAX_INT = 1 << 62
 PATIENCE_S = 30.0
 """A request without a deadline is queued as if it had this one, so that urgent ones pass it but cannot starve it."""
 
+TURNS = 3
+"""Turns of the event loop from a row's arrival to its batch: microseconds, unless the loop is busy with further arrivals."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSpec:
@@ -218,10 +221,16 @@ class Batcher:
         return entry.deadline_s is not None and asyncio.get_running_loop().time() >= entry.deadline_s
 
     def _dispatch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Dispatch once everything that this turn of the loop has brought is queued: those requests share a batch."""
+        """Dispatch once everything that these turns of the loop bring is queued: those requests share a batch."""
         if not self._soon:
             self._soon = True
-            loop.call_soon(self._dispatch)
+            loop.call_soon(self._turn, loop, TURNS)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop, left: int) -> None:
+        if left > 1:
+            loop.call_soon(self._turn, loop, left - 1)
+        else:
+            self._dispatch()
 
     def _dispatch(self) -> None:
         """Give idle instances the most urgent ripe batches, and wake up again when the next one ripens."""
@@ -288,8 +297,8 @@ class Batcher:
         self._idle.append(instance)
         if len(self._idle) == len(self._instances):
             self._at_rest.set()
-        if self._buckets:
-            self._dispatch_soon(batch.loop)
+        if self._buckets and not self._soon:
+            self._dispatch()
         if isinstance(outcome, BaseException):
             for piece in batch.pieces:
                 _fail(piece.entry, EngineFailed("the batch failed"), cause=outcome)
