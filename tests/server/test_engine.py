@@ -1,6 +1,7 @@
 """How the machine is shared: cores among copies of the network, memory among batches."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Sequence
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from server.config import ServerConfig
-from server.cores import Share, share_cores, usable_cores
+from server.cores import Share, share_cores, usable_cores, wake_without_preempting
 from server.engine import Budget, Engine, EngineSpec
 from server.statistics import Times
 from server.tensors import from_raw
@@ -41,6 +42,22 @@ def test_a_container_counts_only_the_cores_that_its_quota_pays_for(tmp_path, tex
     if text is not None:
         quota.write_text(text)
     assert usable_cores(quota) == (cores or usable_cores(tmp_path / "missing"))
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+def test_a_servers_threads_do_not_preempt_each_other():
+    policies = []
+
+    def look():  # the policy is that of a thread, and of the threads that it makes
+        wake_without_preempting()
+        later = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
+        later.start()
+        later.join()
+
+    server = threading.Thread(target=look)
+    server.start()
+    server.join()
+    assert policies == [os.SCHED_BATCH]
 
 
 def test_batches_wait_for_memory_in_turn_and_the_largest_waits_for_all_of_it():

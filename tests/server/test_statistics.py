@@ -1,0 +1,35 @@
+"""Counters and their Prometheus page."""
+
+import random
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, generate_latest
+
+from server.statistics import Histogram
+
+BOUNDS = (0.001, 0.5, 1, 30)
+
+
+def page(registry: CollectorRegistry) -> list[str]:
+    """Its lines, but for the times at which the client library's own histograms were made."""
+    return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+
+
+def test_a_histogram_shows_what_the_client_librarys_own_would() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    labelled = Histogram("of_models", "By model", BOUNDS, "model")
+    plain = Histogram("plain", "Without a label", BOUNDS)
+    ours.register(labelled)
+    ours.register(plain)
+    their_labelled = prometheus_client.Histogram("of_models", "By model", ["model"], registry=theirs, buckets=BOUNDS)
+    their_plain = prometheus_client.Histogram("plain", "Without a label", registry=theirs, buckets=BOUNDS)
+    assert page(ours) == page(theirs)
+
+    rng = random.Random(0)
+    for value in [*BOUNDS, 0.0, *(rng.expovariate(1) for _ in range(100)), 31.0]:
+        model = rng.choice(["backbone", "depth"])
+        labelled.observe(value, model)
+        their_labelled.labels(model).observe(value)
+        plain.observe(value)
+        their_plain.observe(value)
+    assert page(ours) == page(theirs)
