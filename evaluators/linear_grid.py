@@ -3,6 +3,7 @@ combination of features out.
 
 The heads share every batch, so their logits are one product X W with the heads side by side, and the gradient of
 softmax cross-entropy is known in closed form: two products a step, whatever the number of heads, and no autograd.
+Biases are the weights of a column of ones, so the products hold them too.
 Each head's columns see its own gradient only: the result is that of as many separate `nn.Linear` under SGD.
 Legend: n images, B batch, D feature size, H heads, C classes.
 """
@@ -11,12 +12,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MOMENTUM = 0.9
-CACHED_BYTES = 2**20
-"""Logits that become errors at a time: between these passes they stay in a core's cache."""
 INITIAL_STD = 0.01
 """Weights start from N(0, 0.01), biases from 0 (DINO, DINOv2)."""
 
@@ -79,25 +79,30 @@ def train_grid(
 ) -> dict[str, Heads]:
     """Train one head per combination and learning rate: SGD, momentum 0.9, no decay, cosine to 0 per step, mean loss.
 
-    `take(rows, epoch)` gives the features [B, W] of a batch; a combination is a range of their columns. All heads share
-    each batch. Batches are cut from a fresh permutation each epoch; an incomplete last one is dropped, as published.
+    `take(rows, epoch)` gives the features [B, W] of a batch; a combination is a range of their columns. The column of
+    ones is put where the first range ends, so no range may begin beyond that. All heads share each batch. Batches are
+    cut from a fresh permutation each epoch; an incomplete last one is dropped, as published.
     """
     generators = [torch.Generator().manual_seed(seed) for _ in combinations]
     batch = min(batch, len(labels_n))
-    error_Bn = torch.empty(batch, len(learning_rates) * n_classes)
+    ones = min(columns.stop for columns in combinations.values())
+    logits_Bn = torch.empty(batch, len(learning_rates) * n_classes)
+    buffers = logits_Bn, torch.empty_like(logits_Bn)
     group = {
-        name: _Group(columns, n_classes, learning_rates, error_Bn, generator)
+        name: _Group(columns, ones, n_classes, learning_rates, buffers, generator)
         for (name, columns), generator in zip(combinations.items(), generators, strict=True)
     }
     order, epoch = torch.empty(0, dtype=torch.int64), -1
+    x_BW = torch.ones(batch, max(columns.stop for columns in combinations.values()) + 1)
     for step in range(steps):
         if len(order) < batch:
             order, epoch = torch.randperm(len(labels_n), generator=generators[0]), epoch + 1
         rows, order = order[:batch], order[batch:]
-        x_BW = take(rows, epoch)
+        features_BW = take(rows, epoch)
+        x_BW[:, :ones], x_BW[:, ones + 1 :] = features_BW[:, :ones], features_BW[:, ones : x_BW.shape[1] - 1]
         shrink = (1 + math.cos(math.pi * step / steps)) / 2
         for heads in group.values():
-            heads.step_(x_BW[:, heads.columns], labels_n[rows], shrink)
+            heads.step_(x_BW, labels_n[rows], shrink)
     return {name: heads.result() for name, heads in group.items()}
 
 
@@ -105,36 +110,34 @@ class _Group:
     """The heads of one combination, side by side: a step is two products, and passes over what these gave."""
 
     def __init__(
-        self, columns: slice, n_classes: int, rates: Sequence[float], error_Bn: Tensor, generator: torch.Generator
+        self,
+        columns: slice,
+        ones: int,
+        n_classes: int,
+        rates: Sequence[float],
+        buffers: tuple[Tensor, Tensor],
+        generator: torch.Generator,
     ) -> None:
-        self.columns, self._shape_HC, self._error = columns, (len(rates), n_classes), error_Bn
-        width, n = columns.stop - columns.start, len(rates) * n_classes
-        first_DC = torch.empty(width, n_classes).normal_(0.0, INITIAL_STD, generator=generator)
-        self._weight = first_DC.repeat(1, len(rates))
-        self._bias = torch.zeros(n)
-        self._speed, self._bias_speed = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
-        self._rates = torch.tensor(rates, dtype=torch.float32).repeat_interleave(n_classes) / len(error_Bn)
-        self._logits = torch.empty(min(len(error_Bn), max(1, CACHED_BYTES // (4 * n))), n)
-        self._bias_change = torch.empty(n)
+        """`ones` is the column of ones among those of all batches, `columns` the features' range without it."""
+        self._columns, self._bias_at = slice(columns.start, columns.stop + 1), ones - columns.start
+        self._shape_HC, (self._logits, self._error) = (len(rates), n_classes), buffers
+        first_DC = torch.empty(columns.stop - columns.start, n_classes).normal_(0.0, INITIAL_STD, generator=generator)
+        before, after = first_DC[: self._bias_at], first_DC[self._bias_at :]
+        self._weight = torch.cat([before, torch.zeros(1, n_classes), after]).repeat(1, len(rates))
+        self._speed = torch.zeros_like(self._weight)
+        self._rates = torch.tensor(rates, dtype=torch.float32).repeat_interleave(n_classes) / len(self._error)
+        self._first_BH = np.arange(0, self._error.numel(), n_classes).reshape(-1, len(rates))
 
-    def step_(self, x_BD: Tensor, labels_B: Tensor, shrink: float) -> None:
+    def step_(self, x_BW: Tensor, labels_B: Tensor, shrink: float) -> None:
         """One step of SGD. The gradient of the summed cross-entropy is softmax - one-hot; 1 / B is part of the rates."""
-        torch.mm(x_BD, self._weight, out=self._error)
-        self._bias_speed.mul_(MOMENTUM)
-        for start in range(0, len(x_BD), len(self._logits)):
-            self._to_error_(self._error[start : start + len(self._logits)], labels_B[start : start + len(self._logits)])
+        x_BD = x_BW[:, self._columns]
+        torch.mm(x_BD, self._weight, out=self._logits)
+        torch.softmax(self._logits.view(-1, *self._shape_HC), dim=2, out=self._error.view(-1, *self._shape_HC))
+        self._error.view(-1).numpy()[self._first_BH + labels_B.numpy()[:, None]] -= 1
         torch.addmm(self._speed, x_BD.T, self._error, beta=MOMENTUM, out=self._speed)
         self._weight.addcmul_(self._speed, self._rates, value=-shrink)
-        self._bias.addcmul_(self._bias_speed, self._rates, value=-shrink)
-
-    def _to_error_(self, some_bn: Tensor, labels_b: Tensor) -> None:
-        """Products without bias become softmax - one-hot, for as many images as a core's cache holds."""
-        logits_bn = torch.add(some_bn, self._bias, out=self._logits[: len(some_bn)])
-        error_bHC = some_bn.view(-1, *self._shape_HC)
-        torch.softmax(logits_bn.view_as(error_bHC), dim=2, out=error_bHC)
-        error_bHC[torch.arange(len(labels_b)), :, labels_b] -= 1
-        self._bias_speed += torch.sum(some_bn, dim=0, out=self._bias_change)
 
     def result(self) -> Heads:
         """The heads as they stand."""
-        return Heads(self._weight.reshape(-1, *self._shape_HC), self._bias.reshape(self._shape_HC))
+        weight_DHC, at = self._weight.reshape(-1, *self._shape_HC), self._bias_at
+        return Heads(torch.cat([weight_DHC[:at], weight_DHC[at + 1 :]]), weight_DHC[at])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluators.linear_grid import Heads, train_heads
+from evaluators.linear_grid import Heads, train_grid, train_heads
 
 RATES = (0.01, 0.1, 1.0)
 STEPS, BATCH, CLASSES, WIDTH = 50, 16, 7, 12
@@ -46,6 +46,17 @@ def test_fused_grid_equals_separate_modules_after_fifty_steps(problem: tuple[Ten
         torch.testing.assert_close(heads.weight_DHC[:, head].T, module.weight.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(heads.bias_HC[head], module.bias.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(heads.logits(problem[0])[:, head], module(problem[0]).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_overlapping_ranges_of_columns_are_those_of_each_alone(problem: tuple[Tensor, Tensor]) -> None:
+    features, labels = problem
+    ranges = {"first": slice(0, 8), "last": slice(4, 12)}
+    how = {"steps": STEPS, "batch": BATCH, "seed": 3}
+    grid = train_grid(lambda rows, _: features[rows], ranges, labels, CLASSES, RATES, **how)
+    for name, columns in ranges.items():
+        alone = train_heads(features[:, columns], labels, CLASSES, RATES, **how)
+        torch.testing.assert_close(grid[name].weight_DHC, alone.weight_DHC, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(grid[name].bias_HC, alone.bias_HC, atol=1e-5, rtol=1e-4)
 
 
 def test_a_head_that_diverges_leaves_the_others_untouched(problem: tuple[Tensor, Tensor]) -> None:
