@@ -343,7 +343,9 @@ def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int)
     offset = 0
     for piece in pieces:
         size, entry = piece.stop - piece.start, piece.entry
-        entry.parts[piece.start] = (size, {name: array[offset : offset + size] for name, array in outputs.items()})
+        alone = len(pieces) == 1
+        part = outputs if alone else {name: array[offset : offset + size] for name, array in outputs.items()}
+        entry.parts[piece.start] = (size, part)
         entry.executions.append(execution)
         offset += size
         if sum(size for size, _ in entry.parts.values()) == len(entry.rows) and not entry.future.done():

@@ -213,9 +213,9 @@ def _spoil(pixels_NCHW: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
 
     A sum is finite only if all its parts are, and costs a third of looking at each of them; one sum serves for all images that are well.
     """
+    if math.isfinite(np.einsum("i->", pixels_NCHW.reshape(-1))):  # three times as fast as NumPy's exacter sum
+        return
     with np.errstate(all="ignore"):
-        if math.isfinite(np.einsum("i->", pixels_NCHW.reshape(-1))):  # three times as fast as NumPy's exacter sum
-            return
         bad = [
             row
             for row, image in enumerate(pixels_NCHW)

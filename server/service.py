@@ -196,7 +196,8 @@ class Service:
             try:
                 async with asyncio.timeout_at(deadline_s) if deadline_s is not None else _UNLIMITED as limit:
                     answers = await model.infer(inputs, outputs, options, times, deadline_s)
-                    ready = await _formatted(model, [(specs[name], answers[name]) for name in outputs], forms, times)
+                    made = [(specs[name], answers[name]) for name in outputs]
+                    ready = await _formatted(model, made, forms, times) if forms else [Formatted(*one) for one in made]
             except TimeoutError as error:
                 if limit is None or not limit.expired():
                     raise EngineFailed("a part of the server timed out") from error
