@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -301,9 +301,21 @@ def load_depth_head(path: str | Path, backbone_sha256: str) -> tuple[AnyDepthHea
 
 def load_segmentation_head(path: str | Path, backbone_sha256: str) -> tuple[SegmentationHead, HeadManifest]:
     """Read a segmentation head, whose manifest names a class for each index; errors as in `load_depth_head`."""
+    return _load_classifier(path, backbone_sha256, SegmentationHead, "segmentation")
+
+
+def load_linear_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead, HeadManifest]:
+    """Read a linear classifier, whose manifest names a class for each index; errors as in `load_depth_head`."""
+    return _load_classifier(path, backbone_sha256, LinearHead, "linear")
+
+
+C = TypeVar("C", LinearHead, SegmentationHead)
+
+
+def _load_classifier(path: str | Path, backbone_sha256: str, kind: type[C], name: str) -> tuple[C, HeadManifest]:
     head, manifest = load_head(path, backbone_sha256)
-    if not isinstance(head, SegmentationHead):
-        raise CheckpointError(f"{path}: is a {manifest.kind} head; wanted a segmentation head")
+    if not isinstance(head, kind):
+        raise CheckpointError(f"{path}: is a {manifest.kind} head; wanted a {name} head")
     if len(manifest.classes) != head.spec.n_classes:
         raise CheckpointError(
             f"{path}: names {len(manifest.classes)} classes and tells {head.spec.n_classes} apart; train it anew"

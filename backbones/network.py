@@ -1,11 +1,23 @@
 """A backbone with its heads as one network: what is served and what is exported."""
 
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from backbones.heads import AnyDepthHead, LinearHead, SegmentationHead
+from backbones.checkpoints import Backbone
+from backbones.heads import (
+    AnyDepthHead,
+    HeadManifest,
+    LinearHead,
+    SegmentationHead,
+    load_depth_head,
+    load_linear_head,
+    load_segmentation_head,
+)
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
@@ -148,3 +160,45 @@ def check_linear_fits(head: LinearHead, features: str, backbone: ViT | ResNet) -
             f"the linear head takes {head.spec.width_in} features, this backbone gives {given} ({features}); "
             "train a head on this backbone"
         )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of one backbone, each with its manifest."""
+
+    linear: tuple[LinearHead, HeadManifest] | None = None
+    depth: tuple[AnyDepthHead, HeadManifest] | None = None
+    segmentation: tuple[SegmentationHead, HeadManifest] | None = None
+
+    @property
+    def manifests(self) -> dict[str, HeadManifest]:
+        """Kind to manifest of the heads that are there."""
+        pairs = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {kind: pair[1] for kind, pair in pairs if pair is not None}
+
+
+def load_heads(
+    backbone: Backbone,
+    linear: str | Path | None = None,
+    depth: str | Path | None = None,
+    segmentation: str | Path | None = None,
+) -> Heads:
+    """Read the heads that are named. Raises CheckpointError for one of another backbone or kind."""
+    fits = backbone.manifest.weights_sha256
+    return Heads(
+        None if linear is None else load_linear_head(linear, fits),
+        None if depth is None else load_depth_head(depth, fits),
+        None if segmentation is None else load_segmentation_head(segmentation, fits),
+    )
+
+
+def make_network(backbone: Backbone, heads: Heads) -> Network:
+    """Backbone and heads as one network. Raises InputError where a head does not fit."""
+    linear, features = (heads.linear[0], heads.linear[1].features) if heads.linear else (None, "")
+    return Network(
+        backbone.model,  # type: ignore[arg-type]
+        heads.depth[0] if heads.depth else None,
+        heads.segmentation[0] if heads.segmentation else None,
+        linear,
+        features,
+    ).eval()

@@ -25,11 +25,12 @@ import tyro
 from onnx import helper, numpy_helper
 
 from backbones.checkpoints import Manifest, load_backbone, save_backbone
+from backbones.network import Heads
 from backbones.vit import ViT, ViTSpec
 from data.errors import run_cli
 from exports.drift import Tolerance
 from exports.graph import OPSET
-from exports.onnx_file import Heads, OnnxSpec, make_model
+from exports.onnx_file import OnnxSpec, make_model
 from exports.to_huggingface import export_huggingface
 from exports.to_onnx import export_onnx
 from runtimes.onnx_graph import cut_graph, fuse_attention

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from backbones.checkpoints import Backbone
+from backbones.network import Heads
 from data.datasets import Dataset
 from data.decode import DecodeError
 from data.errors import InputError
@@ -20,7 +21,7 @@ from data.preprocess import Preprocess, center_view
 from evaluators.classification import progress_bar
 from exports.drift import evenly
 from exports.graph import STATIC_LEVELS, Value
-from exports.onnx_file import Heads, OnnxSpec, fixed_preprocess, make_graph, too_large
+from exports.onnx_file import OnnxSpec, fixed_preprocess, make_graph, too_large
 from exports.placing import write_file
 from exports.weight_writer import WeightWriter
 from runtimes.onnx_runtime import session_options

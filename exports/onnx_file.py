@@ -4,24 +4,15 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from backbones.checkpoints import MANIFEST_KEY, Backbone, CheckpointError
-from backbones.heads import (
-    AnyDepthHead,
-    HeadManifest,
-    LinearHead,
-    SegmentationHead,
-    load_depth_head,
-    load_head,
-    load_segmentation_head,
-)
-from backbones.network import LINEAR_FEATURES, Network
+from backbones.checkpoints import MANIFEST_KEY, Backbone
+from backbones.heads import LinearHead
+from backbones.network import LINEAR_FEATURES, Heads, Network, make_network
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
@@ -53,56 +44,6 @@ class OnnxSpec:
 
 
 PLAIN = OnnxSpec()
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The heads that go into a file, each with its manifest."""
-
-    linear: tuple[LinearHead, HeadManifest] | None = None
-    depth: tuple[AnyDepthHead, HeadManifest] | None = None
-    segmentation: tuple[SegmentationHead, HeadManifest] | None = None
-
-    @property
-    def manifests(self) -> dict[str, HeadManifest]:
-        """Kind to manifest of the heads that are there."""
-        pairs = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {kind: pair[1] for kind, pair in pairs if pair is not None}
-
-
-def load_heads(
-    backbone: Backbone,
-    linear: str | Path | None = None,
-    depth: str | Path | None = None,
-    segmentation: str | Path | None = None,
-) -> Heads:
-    """Read the heads that are named. Raises CheckpointError for one of another backbone or kind."""
-    fits = backbone.manifest.weights_sha256
-    return Heads(
-        None if linear is None else load_linear_head(linear, fits),
-        None if depth is None else load_depth_head(depth, fits),
-        None if segmentation is None else load_segmentation_head(segmentation, fits),
-    )
-
-
-def load_linear_head(path: str | Path, backbone_sha256: str) -> tuple[LinearHead, HeadManifest]:
-    """Read a linear classifier; errors as in `load_head`, and for a head of another kind."""
-    head, manifest = load_head(path, backbone_sha256)
-    if not isinstance(head, LinearHead):
-        raise CheckpointError(f"{path}: is a {manifest.kind} head; wanted a linear head")
-    return head, manifest
-
-
-def make_network(backbone: Backbone, heads: Heads) -> Network:
-    """Backbone and heads on torch: what the file is held against. Raises InputError where a head does not fit."""
-    linear, features = (heads.linear[0], heads.linear[1].features) if heads.linear else (None, "")
-    return Network(
-        backbone.model,  # type: ignore[arg-type]
-        heads.depth[0] if heads.depth else None,
-        heads.segmentation[0] if heads.segmentation else None,
-        linear,
-        features,
-    ).eval()
 
 
 def too_large(backbone: Backbone, heads: Heads, spec: OnnxSpec) -> bool:

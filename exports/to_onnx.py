@@ -16,21 +16,12 @@ import tyro
 from onnx import helper
 
 from backbones.checkpoints import Backbone, load_backbone
+from backbones.network import Heads, load_heads, make_network
 from data.errors import CheckFailed, InputError, run_cli
 from exports.calibration import calibrate
 from exports.drift import USUAL_TOLERANCE, Drift, Tolerance, check_drift, measure_drift, open_parts
 from exports.graph import Precision
-from exports.onnx_file import (
-    PLAIN,
-    Heads,
-    OnnxSpec,
-    check_spec,
-    fixed_preprocess,
-    load_heads,
-    make_model,
-    make_network,
-    too_large,
-)
+from exports.onnx_file import PLAIN, OnnxSpec, check_spec, fixed_preprocess, make_model, too_large
 from exports.placing import check_free, new_folder, write_file
 from exports.weight_writer import WeightWriter
 from runtimes.onnx_runtime import EXPORT_KEY, OnnxRuntime, load_model, read_export

@@ -1,9 +1,9 @@
 """A backbone with its heads to a Triton model repository: `python -m exports.to_triton --ckpt X --out REPOSITORY`.
 
-`backbone` and the heads run on ONNX Runtime, TensorRT, or ONNX Runtime inside the python backend; `embedding`, `attention`, `depth` and
-`segmentation` are ensembles that begin with encoded images; `knn` searches collections that a server of ours has filled. Beside the
-models lie
-manifests for Kubernetes and for KServe, which Triton passes over. Read in this order: export_triton, Repository.
+`backbone` and the heads run on ONNX Runtime, TensorRT, or ONNX Runtime inside the python backend; `embedding`, `classification`,
+`attention`, `depth` and `segmentation` are ensembles that begin with encoded images; `knn` searches collections that a server of ours
+has filled. Beside the models lie manifests for Kubernetes and for KServe, which Triton passes over.
+Read in this order: export_triton, Repository.
 """
 
 import ast
@@ -19,13 +19,14 @@ import onnx
 import tyro
 
 from backbones.checkpoints import Backbone, load_backbone
+from backbones.network import Heads, load_heads
 from backbones.vit import ViT
 from data.errors import InputError, run_cli
 from evaluators.classification import summary
 from exports.collections_file import read_collections
 from exports.graph import Value
 from exports.kubernetes import write_manifests
-from exports.onnx_file import PLAIN, Heads, load_heads, make_model, too_large
+from exports.onnx_file import PLAIN, make_model, too_large
 from exports.placing import check_free, new_folder, write_file
 from exports.to_onnx import check_parity
 from exports.triton_config import (
@@ -57,6 +58,7 @@ def export_triton(
     out: str | Path,
     spec: TritonSpec = USUAL,
     *,
+    linear_head: str | Path | None = None,
     depth_head: str | Path | None = None,
     segmentation_head: str | Path | None = None,
     collections: Path | None = None,
@@ -67,7 +69,7 @@ def export_triton(
     check_free(out)
     check_plan(spec, plan)
     backbone = load_backbone(ckpt)
-    heads = load_heads(backbone, None, depth_head, segmentation_head)
+    heads = load_heads(backbone, linear_head, depth_head, segmentation_head)
     found = {} if collections is None else read_collections(collections, backbone.manifest)
     with new_folder(out) as folder:
         whole = folder / NETWORK_FILE
@@ -208,23 +210,29 @@ class Repository:
             ]
             self.add(ensemble_config("attention", {"attention": maps, "mask": masks}, steps, self.parameters))
             served.append("attention")
-        for output, (name, kind, told) in self._maps().items():
+        for output, (name, tensor_of, told) in self._headed().items():
             part = parts[output]
+            view = center if name == "classification" else whole
             read = {tensor: tensor for tensor in part.inputs}
             made = {tensor: tensor for tensor in part.inputs if tensor != "pixels"}
-            steps = [whole, ("backbone", {"pixels": "pixels"}, made), (head_name(part), read, {output: output})]
-            self.add(ensemble_config(name, {output: (kind, [-1, -1, -1])}, steps, {**self.parameters, **told}))
+            steps = [view, ("backbone", {"pixels": "pixels"}, made), (head_name(part), read, {output: output})]
+            self.add(ensemble_config(name, {output: tensor_of}, steps, {**self.parameters, **told}))
             served.append(name)
         return served
 
-    def _maps(self) -> dict[str, tuple[str, str, dict[str, str]]]:
-        """Each dense output that a head makes: the model that serves it, its type, and what is told of it."""
-        found: dict[str, tuple[str, str, dict[str, str]]] = {}
+    def _headed(self) -> dict[str, tuple[str, tuple[str, Shape], dict[str, str]]]:
+        """Each output that a head makes: the model that serves it, its type and shape, and what is told of it."""
+        found: dict[str, tuple[str, tuple[str, Shape], dict[str, str]]] = {}
+        map_shape: Shape = [-1, -1, -1]
+        if self.heads.linear is not None:
+            head, manifest = self.heads.linear
+            told = {"classes": as_parameter(list(manifest.classes))}
+            found["logits"] = ("classification", ("FP32", [-1, head.spec.n_classes]), told)
         if self.heads.depth is not None:
-            found["depth"] = ("depth", "FP32", {"unit": self.heads.depth[0].spec.unit})
+            found["depth"] = ("depth", ("FP32", map_shape), {"unit": self.heads.depth[0].spec.unit})
         if self.heads.segmentation is not None:
             classes = list(self.heads.segmentation[1].classes)
-            found["classes"] = ("segmentation", "INT32", {"classes": as_parameter(classes)})
+            found["classes"] = ("segmentation", ("INT32", map_shape), {"classes": as_parameter(classes)})
         return found
 
     def _add_template(
@@ -259,7 +267,7 @@ def requirements(spec: TritonSpec) -> str:
 
 
 def head_name(part: HeadPart) -> str:
-    """The internal model that makes a dense output."""
+    """The internal model that makes a head's output."""
     return f"{part.output}_head"
 
 
@@ -293,6 +301,7 @@ def copy_decoding(folder: Path) -> None:
 def main(
     ckpt: str,
     out: Path,
+    linear_head: Path | None = None,
     depth_head: Path | None = None,
     segmentation_head: Path | None = None,
     collections: Path | None = None,
@@ -304,6 +313,7 @@ def main(
     Args:
         ckpt: A checkpoint, published weights, a Hugging Face folder or a catalog name.
         out: The folder to write; it must not be there yet.
+        linear_head: A linear classifier trained on this backbone; adds the model `classification`.
         depth_head: A depth head trained on this backbone; adds the model `depth`.
         segmentation_head: A segmentation head trained on this backbone; adds the model `segmentation`.
         collections: Folder that a server keeps its collections in; those of this backbone become the model `knn`.
@@ -314,6 +324,7 @@ def main(
         ckpt,
         out,
         spec,
+        linear_head=linear_head,
         depth_head=depth_head,
         segmentation_head=segmentation_head,
         collections=collections,

@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError as ProtobufError
 from safetensors import SafetensorError, safe_open
 
 from backbones.checkpoints import MANIFEST_KEY, load_backbone
-from backbones.heads import HEADS, load_depth_head, load_segmentation_head
+from backbones.heads import HEADS
+from backbones.network import load_heads, make_network
 from data.errors import InputError
 from runtimes.onnx_build import check_one_build
 from runtimes.onnx_runtime import EXPORT_KEY, HEADS_KEY, OnnxRuntime
@@ -25,8 +26,6 @@ from server.config import ServerConfig
 from server.cores import Share, share_cores, usable_cores
 
 SUFFIXES = (".safetensors", ".onnx")
-SERVED_HEADS = ("depth", "segmentation")
-"""Kinds of head that a served model reads."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Loaded:
     """Unit of the depth head, where there is one."""
     classes: tuple[str, ...] = ()
     """Names of the classes that the segmentation head tells apart, where there is one."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes that the linear head tells apart, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Artifact:
     outputs: tuple[str, ...] = ()
     """What an .onnx computes."""
     heads: Mapping[str, str | None] = field(default_factory=dict)
-    """Kind to content hash of the served heads: its own, or those inside an .onnx."""
+    """Kind to content hash of the heads: its own, or those inside an .onnx."""
     precision: str = "fp32"
     """Of an .onnx."""
 
@@ -113,8 +114,7 @@ def read_artifact(path: Path) -> Artifact:
     fits = manifest.get("weights_sha256" if kind == "backbone" else "backbone_sha256", "")
     own = heads if kind == "backbone" else {kind: manifest}
     hashes = {name: one.get("weights_sha256") for name, one in own.items() if isinstance(one, dict)}
-    served = {name: sha256 for name, sha256 in hashes.items() if name in SERVED_HEADS}
-    return Artifact(path, kind, str(fits), outputs, served, str(form.get("precision", "fp32")))
+    return Artifact(path, kind, str(fits), outputs, hashes, str(form.get("precision", "fp32")))
 
 
 def _json_object(text: str, path: Path) -> dict[str, Any]:
@@ -169,8 +169,7 @@ def _choose(artifacts: Sequence[Artifact], folder: Path) -> tuple[Path, dict[str
             raise InputError(
                 f"--models {folder}: {chosen[head.kind].path.name} and {head.path.name} are both {head.kind} heads; keep one"
             )
-        if head.kind in SERVED_HEADS:
-            chosen[head.kind] = head
+        chosen[head.kind] = head
     return _pick_form(backbones, chosen, folder)
 
 
@@ -233,22 +232,24 @@ def _open(path: Path, heads: Mapping[str, Path], version: str, config: ServerCon
     if path.suffix == ".onnx":
         return _open_exported(path, version, config, share)
     backbone = load_backbone(path)
-    fits = backbone.manifest.weights_sha256
-    depth = load_depth_head(heads["depth"], fits) if "depth" in heads else None
-    segmentation = load_segmentation_head(heads["segmentation"], fits) if "segmentation" in heads else None
-    pair = (depth[0] if depth else None, segmentation[0] if segmentation else None)
+    given = load_heads(backbone, **heads)
+    network = make_network(backbone, given)
     n = _copies(pick_device(config.device), config, share)
     # The copies share their weights, which nobody changes; each has its own lock and so its own turn.
-    runtimes = [TorchRuntime(backbone, *pair, device=config.device, threads=share.threads) for _ in range(n)]
-    unit = depth[0].spec.unit if depth else None
-    return Loaded(tuple(runtimes), version, unit, segmentation[1].classes if segmentation else ())
+    runtimes = [TorchRuntime(backbone, network=network, device=config.device, threads=share.threads) for _ in range(n)]
+    unit = given.depth[0].spec.unit if given.depth else None
+    classes, labels = (head[1].classes if head else () for head in (given.segmentation, given.linear))
+    return Loaded(tuple(runtimes), version, unit, classes, labels)
 
 
-def _told_by_heads(heads: Mapping[str, Any], path: Path) -> tuple[str | None, tuple[str, ...]]:
-    """The unit of depth, and the names of the classes, that an exported file states. Raises InputError."""
+def _told_by_heads(heads: Mapping[str, Any], path: Path) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """The unit of depth, and the names of pixels' and of images' classes, that an exported file states. Raises InputError."""
     try:
         unit = heads.get("depth", {}).get("spec", {}).get("unit")
-        return unit, tuple(map(str, heads.get("segmentation", {}).get("classes", ())))
+        classes, labels = (
+            tuple(map(str, heads.get(kind, {}).get("classes", ()))) for kind in ("segmentation", "linear")
+        )
+        return unit, classes, labels
     except (AttributeError, TypeError) as error:
         raise InputError(f"{path}: the manifest of its heads is damaged; export it again") from error
 

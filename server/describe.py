@@ -87,8 +87,9 @@ def _config_parameters(service: Service, model: ServedModel) -> dict[str, str]:
             parameters[f"{one.name}.formats"] = ", ".join(one.formats)
     if model.name == "depth" and service.depth_unit is not None:
         parameters["unit"] = service.depth_unit
-    if model.name == "segmentation":
-        parameters["classes"] = json.dumps(service.classes)
+    if model.name in ("segmentation", "classification"):
+        names = service.classes if model.name == "segmentation" else service.labels
+        parameters["classes"] = json.dumps(names)
     return parameters
 
 

@@ -149,6 +149,24 @@ class EmbeddingModel(ServedModel):
         return {"embedding": unit_rows(embedding_ND) if options.normalize else embedding_ND}
 
 
+class ClassificationModel(ServedModel):
+    """Images in, a linear head's logits out, seen as the evaluators see them; the classes' names are in its configuration."""
+
+    name = "classification"
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.inputs = (IMAGE,)
+        self.outputs = (TensorSpec("logits", "FP32", (-1, engine.shapes["logits"][1]), formats=("fp16",)),)
+
+    def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
+        return self._center_pixels()
+
+    async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
+        pixels = await self.engine.center_views(inputs["image"], times)
+        return await self.engine.run(pixels, ["logits"], times, deadline_s)
+
+
 class AttentionModel(ServedModel):
     """Images in, the last block's CLS attention out, over the whole image, and the patches that hold most of it."""
 
@@ -302,6 +320,10 @@ def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, Ser
     else:
         absent["segmentation"] = "no segmentation head is loaded"
     models.append(OverviewModel(engine, [one for one in models if one.name not in ("backbone", "knn")]))
+    if engine.has("logits"):
+        models.append(ClassificationModel(engine))
+    else:
+        absent["classification"] = "no linear head is loaded"
     return {model.name: model for model in models}, absent
 
 

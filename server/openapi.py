@@ -163,6 +163,10 @@ class Classifications(_Whole):
     results: list[Classes]
 
 
+class Guesses(_Whole):
+    items: list[Classes]
+
+
 class EvaluatorChoice(_Whole):
     name: str
     summary: str
@@ -285,7 +289,8 @@ class InferBody(BaseModel):
 
 
 ANSWERS: tuple[Any, ...] = (
-    *(Problem, Embeddings, Attentions, Depths, Segmentations, CollectionList, ItemPage, SearchResults, Classifications),
+    *(Problem, Embeddings, Guesses, Attentions, Depths, Segmentations),
+    *(CollectionList, ItemPage, SearchResults, Classifications),
     *(Evaluation, EvaluationList, ServerMetadata, ModelMetadata, ModelConfig, Statistics, ModelState, Region),
     *(InferAnswer, InferBody),
 )

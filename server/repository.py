@@ -99,7 +99,7 @@ class Repository:
         except BaseException:
             await engine.close()
             raise
-        service.use(engine, store, loaded.version, loaded.depth_unit, loaded.classes)
+        service.use(engine, store, loaded.version, loaded.depth_unit, loaded.classes, loaded.labels)
         log.info(
             "loaded", extra={"fields": {"version": loaded.version, "weights": engine.manifest.weights_sha256[:12]}}
         )

@@ -1,12 +1,13 @@
 """REST for people: images as uploads, JSON or pictures back. The same models through the same `Service.infer`.
 
-Read in this order: the shared dependencies, embeddings, attention, depth, segmentation.
+Read in this order: the shared dependencies, embeddings, classification, attention, depth, segmentation.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,7 +17,7 @@ from data.errors import InputError
 from evaluators.attention_maps import top_mass
 from server.http_body import Upload, read_upload, unless_disconnected
 from server.http_messages import timeout_of
-from server.openapi import PROBLEMS, Attentions, Depths, Embeddings, Segmentations, answers
+from server.openapi import PROBLEMS, Attentions, Depths, Embeddings, Guesses, Segmentations, answers
 from server.pictures import attention_overlay, depth_picture
 from server.requests import InferReply, InferRequest
 from server.service import Service
@@ -93,6 +94,24 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         return JSONResponse({"dimension": rest.service.engine.width, "normalized": normalize, "items": items})
 
     @router.post(
+        "/classification",
+        openapi_extra=UPLOAD_BODY,
+        responses=answers(Guesses),
+        summary="The likeliest classes, by a linear head",
+    )
+    async def classification(
+        request: Request, k: Annotated[int, Query(ge=1, description="So many classes, likeliest first")] = 5
+    ) -> JSONResponse:
+        rest.service.model("classification")
+        upload = await rest.upload(request)
+        reply = await rest.run(request, "classification", upload.images, {})
+        items = [
+            {"name": name, "classes": likeliest(logits, rest.service.labels, k)}
+            for name, logits in zip(upload.names, reply["logits"], strict=True)
+        ]
+        return JSONResponse({"items": items})
+
+    @router.post(
         "/attention",
         openapi_extra=UPLOAD_BODY,
         responses=answers(Attentions, also="image/png"),
@@ -159,6 +178,15 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         return JSONResponse({"classes": list(rest.service.classes), "items": items})
 
     return router
+
+
+def likeliest(logits_C: np.ndarray, labels: Sequence[str], k: int) -> list[dict[str, Any]]:
+    """The `k` classes of the highest softmax, highest first, equals by index; a class without a name goes by its index."""
+    share_C = np.exp(logits_C - logits_C.max())
+    share_C /= share_C.sum()
+    order = np.argsort(-share_C, kind="stable")[:k]
+    named = dict(enumerate(labels))
+    return [{"label": named.get(index, str(index)), "share": float(share_C[index])} for index in order.tolist()]
 
 
 def _check_head(service: Service, head: int | None) -> None:

@@ -92,7 +92,16 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         if tracing is not None:
             stack.push_async_callback(asyncio.to_thread, tracing.close)
         service = Service(
-            engine, store, limits, loaded.version, loaded.depth_unit, loaded.classes, rates, shared_memory, tracing
+            engine,
+            store,
+            limits,
+            loaded.version,
+            loaded.depth_unit,
+            loaded.classes,
+            loaded.labels,
+            rates,
+            shared_memory,
+            tracing,
         )
         stack.push_async_callback(lambda: service.engine.close())
         evaluations = Evaluations(

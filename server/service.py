@@ -66,6 +66,7 @@ class Service:
         version: str = "1",
         depth_unit: str | None = None,
         classes: Sequence[str] = (),
+        labels: Sequence[str] = (),
         rates: Rates | None = None,
         shared_memory: SharedMemory | None = None,
         tracing: Tracing | None = None,
@@ -77,7 +78,7 @@ class Service:
         self.metrics = Metrics()
         self.tracing = tracing
         self._running: Counter[Engine] = Counter()
-        self.use(engine, collections, version, depth_unit, classes)
+        self.use(engine, collections, version, depth_unit, classes, labels)
         self.state: Literal["starting", "ready", "leaving", "closed"] = "starting"
         self._watch_gauges()
 
@@ -88,12 +89,14 @@ class Service:
         version: str,
         depth_unit: str | None,
         classes: Sequence[str],
+        labels: Sequence[str],
     ) -> None:
         """Serve this network from the next request on; those that are in finish on the one they began on."""
         self.engine, self.collections = engine, collections
         self.models, self.absent = make_models(engine, collections)
         self.unloaded: dict[str, ServedModel] = {}
-        self.model_version, self.depth_unit, self.classes = version, depth_unit, tuple(classes)
+        self.model_version, self.depth_unit = version, depth_unit
+        self.classes, self.labels = tuple(classes), tuple(labels)
         for name in self.models:
             self.counts.setdefault(name, ModelCounts())
 

@@ -17,15 +17,15 @@ from backbones.heads import (
     LinearHeadSpec,
     SegmentationHead,
     SegmentationHeadSpec,
+    load_linear_head,
     make_depth_head,
     save_head,
 )
-from backbones.network import LINEAR_FEATURES
+from backbones.network import LINEAR_FEATURES, load_heads, make_network
 from backbones.vit import ViT
 from data.errors import InputError
 from evaluators.combinations import combinations
 from evaluators.extract import FeatureTable, features_of
-from exports.onnx_file import load_heads, load_linear_head, make_network
 from exports.to_onnx import CLASS_TOLERANCE, TOLERANCE, export_onnx, output_difference
 from runtimes.onnx_runtime import OnnxRuntime
 from runtimes.torch_runtime import TorchRuntime

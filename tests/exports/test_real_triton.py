@@ -51,17 +51,19 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running,
     folder, scratch = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("triton")
     ckpt, depth = save_network("v1", folder)
     segmentation = make_head_file(ckpt, "segmentation", {"layers": (0, 1)}, folder / "segmentation.safetensors")
+    linear = make_head_file(ckpt, "linear", {"features": "cls+patch_mean"}, folder / "linear.safetensors")
     colours = colour_folder(tmp_path_factory.mktemp("colours"))
     with Running(config_of(folder, scratch / "state", samples=str(colours / "train"))) as ours:
         served = export_triton(
             ckpt,
             scratch / "repository",
             TritonSpec(engine="python", max_batch=8),
+            linear_head=linear,
             depth_head=depth,
             segmentation_head=segmentation,
             collections=scratch / "state",
         )
-        assert served == ["backbone", "embedding", "attention", "depth", "segmentation", "knn"]
+        assert served == ["backbone", "embedding", "attention", "classification", "depth", "segmentation", "knn"]
         with RealTriton(scratch / "repository", scratch) as triton:
             yield ours, triton
 
@@ -97,6 +99,10 @@ def test_backbone(both: Both, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("parameters", [{}, {"normalize": True}, {"normalize": False}])
 def test_embedding(both: Both, parameters: dict[str, Any]) -> None:
     same(*both.ask("embedding", images(*FILES), parameters=parameters))
+
+
+def test_classification(both: Both) -> None:
+    same(*both.ask("classification", images(*FILES)))
 
 
 @pytest.mark.parametrize("parameters", [{}, {"size": 96}, {"mass": 0.3, "size": 8}])

@@ -25,8 +25,8 @@ from exports.triton_config import TritonSpec
 from tests.exports.artifacts import artifact
 from tests.exports.test_heads_in_graph import heads_of_another_backbone, make_head_file
 
-SERVED = {"backbone", "embedding", "attention", "depth", "segmentation"}
-INTERNAL = {"center_view", "whole_view", "unit_rows", "attention_mask", "depth_head", "classes_head"}
+SERVED = {"backbone", "embedding", "attention", "classification", "depth", "segmentation"}
+INTERNAL = {"center_view", "whole_view", "unit_rows", "attention_mask", "logits_head", "depth_head", "classes_head"}
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "tensorrt", "python"])
@@ -35,12 +35,14 @@ def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("triton")
     v1 = artifact("v1")
     segmentation = make_head_file(v1.ckpt, "segmentation", {"layers": (0, 1)}, folder / "segmentation.safetensors")
+    linear = make_head_file(v1.ckpt, "linear", {"features": "cls+patch_mean"}, folder / "linear.safetensors")
     plan = None
     if request.param == "tensorrt":
         plan = folder / "any.plan"
         plan.write_bytes(b"stands for a plan, which nothing here can read")
     spec = TritonSpec(engine=request.param, device="gpu" if plan else "cpu", instances=2, threads=3, max_batch=16)
-    export_triton(v1.ckpt, folder / "out", spec, depth_head=v1.depth_head, segmentation_head=segmentation, plan=plan)
+    heads = {"linear_head": linear, "depth_head": v1.depth_head, "segmentation_head": segmentation}
+    export_triton(v1.ckpt, folder / "out", spec, **heads, plan=plan)
     return folder / "out"
 
 
@@ -65,7 +67,12 @@ def test_the_networks_configurations_fit_their_files(repository: Path) -> None:
     configs = read_configs(repository)
     engine = configs["backbone"].backend
     types = {1: model_config_pb2.TYPE_FP32, 6: model_config_pb2.TYPE_INT32}
-    for name, file in (("backbone", "model.onnx"), ("depth_head", "head.onnx"), ("classes_head", "head.onnx")):
+    for name, file in (
+        ("backbone", "model.onnx"),
+        ("logits_head", "head.onnx"),
+        ("depth_head", "head.onnx"),
+        ("classes_head", "head.onnx"),
+    ):
         config = configs[name]
         assert config.max_batch_size == 16
         assert config.dynamic_batching.default_queue_policy.max_queue_size == 256
@@ -109,7 +116,8 @@ def test_what_clients_are_told_of_the_network_is_the_manifest(repository: Path) 
     for name in SERVED:
         assert json.loads(configs[name].parameters["manifest"].string_value) == manifest
     assert configs["depth"].parameters["unit"].string_value == "furlong"
-    assert json.loads(configs["segmentation"].parameters["classes"].string_value) == list("abcde")
+    for name in ("classification", "segmentation"):
+        assert json.loads(configs[name].parameters["classes"].string_value) == list("abcde")
 
 
 def test_the_decoding_beside_the_models_runs_by_itself_and_is_the_servers(repository: Path, tmp_path: Path) -> None:

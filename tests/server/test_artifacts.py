@@ -86,10 +86,13 @@ def test_other_files_in_the_folder_do_not_matter(folder, tmp_path):
     assert load(folder, tmp_path).runtimes[0].name == "torch"
 
 
-def test_a_linear_head_may_lie_beside_them(folder, runtime, tmp_path):
-    manifest = HeadManifest(kind="linear", backbone_sha256=runtime.manifest.weights_sha256, spec={})
+def test_heads_of_several_kinds_lie_beside_it(folder, runtime, tmp_path):
+    fits = runtime.manifest.weights_sha256
+    manifest = HeadManifest(kind="linear", backbone_sha256=fits, spec={}, features="cls", classes=("cat", "dog"))
     save_head(folder / "linear.safetensors", LinearHead(LinearHeadSpec(n_classes=2, width_in=48)), manifest)
-    assert load(folder, tmp_path).depth_unit == "furlong"
+    loaded = load(folder, tmp_path)
+    assert (loaded.depth_unit, loaded.labels) == ("furlong", ("cat", "dog"))
+    assert {"depth", "logits"} <= set(loaded.runtimes[0].outputs)
 
 
 def test_of_both_forms_the_exported_one_is_taken(folder, onnx_file, tmp_path):
