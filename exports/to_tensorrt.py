@@ -38,6 +38,7 @@ def export_tensorrt(
     spec: OnnxSpec | None = None,
     data: str | None = None,
     tolerance: Tolerance = USUAL_TOLERANCE,
+    linear_head: str | Path | None = None,
     depth_head: str | Path | None = None,
     segmentation_head: str | Path | None = None,
     batch: int = 8,
@@ -56,7 +57,7 @@ def export_tensorrt(
     with tempfile.TemporaryDirectory() as folder:
         given = Path(ckpt)
         if given.suffix.lower() == ".onnx":
-            if spec is not None or depth_head or segmentation_head or data:
+            if spec is not None or linear_head or depth_head or segmentation_head or data:
                 raise InputError(
                     f"{ckpt}: is exported already; heads, --precision and --data belong to exports.to_onnx"
                 )
@@ -67,6 +68,7 @@ def export_tensorrt(
                 ckpt,
                 file,
                 depth_head,
+                linear_head=linear_head,
                 segmentation_head=segmentation_head,
                 spec=spec or OnnxSpec(),
                 data=data,
@@ -189,6 +191,7 @@ def main(
     out: Path,
     precision: Precision | None = None,
     data: str | None = None,
+    linear_head: Path | None = None,
     depth_head: Path | None = None,
     segmentation_head: Path | None = None,
     batch: int = 8,
@@ -205,6 +208,7 @@ def main(
         out: The .plan file to write; NAME.plan.json appears beside it.
         precision: Of a checkpoint: fp32, fp16 or int8-static (int8 is for CPUs). Of an .onnx it is what the file has.
         data: Real images to measure drift and calibrate on; needed for every precision of a checkpoint but fp32.
+        linear_head: A linear classifier trained on this backbone; adds the output `logits`.
         depth_head: A depth head trained on this backbone; adds the output `depth`.
         segmentation_head: A segmentation head trained on this backbone; adds the output `classes`.
         batch: Images at a time that the plan is tuned to.
@@ -220,6 +224,7 @@ def main(
         spec=None if precision is None else OnnxSpec(precision=precision),
         data=data,
         tolerance=tolerance,
+        linear_head=linear_head,
         depth_head=depth_head,
         segmentation_head=segmentation_head,
         batch=batch,

@@ -277,6 +277,7 @@ def test_what_cannot_become_a_plan_is_refused_and_nothing_is_left(fake: Any, tmp
         (v1.ckpt, "x.plan", {"depth_head": others["depth"]}, "this head fits the backbone"),
         (v1.ckpt, "x.plan", {"segmentation_head": others["segmentation"]}, "this head fits the backbone"),
         (v1.ckpt, "x.plan", {"segmentation_head": v1.depth_head}, "is a depth head; wanted a segmentation head"),
+        (v1.ckpt, "x.plan", {"linear_head": v1.depth_head}, "is a depth head; wanted a linear head"),
         (v1.depth_head, "x.plan", {}, "holds a depth head, not a backbone"),
     ):
         with pytest.raises(InputError, match=words):
