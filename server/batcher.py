@@ -297,16 +297,16 @@ class Batcher:
         self._idle.append(instance)
         if len(self._idle) == len(self._instances):
             self._at_rest.set()
+        if isinstance(outcome, BaseException):
+            for piece in batch.pieces:  # before the next batch is begun, which would hold what is left of these
+                _fail(piece.entry, EngineFailed("the batch failed"), cause=outcome)
         if self._buckets and not self._soon:
             self._dispatch()
-        if isinstance(outcome, BaseException):
-            for piece in batch.pieces:
-                _fail(piece.entry, EngineFailed("the batch failed"), cause=outcome)
-            if not isinstance(outcome, Exception):
-                raise outcome
-            return
-        self.executions += 1
-        _hand_out(batch.pieces, *outcome)
+        if not isinstance(outcome, BaseException):
+            self.executions += 1
+            _hand_out(batch.pieces, *outcome)
+        elif not isinstance(outcome, Exception):
+            raise outcome
 
 
 def _run_pieces(run: Run, key: Hashable, pieces: list[_Piece]) -> tuple[dict[str, np.ndarray], int]:

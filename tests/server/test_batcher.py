@@ -270,6 +270,28 @@ def test_a_failing_batch_fails_all_of_its_waiters_and_nothing_else():
     assert [one.outputs["same"].item() for one in (first, well, after)] == [0, 5, 6]
 
 
+def test_the_rest_of_a_request_is_not_computed_once_a_batch_of_it_failed():
+    seen = []
+
+    def run(key, batch):
+        seen.append(batch[:, 0].tolist())
+        if 1 in seen[-1]:
+            raise ValueError("of these rows")
+        return double(key, batch)
+
+    async def scenario():
+        batcher = Batcher([run], BatchSpec(max_rows=2))
+        split, other = await start(batcher, "key", rows(0, 1, 2, 3, 4)), await start(batcher, "other", rows(9))
+        with pytest.raises(EngineFailed):
+            await split
+        answer = await other
+        await batcher.close()
+        return answer
+
+    assert asyncio.run(scenario()).outputs["twice"].item() == 18
+    assert seen == [[0, 1], [9]]
+
+
 def test_an_output_with_too_few_rows_is_a_failure_and_not_a_wrong_answer():
     async def scenario():
         batcher = Batcher([lambda key, rows: {"short": rows[1:]}], BatchSpec())
