@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from server import batcher
 from server.batcher import Batcher, BatchSpec
 from server.errors import Draining, EngineFailed, Expired
 
@@ -133,6 +134,20 @@ def test_instances_that_idle_share_the_rows_that_wait():
     assert sorted(one.batch_rows for one in answer.executions) == [2, 3]
 
 
+def test_one_row_is_one_batch_however_many_instances_idle(monkeypatch):
+    begun, run_pieces = [], batcher._run_pieces
+    monkeypatch.setattr(batcher, "_run_pieces", lambda *args: begun.append(len(args[2])) or run_pieces(*args))
+
+    async def scenario():
+        idle = Batcher([double] * 3, BatchSpec())
+        for _ in range(4):
+            await idle.submit("key", rows(7))
+        await idle.close()
+
+    asyncio.run(scenario())
+    assert begun == [1] * 4
+
+
 def test_a_delay_collects_rows_and_ends_when_the_batch_is_full():
     async def scenario():
         gate = Gate()
@@ -173,6 +188,23 @@ def test_the_most_urgent_bucket_goes_first():
         return [key for key, _ in gate.batches]
 
     assert asyncio.run(scenario()) == ["first", "urgent", "late", "patient"]
+
+
+def test_the_most_urgent_request_of_a_bucket_goes_first():
+    async def scenario():
+        gate = Gate()
+        batcher = Batcher([gate], BatchSpec(max_rows=1))
+        now = asyncio.get_running_loop().time()
+        tasks = [await start(batcher, "key", rows(0))]
+        await gate.until_entered()
+        for value, deadline_s in ((1, None), (5, now + 60), (2, now + 20), (3, now + 10), (4, now + 20)):
+            tasks.append(await start(batcher, "key", rows(value), deadline_s))
+        gate.open.set()
+        await asyncio.gather(*tasks)
+        await batcher.close()
+        return [batch.item() for _, batch in gate.batches]
+
+    assert asyncio.run(scenario()) == [0, 3, 2, 4, 1, 5]  # one without a deadline is not passed by those of a minute
 
 
 def test_nothing_is_computed_for_a_caller_who_left():
@@ -310,6 +342,22 @@ def test_an_empty_request_is_refused_at_once():
         await batcher.close()
 
     asyncio.run(scenario())
+
+
+def test_closing_does_not_hold_up_the_loop_that_what_runs_may_need():
+    async def scenario():
+        gate = Gate()
+        batcher = Batcher([gate], BatchSpec())
+        running = await start(batcher, "key", rows(3))
+        await gate.until_entered()
+        closing = asyncio.ensure_future(batcher.close())
+        await asyncio.sleep(0.05)
+        assert not closing.done()  # held up, the loop comes here when the gate has given way, after 10 s
+        gate.open.set()
+        await closing
+        return await running
+
+    assert asyncio.run(scenario()).outputs["twice"].item() == 6
 
 
 def test_closing_finishes_what_runs_and_fails_what_waits():
