@@ -226,9 +226,9 @@ def main(part: Part | None = None, rounds: int = 5) -> None:
         folder = Path(name)
         chapters: dict[Part, Callable[[], None]] = {
             "tensors": lambda: beside_bare(
-                folder, 12, 32, rounds, "wanted: CPU at most 1.10, images a second at least 0.95"
+                folder, 12, 160, rounds, "wanted: CPU at most 1.10, images a second at least 0.95"
             ),
-            "two-blocks": lambda: beside_bare(folder, 2, 160, rounds, "wanted: CPU at most 1.15"),
+            "two-blocks": lambda: beside_bare(folder, 2, 800, rounds, "wanted: CPU at most 1.15"),
             "jpeg": lambda: jpeg(folder, rounds),
             "identity": lambda: identity(folder, rounds),
             "overload": lambda: overload(network(folder, 2), tensor_request(folder), folder),
