@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from backbones.checkpoints import load_backbone
-from backbones.heads import load_depth_head, load_segmentation_head
+from backbones.network import load_heads, make_network
 from data.errors import InputError
 from runtimes.connection import REMOTE_SCHEMES
 from runtimes.onnx_build import check_one_build
@@ -49,7 +49,5 @@ def open_runtime(
         return OnnxRuntime(name, device=device, threads=threads, max_batch=max_batch)
     check_one_build()  # said at every start, whichever engine runs
     backbone = load_backbone(ckpt)
-    fits = backbone.manifest.weights_sha256
-    depth = None if depth_head is None else load_depth_head(depth_head, fits)[0]
-    segmentation = None if segmentation_head is None else load_segmentation_head(segmentation_head, fits)[0]
-    return TorchRuntime(backbone, depth, segmentation, device=device, threads=threads)
+    network = make_network(backbone, load_heads(backbone, None, depth_head, segmentation_head))
+    return TorchRuntime(backbone, network=network, device=device, threads=threads)

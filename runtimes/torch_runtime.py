@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from backbones.checkpoints import Backbone
-from backbones.heads import AnyDepthHead, SegmentationHead
 from backbones.network import Network
 from backbones.vit import ViT
 from data.errors import InputError
@@ -18,14 +17,12 @@ from runtimes.runtime import BACKBONE_OUTPUTS, Runtime, gpu_number
 class TorchRuntime(Runtime):
     """A backbone and its heads in float32. Calls take turns: torch's thread count belongs to the process.
 
-    `network` is one that was put together before, of this backbone and its heads.
+    `network` is this backbone with its heads; left out: without any.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        depth_head: AnyDepthHead | None = None,
-        segmentation_head: SegmentationHead | None = None,
         *,
         network: Network | None = None,
         device: str = "auto",
@@ -34,7 +31,7 @@ class TorchRuntime(Runtime):
         self.manifest = backbone.manifest
         self.name = "torch"
         self.device = pick_device(device)
-        network = network or Network(backbone.model, depth_head, segmentation_head)  # type: ignore[arg-type]
+        network = network or Network(backbone.model)  # type: ignore[arg-type]
         self._network = network.to(self.device).eval()
         self.outputs = self._network.output_names
         self.threads = threads
