@@ -28,7 +28,7 @@ from server.artifacts import Loaded, load_artifacts
 from server.batcher import BatchSpec
 from server.collections import Collections
 from server.config import ServerConfig, is_loopback
-from server.cores import keep_freed_memory, wake_without_preempting
+from server.cores import freeze_heap, keep_freed_memory, wake_without_preempting
 from server.databases import open_database
 from server.engine import Engine, EngineSpec
 from server.evaluation_wire import evaluation_wire
@@ -281,7 +281,12 @@ async def _main(config: ServerConfig, load: Load) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, leave)
-    await serve(config, stop, print_ready, load)
+
+    def ready(addresses: Addresses) -> None:
+        freeze_heap()
+        print_ready(addresses)
+
+    await serve(config, stop, ready, load)
 
 
 def print_ready(addresses: Addresses) -> None:

@@ -265,3 +265,21 @@ def test_samples_that_cannot_be_decoded_are_left_out(network, colours, tmp_path)
     (folder / "good.png").write_bytes(b"no image either")
     with pytest.raises(InputError, match="none of its 2 images can be used"):
         Running(config_of(network, tmp_path / "state", samples=str(folder))).__enter__()
+
+
+def test_the_collector_passes_over_what_was_loaded_by_the_time_a_server_is_ready(network, tmp_path):
+    """It holds the interpreter's lock for as long as it walks, and nobody is answered meanwhile."""
+    code = (
+        "import gc, os, signal, server.run\n"
+        "def print_ready(_):\n"
+        "    print(len(gc.get_objects()), gc.get_freeze_count(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "server.run.print_ready = print_ready\n"
+        "from server.__main__ import serve_from_command_line\n"
+        "serve_from_command_line()\n"
+    )
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--samples", "none")
+    command = (sys.executable, "-c", code, "--models", network, "--collections", tmp_path / "state", *ports)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    walked, passed_over = map(int, done.stdout.split())
+    assert done.returncode == 0 and walked < passed_over / 100
