@@ -134,7 +134,7 @@ def take_turns(cases: dict[str, Callable[[], Row]], rounds: int) -> dict[str, Ro
     """Median of each figure of each case; one round each goes uncounted before."""
     seen: dict[str, list[Row]] = {name: [] for name in cases}
     for number in range(rounds + 1):
-        for name, run in cases.items():
+        for name, run in reversed(cases.items()) if number % 2 else cases.items():
             row = run()
             if number:
                 seen[name].append(row)
@@ -233,7 +233,7 @@ def main(part: Part | None = None, rounds: int = 5) -> None:
             "identity": lambda: identity(folder, rounds),
             "overload": lambda: overload(network(folder, 2), tensor_request(folder), folder),
             "departures": lambda: departures(network(folder, 2)),
-            "peers": lambda: identity(folder, rounds, PEERS, 300),
+            "peers": lambda: identity(folder, rounds, PEERS),
         }
         for chapter in [part] if part else [one for one in chapters if one != "peers"]:
             chapters[chapter]()
