@@ -58,7 +58,7 @@ class Sizes:
     """Images of the logistic regression."""
     classes: int = 100
     batch: int = 1024
-    steps: int = 20
+    steps: int = 60
     """Of the linear grid."""
     measure_memory: bool = False
     """Only print the memory of k-NN in this process, as JSON."""
