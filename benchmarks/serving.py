@@ -180,7 +180,7 @@ def beside_bare(folder: Path, depth: int, images: int, rounds: int, wanted: str)
 
 def jpeg(folder: Path, rounds: int) -> None:
     """JPEG files over gRPC, beside decoding, preprocessing and the bare runtime in a loop on one thread."""
-    artifact, file, images = network(folder, 12), jpeg_file(), 32
+    artifact, file, images = network(folder, 12), jpeg_file(), 96
     bare = Bare.open(artifact, 1, 1, 1)
     preprocess = bare.runtimes[0].manifest.preprocess
 
