@@ -37,7 +37,7 @@ from evaluators.depth_dpt import train_dpt_head
 from evaluators.depth_metrics import image_metrics
 from evaluators.depth_pictures import save_comparison
 from evaluators.depth_probe import DepthTable, TrainSpec, predict_depth, train_head
-from evaluators.depth_protocol import FOLDS, LINEAR_LR, DepthSpec, for_data
+from evaluators.depth_protocol import LINEAR_LR, DepthSpec, for_data
 from evaluators.depth_scores import HEADLINE, SHORT_UNITS, aligned, evaluate_mean, in_range, score
 from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.layers import MirroredRuntime, spread_layers, with_layers
@@ -51,7 +51,7 @@ from evaluators.results import (
     save_result,
 )
 from evaluators.rgbd import DepthSet, MeasuredDepth, open_depth
-from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
+from evaluators.splits import FOLDS, hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime, step_px
@@ -112,7 +112,7 @@ def choose_lr(train: DepthTable, head_spec: DepthHeadSpec, spec: DepthSpec, seed
     if not parts:
         raise InputError(
             f"{len(folds_n)} training images cannot be cut into parts to choose a learning rate on (too few, or all of "
-            "one scene); wanted more images, a larger --held-out, or --group-by none"
+            "one scene); wanted more images, or --group-by none"
         )
     grid: list[dict[str, Any]] = []
     for lr in spec.lr:

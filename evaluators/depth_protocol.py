@@ -9,9 +9,8 @@ from data.errors import InputError
 from data.preprocess import check_view_px
 from evaluators.depth_probe import TrainSpec
 from evaluators.presets import check_words, settled_by, was_given
+from evaluators.splits import FOLDS
 
-FOLDS = 5
-"""Parts the training images are cut into by a hash of their scene; some of them choose the learning rate."""
 Head = Literal["linear1", "linear4", "dpt"]
 Preset = Literal["dinov2-nyu", "dinov2-kitti"]
 LINEAR_LR = (1e-3, 3e-3, 1e-2, 3e-2)

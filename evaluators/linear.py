@@ -38,7 +38,7 @@ from evaluators.linear_grid import Heads, train_grid
 from evaluators.presets import check_words, evaluator_cli, settled_by
 from evaluators.published_figures import published_reference
 from evaluators.results import Measurement, check_writable, metrics_json, save_result
-from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
+from evaluators.splits import FOLDS, hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
 
 VERSION = 2
@@ -47,8 +47,6 @@ LR_PER_256 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 
 """Learning rates of DINOv2's linear evaluation, for a batch of 256 images."""
 DINO_LR_PER_256 = (1e-3,)
 """DINO's default, for a batch of 256 images; its ResNet-50 wants 0.1 to 0.3."""
-FOLDS = 5
-"""Parts the training images are cut into by a hash of their group; selection holds out some of them in turn."""
 ROWS_AT_ONCE = 8192
 """Test images that are classified at a time."""
 

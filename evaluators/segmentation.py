@@ -41,7 +41,7 @@ from evaluators.results import (
 )
 from evaluators.segmentation_pictures import masks_path, picture_path, save_masks, save_pictures
 from evaluators.segmentation_probe import ImageTable, SegmentationTable, check_range, predict, train_head
-from evaluators.segmentation_protocol import FOLDS, SegmentationSpec
+from evaluators.segmentation_protocol import SegmentationSpec
 from evaluators.segmentation_scores import (
     Counts,
     class_iou,
@@ -52,7 +52,7 @@ from evaluators.segmentation_scores import (
     segmentation_metrics,
 )
 from evaluators.segmentation_views import Parts, look, open_parts, view_px
-from evaluators.splits import hash_bucket, held_out_words, parts_to_hold_out
+from evaluators.splits import FOLDS, hash_bucket, held_out_words, parts_to_hold_out
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime
 from runtimes.torch_runtime import TorchRuntime
@@ -145,7 +145,7 @@ def choose_lr(
     if not parts:
         raise InputError(
             f"{len(folds_n)} training images cannot be cut into parts to choose a learning rate on (too few, or all tied "
-            "together); wanted more images, a larger --held-out, --group-by none, or a single --lr"
+            "together); wanted more images, --group-by none, or a single --lr"
         )
     grid: list[dict[str, Any]] = []
     for lr in spec.lr:

@@ -7,9 +7,8 @@ from data.errors import InputError
 from data.preprocess import check_view_px
 from evaluators.presets import check_words, settled_by
 from evaluators.segmentation_probe import TrainSpec
+from evaluators.splits import FOLDS
 
-FOLDS = 5
-"""Parts the training images are cut into by a hash; some of them choose the learning rate."""
 Layers = Literal["last", "last4"]
 Seen = Literal["whole", "crops"]
 Preset = Literal["dinov2", "dinov2-ms"]

@@ -25,6 +25,8 @@ GROUP_COLUMNS = ("instance", "family", "concept", "group")
 """Columns that tie images together, in order of preference, where `--group-by` is auto."""
 ONE_IN_NAMES, ONE_IN_GROUPS = 5, 4
 """Share held out: every fifth image by name, every fourth group (the rule of the packed set `objects`)."""
+FOLDS = 5
+"""Parts that training images are cut into by a hash of what ties them together; some of them choose a head or a learning rate."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,12 @@ def hash_bucket(key: str, buckets: int) -> int:
 
 
 def parts_to_hold_out(folds_n: np.ndarray, wanted: int) -> list[int]:
-    """The first `wanted` parts that can be held out in turn: those that hold some images, but not all."""
-    return [fold for fold in range(wanted) if 0 < (folds_n == fold).sum() < len(folds_n)]
+    """The first `wanted` of all `FOLDS` parts that can be held out in turn: those that hold some images, but not all.
+
+    Few images or groups leave parts empty, and the first ones may be among these.
+    """
+    usable = [fold for fold in range(FOLDS) if 0 < (folds_n == fold).sum() < len(folds_n)]
+    return usable[:wanted]
 
 
 def held_out_words(parts: Sequence[int]) -> str:

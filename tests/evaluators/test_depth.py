@@ -16,11 +16,11 @@ from evaluators.depth import DepthRun, evaluate, fit, run
 from evaluators.depth_dpt import fold_scaling_, gradient_loss
 from evaluators.depth_metrics import image_metrics
 from evaluators.depth_probe import DepthTable, Scaling, TrainSpec, depth_at, predict_depth, sig_loss, train_head
-from evaluators.depth_protocol import FOLDS, DepthSpec
+from evaluators.depth_protocol import DepthSpec
 from evaluators.depth_scores import aligned, evaluate_mean, mean_map
 from evaluators.layers import with_layers
 from evaluators.results import load_result
-from evaluators.splits import hash_bucket
+from evaluators.splits import FOLDS, hash_bucket
 from runtimes.open import open_runtime
 from runtimes.torch_runtime import TorchRuntime
 from tests.evaluators.fakes import SMALL, MeanColourRuntime, small_checkpoint
@@ -121,7 +121,7 @@ def test_the_learning_rate_is_chosen_without_the_test_and_scenes_are_held_out_wh
     names = [next(f"{g}-{i}" for i in range(99) if hash_bucket(f"fold/{g}-{i}", FOLDS) == g * 4) for g in (0, 1)]
     two_scenes = DepthTable(train.names, tuple(names) * 20, train.patches_nND, train.cls_nD, train.depth_m)
     spec = DepthSpec(lr=(1e-2,), steps=2, batch=8, held_out=4)
-    assert evaluate(two_scenes, test, spec)[0].selected_on == "train, 1 held-out fifth of the scenes"
+    assert evaluate(two_scenes, test, spec)[0].selected_on == "train, 2 held-out fifths in turn of the scenes"
     one_scene = DepthTable(train.names, ("a",) * 40, train.patches_nND, train.cls_nD, train.depth_m)
     with pytest.raises(InputError, match="cannot be cut into parts"):
         evaluate(one_scene, test, QUICK)

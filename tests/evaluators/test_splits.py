@@ -3,10 +3,11 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.errors import InputError
-from evaluators.splits import Splits, labelled, open_splits
+from evaluators.splits import Splits, labelled, open_splits, parts_to_hold_out
 
 PIXEL = (
     bytes.fromhex("424d3a0000000000000036000000280000000100000001000000010018000000000004000000130b0000130b0000")
@@ -126,3 +127,20 @@ def test_unseen_test_classes_and_images_without_label_are_told(tmp_path: Path) -
     assert (len(splits.train.items), len(splits.val.items)) == (5, 3)
     assert any("1 images without a label" in note for note in splits.notes)
     assert any("1 test images are of classes without training images (only here)" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(
+    ("folds", "wanted", "parts"),
+    [
+        ([0, 1, 2, 3, 4, 0], 1, [0]),
+        ([0, 1, 2, 3, 4, 0], 3, [0, 1, 2]),
+        ([3, 3, 4], 1, [3]),  # the first parts are empty
+        ([1, 4], 3, [1, 4]),
+        ([0, 2, 3, 4], 2, [0, 2]),
+        ([2, 2, 2], 5, []),  # nothing would be left to train on
+    ],
+)
+def test_the_first_parts_that_hold_some_images_but_not_all_are_held_out(
+    folds: list[int], wanted: int, parts: list[int]
+) -> None:
+    assert parts_to_hold_out(np.array(folds), wanted) == parts
