@@ -247,7 +247,7 @@ def open_voc(root: Path, purpose: Purpose) -> MaskedImages:
     records = []
     for split, listed in (("train", train), ("val", "val")):
         path = lists / f"{listed}.txt"
-        for name in read_names(path) if path.is_file() else []:
+        for name in read_voc_names(path) if path.is_file() else []:
             image, mask = root / "JPEGImages" / f"{name}.jpg", root / folder / f"{name}.png"
             if split == "val" and purpose == "classes" and (root / "SegmentationClass" / mask.name).is_file():
                 mask = root / "SegmentationClass" / mask.name  # the added masks are coarser
@@ -313,12 +313,29 @@ def open_cityscapes(root: Path, purpose: Purpose) -> MaskedImages:
 
 
 def read_names(path: Path) -> list[str]:
-    """First word of each line of a list."""
+    """First word of each line of a list. Raises InputError for one that leads out of the set's folder."""
+    return _inside(_first_words(path), path)
+
+
+def read_voc_names(path: Path) -> list[str]:
+    """Names of images in a list of VOC: one a line, or paths of image and mask, `/JPEGImages/NAME.jpg ...`, as trainaug.txt comes too.
+
+    Raises InputError for one that leads out of the set's folder.
+    """
+    # the slash in front stands for the set's own folder
+    words = _inside([word.removeprefix("/") for word in _first_words(path)], path)
+    return [Path(word).stem if "/" in word else word for word in words]
+
+
+def _first_words(path: Path) -> list[str]:
     try:
         words = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); wanted a name a line") from error
-    names = [line[0] for line in words if line]
+    return [line[0] for line in words if line]
+
+
+def _inside(names: list[str], path: Path) -> list[str]:
     for name in names:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise InputError(f"{path}: {name!r:.80} climbs out of the set's folder; wanted names of files in it")

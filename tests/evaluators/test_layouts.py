@@ -97,6 +97,24 @@ def test_a_benchmark_as_distributed(
     assert (result["headline"], result["metrics"][result["headline"]]["n"]) == (headline, n)
 
 
+@pytest.mark.parametrize(
+    "line", ["{name}", "/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png", "JPEGImages/{name}.jpg x.png"]
+)
+def test_the_larger_training_list_of_voc_names_images_or_paths(tmp_path: Path, line: str) -> None:
+    voc = voc_with_training(tmp_path) / "VOCdevkit" / "VOC2012"
+    (voc / "SegmentationClass").rename(voc / "SegmentationClassAug")
+    names = ["2007_000001", "2007_000002"]
+    listed = voc / "ImageSets" / "Segmentation" / "trainaug.txt"
+    listed.write_text("".join(f"{line.format(name=name)}\n" for name in names))
+    images = open_masks(voc, "classes")
+    assert [item.name for item in images.dataset.items if item.split == "train"] == names
+    assert images.source == "PASCAL VOC 2012, SegmentationClassAug"
+    for leads_out in ("/../secret.jpg x.png", "//secret.jpg x.png", "../secret"):
+        listed.write_text(f"{leads_out}\n")
+        with pytest.raises(InputError, match=r"trainaug\.txt: .* climbs out of the set's folder"):
+            open_masks(voc, "classes")
+
+
 def test_cityscapes_ids_become_its_nineteen_classes(tmp_path: Path) -> None:
     images = open_masks(f"cityscapes:{cityscapes_folder(tmp_path)}", "classes")
     assert (len(images.classes), images.classes[0], images.classes[13]) == (19, "road", "car")
