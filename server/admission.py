@@ -18,6 +18,8 @@ class AdmissionSpec:
     """Rows that may be decoded, queued or running at once; also the largest request."""
     max_bytes: int = 1 << 30
     """Bytes of encoded images, pixels and outputs that those rows may take."""
+    max_reply_bytes: int = 64 << 20
+    """Bytes of one reply's outputs, as they are before a wire writes them."""
     triton_codes: bool = False
     """Refuse with Triton's codes, UNAVAILABLE and 503, instead of RESOURCE_EXHAUSTED and 429."""
 

@@ -13,6 +13,7 @@ from server.errors import Conflict
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 SAMPLES = "samples"
 """The collection that the server builds itself; clients cannot write to it."""
 
@@ -79,6 +80,8 @@ def item_row(collection: str, item: NewItem, dimension: int) -> dict[str, Any]:
         raise InputError(
             f"id {item.id!r:.80}: wanted 1 to 256 characters, no control characters, no '/', and not '.' or '..'"
         )
+    if item.label is not None:
+        check_label(item.label)
     return {
         "collection": collection,
         "id": item.id if item.id is not None else uuid.uuid4().hex,
@@ -87,6 +90,13 @@ def item_row(collection: str, item: NewItem, dimension: int) -> dict[str, Any]:
         "vector": vector.tobytes(),
         "thumbnail": item.thumbnail,
     }
+
+
+def check_label(label: str) -> str:
+    """The label, if it may be one: a database may not keep control characters, or end a text at one. Raises InputError."""
+    if CONTROLS.search(label):
+        raise InputError(f"label {label!r:.80}: wanted no control characters")
+    return label
 
 
 def metadata_of(text: str) -> dict[str, Any]:

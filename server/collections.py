@@ -22,11 +22,13 @@ from sqlalchemy.exc import IntegrityError
 
 from evaluators.collection_file import CollectionFile
 from server.collection_items import (
+    CONTROLS,
     SAMPLES,
     Binding,
     CollectionInfo,
     Item,
     NewItem,
+    check_label,
     check_writable,
     item_row,
     metadata_of,
@@ -133,6 +135,7 @@ class Collections:
     def delete_item(self, name: str, item_id: str) -> None:
         """Take one item out. Raises NotFound."""
         check_writable(name)
+        _check_findable(name, item_id)
         with self._writing, self._begin() as db:
             row = self._locked(db, name)
             if row is None:
@@ -156,7 +159,7 @@ class Collections:
         query = select(items.c.id, items.c.label, items.c.metadata, thumbnail, items.c.sequence)
         query = query.where(items.c.collection == name, items.c.sequence > after).order_by(items.c.sequence)
         if label is not None:
-            query = query.where(items.c.label == label)
+            query = query.where(items.c.label == check_label(label))
         with self._connect() as db:
             self._collection(db, name)
             rows = db.execute(query.limit(limit)).all()
@@ -175,6 +178,7 @@ class Collections:
 
     def thumbnail(self, name: str, item_id: str) -> bytes:
         """The item's small JPEG. Raises NotFound."""
+        _check_findable(name, item_id)
         query = select(items.c.thumbnail).where(items.c.collection == name, items.c.id == item_id)
         with self._connect() as db:
             self._collection(db, name)
@@ -302,6 +306,12 @@ class Collections:
     def _begin(self) -> Iterator[Connection]:
         with storage_errors(), self._database.engine.begin() as db:
             yield db
+
+
+def _check_findable(name: str, item_id: str) -> None:
+    """Raise NotFound for what is no id of any item: a database need not even take it as a text."""
+    if CONTROLS.search(item_id):
+        raise NotFound(f"collection {name!r} has no item {item_id!r:.80}")
 
 
 def _delete_rows(db: Connection, name: str) -> None:

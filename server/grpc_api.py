@@ -22,7 +22,7 @@ from tritonclient.grpc.service_pb2_grpc import (
 from data.errors import InputError
 from server import describe
 from server.access import Access
-from server.errors import message
+from server.errors import NotFound, message
 from server.grpc_calls import GuardedCalls, abort
 from server.grpc_messages import parameters, reply_message, request_from
 from server.infer_message import InferMessage
@@ -68,7 +68,10 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     @answering
     async def ModelReady(self, request: Any, context: Any) -> Any:
-        self.service.model(request.name, request.version)
+        try:
+            self.service.model(request.name, request.version)
+        except NotFound:  # as Triton answers: clients wait for a model so
+            return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self.service.ready)
 
     @answering
@@ -194,7 +197,10 @@ class GrpcServer:
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
+                (
+                    "grpc.max_send_message_length",
+                    -1,
+                ),  # `Service` refuses what is too large, and gRPC would end a whole stream
                 ("grpc.so_reuseport", 0),
                 # An image is one frame, and comes without a pause for leave to go on.
                 ("grpc.http2.max_frame_size", FRAME_BYTES),

@@ -1,7 +1,8 @@
 """The v2 protocol's HTTP bodies to InferRequest, and replies back: translation only, as `grpc_messages`.
 
 Binary tensors: a body may be a JSON header and then the raw bytes of its tensors; the header `Inference-Header-Content-Length` says where
-the JSON ends, each tensor's parameter `binary_data_size` how long it is. (Triton, extension_binary_data.)
+the JSON ends, each tensor's parameter `binary_data_size` how long it is. Where that header is 0, the body is the one input of its model: an
+image file as it is. (Triton, extension_binary_data.)
 """
 
 import base64
@@ -16,20 +17,43 @@ from starlette.responses import Response
 from data.errors import InputError
 from server.formats import FORMAT, SCALE
 from server.http_body import compressed, parse_json
+from server.models import ServedModel
 from server.requests import UNSUPPORTED, InferReply, InferRequest
 from server.service import Service
 from server.shared_memory import Place, SharedMemory
-from server.tensors import Tensor, from_json, from_raw, to_json, to_raw
+from server.tensors import Tensor, from_json, from_raw, object_array, to_json, to_raw
 
 HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT_HEADER = "x-timeout-ms"
 
 
 def read_request(
-    body: bytes, name: str, version: str, request: Request, shared: SharedMemory
+    body: bytes, model: ServedModel, version: str, request: Request, shared: SharedMemory
 ) -> tuple[InferRequest, dict[str, Any]]:
-    header, binary = _split(body, request.headers.get(HEADER_LENGTH))
-    return _request(header, binary, name, version, request, shared), header
+    """The body of a request for this model, and its JSON header. Raises InputError."""
+    length = request.headers.get(HEADER_LENGTH)
+    if length is not None and whole_number(length) == 0:
+        return _raw_request(body, model, version, request), {"parameters": {"binary_data_output": True}}
+    header, binary = _split(body, length)
+    return _request(header, binary, model.name, version, request, shared), header
+
+
+def _raw_request(body: bytes, model: ServedModel, version: str, request: Request) -> InferRequest:
+    """A body that is nothing but one element of the model's only input; the answer is binary too."""
+    wanted = "a body without a JSON header (Inference-Header-Content-Length: 0)"
+    if len(model.inputs) != 1 or model.inputs[0].datatype != "BYTES":
+        inputs = ", ".join(f"{spec.name} ({spec.datatype})" for spec in model.inputs)
+        raise InputError(f"{wanted} is for models with one input of BYTES; {model.name!r} has {inputs}")
+    if not body:
+        raise InputError(f"{wanted} came empty; wanted the bytes of {model.inputs[0].name!r}")
+    return InferRequest(
+        model=model.name,
+        version=version,
+        id=request.state.request_id[:128],
+        tensors=[Tensor(model.inputs[0].name, "BYTES", object_array([body]))],
+        protocol="http",
+        timeout_s=timeout_of(request),
+    )
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:

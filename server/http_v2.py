@@ -209,9 +209,9 @@ def _model_of(request: Request) -> tuple[str, str]:
 
 async def _infer(request: Request, service: Service, max_body_bytes: int) -> Response:
     name, version = _model_of(request)
-    service.model(name, version)
+    model = service.model(name, version)
     body = await read_body(request, max_body_bytes)
     shared = service.shared_memory
-    wanted, header = await off_loop_if_large(len(body), read_request, body, name, version, request, shared)
+    wanted, header = await off_loop_if_large(len(body), read_request, body, model, version, request, shared)
     reply = await unless_disconnected(request, service.infer(wanted))
     return reply_response(request, service, wanted, reply, header)

@@ -67,7 +67,7 @@ class Repository:
         return [dict(zip(keys, one, strict=True)) for one in sorted(found) if one[2] == "READY" or not only_ready]
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Serve what `--models` holds now, or the version that the parameter `version` names.
+        """Serve what `--models` holds now, or the version that the parameter `version` names, to all models: they share the network.
 
         Raises InputError and CheckFailed for what cannot be served, Conflict while an evaluation runs; the old network then stays.
         """
@@ -83,9 +83,9 @@ class Repository:
             self._refuse_while_evaluating()
             config = self._config if version is None else replace(self._config, version=str(version))
             loaded = await asyncio.to_thread(self._load, config)
-            await self._change(loaded)
+            await self._change(loaded, name)
 
-    async def _change(self, loaded: Loaded) -> None:
+    async def _change(self, loaded: Loaded, name: str) -> None:
         service, old = self._service, self._service.engine
         engine = await asyncio.to_thread(Engine, loaded.runtimes, self._spec)
         try:
@@ -99,7 +99,10 @@ class Repository:
         except BaseException:
             await engine.close()
             raise
+        away = service.unloaded.keys() - {name}
         service.use(engine, store, loaded.version, loaded.depth_unit, loaded.classes, loaded.labels)
+        for other in away:  # as in Triton, what was unloaded comes back by its own name
+            service.unload(other)
         log.info(
             "loaded", extra={"fields": {"version": loaded.version, "weights": engine.manifest.weights_sha256[:12]}}
         )
@@ -119,7 +122,7 @@ class Repository:
         await asyncio.to_thread(_give_memory_back)
 
     async def unload(self, name: str) -> None:
-        """Answer no more requests for a model; those that are in finish. Loading any model brings all of them back."""
+        """Answer no more requests for a model; those that are in finish. Loading it brings it back."""
         self._known(name)
         self._service.unload(name)
         log.info("unloaded", extra={"fields": {"model": name}})

@@ -85,7 +85,10 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         stack.callback(database.close)
         store = Collections(database, binding_of(engine))
         limits = AdmissionSpec(
-            max_rows=config.queue_rows, max_bytes=config.queue_mb << 20, triton_codes=config.triton_codes
+            max_rows=config.queue_rows,
+            max_bytes=config.queue_mb << 20,
+            triton_codes=config.triton_codes,
+            max_reply_bytes=config.max_message_mb << 20,
         )
         rates, shared_memory = Rates(config.client_rows_per_s), SharedMemory(offered=is_loopback(config.host))
         tracing = open_tracing() if config.traces else None

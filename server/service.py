@@ -19,7 +19,7 @@ from server.access import Rates, client
 from server.admission import Admission, AdmissionSpec
 from server.collections import Collections
 from server.engine import Engine
-from server.errors import Draining, EngineFailed, Expired, NotFound, ServerError, outcome
+from server.errors import Draining, EngineFailed, Expired, NotFound, ServerError, TooLarge, outcome
 from server.formats import Formatted, formatted
 from server.models import ServedModel, make_models
 from server.requests import (
@@ -210,6 +210,7 @@ class Service:
             finally:
                 counts.pending -= 1
                 self._running[model.engine] -= 1
+        self._check_reply(request, ready)
         total_ns = time.perf_counter_ns() - began_ns
         counts.succeed(model.name, rows, total_ns, times)
         self.admission.learn(rows, times.infer_ns)
@@ -217,6 +218,15 @@ class Service:
         scales = {one.spec.name: one.scale for one in ready if one.scale is not None}
         ordered = tuple((one.spec, one.array) for one in ready)
         return InferReply(model.name, self.model_version, request.id, ordered, scales)
+
+    def _check_reply(self, request: InferRequest, ready: Sequence[Formatted]) -> None:
+        nbytes = sum(size_bytes(one.array) for one in ready if one.spec.name not in request.places)
+        most = self.admission.spec.max_reply_bytes
+        if nbytes > most:
+            raise TooLarge(
+                f"the reply has {nbytes / 2**20:.1f} MB of outputs, and {most >> 20} MB are allowed; ask for fewer images or "
+                "outputs, or for a smaller form of them, or start the server with more --max-message-mb"
+            )
 
     def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> str:
         """Count and log; gives the code that the client gets."""

@@ -93,12 +93,23 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> 
             raise InputError(f"input {name!r}: BYTES wants strings, other values came")
     else:
         try:
+            if not _are(values, dtype):
+                raise TypeError
             flat = np.asarray(values, dtype).reshape(-1)
         except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"input {name!r}: its data is not a regular array of {datatype} numbers") from error
     if len(flat) != size:
         raise InputError(f"input {name!r}: shape {list(shape)} asks for {size} elements, {len(flat)} came")
     return Tensor(name, datatype, object_array(flat, shape) if datatype == "BYTES" else flat.reshape(shape))
+
+
+def _are(values: Any, dtype: np.dtype) -> bool:
+    """Whether these are numbers of this kind as they came: NumPy would also read texts, truths and fractions as whole numbers."""
+    came = np.asarray(values)
+    if dtype.kind == "b":
+        return came.dtype.kind == "b" or not came.size
+    whole = dtype.kind == "f" or came.dtype.kind != "f" or bool((came == np.trunc(came)).all())
+    return came.dtype.kind in "iufO" and whole
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], values: Any, content_type: str | None) -> Tensor:

@@ -54,6 +54,18 @@ def test_metadata_labels_and_thumbnails_are_kept(store):
     assert store.thumbnail("birds", "x") == b"jpeg"
 
 
+def test_control_characters_are_refused_in_labels_and_name_no_item(store):
+    """PostgreSQL keeps no NUL, SQLite does: a client is told the same by both."""
+    store.add("birds", [item(1, 0, 0, 0, id="x")])
+    with pytest.raises(InputError, match="no control characters"):
+        store.add("birds", [item(1, 0, 0, 0, label="a\0b")])
+    with pytest.raises(InputError, match="no control characters"):
+        store.page("birds", 0, 10, "\0")
+    for call in (store.thumbnail, store.delete_item):
+        with pytest.raises(NotFound, match="has no item"):
+            call("birds", "x\0")
+
+
 def test_search_is_exact_and_breaks_ties_by_the_order_of_adding(store):
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(200, 4)).astype(np.float32)

@@ -17,6 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from backbones.checkpoints import Manifest
+from server.run import Running
+from tests.server.conftest import config_of
 from tests.server.images import png
 from tests.server.wires import Refused, images, open_wire
 
@@ -50,6 +52,11 @@ def test_a_running_server_is_live_and_ready(client):
     assert client.is_server_live()
     assert client.is_server_ready()
     assert all(client.is_model_ready(name) and client.is_model_ready(name, "1") for name in MODELS)
+
+
+@pytest.mark.parametrize(("name", "version"), [("nothing", ""), ("embedding", "7")])
+def test_what_is_not_served_is_not_ready(client, name, version):
+    assert not client.is_model_ready(name, version)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -278,3 +285,67 @@ def test_a_gzipped_json_request_is_read(http):
     )
     assert answer.status_code == 200
     assert answer.json()["outputs"][0]["shape"] == [1, 5]
+
+
+def test_a_body_without_a_json_header_is_the_only_input_of_its_model(http):
+    """Triton's raw binary request: an image file as it is, the answer in binary."""
+    raw = {"inference-header-content-length": "0"}
+    answer = http.post("/v2/models/embedding/infer", content=png(3), headers=raw)
+    assert answer.status_code == 200
+    length = int(answer.headers["inference-header-content-length"])
+    (told,) = json.loads(answer.content[:length])["outputs"]
+    body = {
+        "inputs": [
+            {"name": "image", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 4 + len(png(3))}}
+        ]
+    }
+    header = json.dumps(body).encode()
+    usual = http.post(
+        "/v2/models/embedding/infer",
+        content=header + len(png(3)).to_bytes(4, "little") + png(3),
+        headers={"inference-header-content-length": str(len(header))},
+    ).json()
+    assert told["shape"] == [1, 48]
+    np.testing.assert_array_equal(
+        np.frombuffer(answer.content[length:], "<f4"), np.float32(usual["outputs"][0]["data"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "told"),
+    [
+        ("knn", png(0), "models with one input of BYTES; 'knn' has image (BYTES), embedding (FP32)"),
+        ("backbone", bytes(64), "'backbone' has pixels (FP32)"),
+        ("embedding", b"", "came empty"),
+        ("embedding", b"no image", "image[0]"),
+    ],
+)
+def test_a_body_without_a_json_header_is_refused_where_it_cannot_be_an_input(http, model, body, told):
+    answer = http.post(f"/v2/models/{model}/infer", content=body, headers={"inference-header-content-length": "0"})
+    assert answer.status_code == 400
+    assert told in answer.json()["error"]
+
+
+def test_a_reply_that_is_too_large_is_an_error_of_its_request_alone(network, tmp_path):
+    """It would end a whole stream if gRPC were left to refuse it, and be counted as a success."""
+
+    def counted(client):
+        found = client.get_inference_statistics("depth", as_json=True)["model_stats"][0]["inference_stats"]
+        return [int(found[one].get("count", 0)) for one in ("success", "fail")]
+
+    few, many = images(png(0)), images(*[png(n) for n in range(20)])
+    replies = queue.Queue()
+    with (
+        Running(config_of(network, tmp_path, max_message_mb=1)) as running,
+        grpc_client.InferenceServerClient(running.addresses.grpc) as client,
+    ):
+        client.start_stream(lambda result, error: replies.put((result, error)))
+        for sent in (few, many, few):
+            tensor = grpc_client.InferInput("image", list(sent["image"].shape), "BYTES")
+            tensor.set_data_from_numpy(sent["image"])
+            client.async_stream_infer("depth", [tensor], parameters={"size": 128})
+        client.stop_stream()
+        answers = [replies.get(timeout=60) for _ in range(3)]
+        assert counted(client) == [2, 1]
+    assert [error is None for _, error in answers] == [True, False, True]
+    assert "the reply has 1.2 MB of outputs, and 1 MB are allowed" in str(answers[1][1])

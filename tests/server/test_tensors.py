@@ -28,6 +28,9 @@ def test_bytes_tensors_are_those_of_tritonclient_even_with_zeros_at_the_end():
 
 
 def test_typed_contents_may_be_flat_and_json_may_be_nested():
+    assert from_json("x", "UINT64", [2], [2**63, 1], None).array.tolist() == [2**63, 1]
+    assert from_json("x", "INT8", [1], [2.0], None).array.tolist() == [2]
+    assert from_json("x", "BOOL", [2], [True, False], None).array.tolist() == [True, False]
     flat = from_values("x", "FP32", [2, 2], [1, 2, 3, 4]).array
     nested = from_json("x", "FP32", [2, 2], [[1, 2], [3, 4]], None).array
     np.testing.assert_array_equal(flat, nested)
@@ -59,6 +62,10 @@ def test_json_output_is_a_flat_list():
         (lambda: from_values("x", "UINT8", [1], [300]), "not a regular array of UINT8"),
         (lambda: from_json("x", "FP32", [2], [[1], [2, 3]], None), "not a regular array"),
         (lambda: from_json("x", "FP32", [1], ["a"], None), "not a regular array"),
+        (lambda: from_json("x", "FP32", [1], ["1"], None), "not a regular array"),
+        (lambda: from_json("x", "FP32", [1], [True], None), "not a regular array"),
+        (lambda: from_json("x", "UINT8", [1], [1.5], None), "not a regular array"),
+        (lambda: from_json("x", "BOOL", [1], [1], None), "not a regular array"),
         (lambda: from_json("x", "BYTES", [1], [1], None), "wants strings"),
         (lambda: from_json("x", "BYTES", [1], ["%%%"], "base64"), "not base64"),
         (lambda: from_json("x", "BYTES", [1], ["a"], "hex"), "content_type 'hex' is unknown"),
