@@ -12,14 +12,16 @@ from evaluators.presets import check_words, settled_by, was_given
 from evaluators.splits import FOLDS
 
 Head = Literal["linear1", "linear4", "dpt"]
-Preset = Literal["dinov2-nyu", "dinov2-kitti"]
+Preset = Literal["dinov2", "dinov2-nyu", "dinov2-kitti"]
 LINEAR_LR = (1e-3, 3e-3, 1e-2, 3e-2)
 """Tried for a linear head."""
 DPT_LR = (1e-4, 5e-4)
 """Tried for the DPT head, whose convolutions want smaller steps than a linear layer."""
+PUBLISHED: dict[str, Any] = {"lr": (1e-4,), "steps": 38_400, "mirror": True}
 PRESETS: dict[str, dict[str, Any]] = {
-    "dinov2-nyu": {"lr": (1e-4,), "steps": 38_400, "max_depth": 10.0, "mirror": True},
-    "dinov2-kitti": {"lr": (1e-4,), "steps": 38_400, "max_depth": 80.0, "mirror": True},
+    "dinov2": PUBLISHED,
+    "dinov2-nyu": {**PUBLISHED, "max_depth": 10.0},
+    "dinov2-kitti": {**PUBLISHED, "max_depth": 80.0},
 }
 """Learning rate, steps, batch, range and mirrored test of the published heads (ViT-S/14, RMSE with linear1, linear4, dpt: NYUd 0.449
 0.417 0.356, KITTI 3.10 2.86 2.34); images are squashed to squares here and not rotated or recoloured in training."""
@@ -31,8 +33,8 @@ class DepthSpec:
     """The depth protocol."""
 
     preset: Preset | None = None
-    """dinov2-nyu or dinov2-kitti: learning rate, steps, range and mirrored test of the published heads (choose one with
-    --head); settings given beside it win."""
+    """dinov2: learning rate, steps and mirrored test of the published heads (choose one with --head), the range following from
+    the set; dinov2-nyu and dinov2-kitti: with the range of that set, on any. Settings given beside it win."""
     head: Head = "linear1"
     """linear1: the last layer; linear4: four layers; dpt: four layers through convolutions (both on torch only)."""
     lr: tuple[float, ...] = LINEAR_LR
@@ -110,7 +112,7 @@ def for_data(spec: DepthSpec, unit: str, max_depth: float | None) -> DepthSpec:
     What was given stays, and so does a preset's range, where the set is in metres as well.
     """
     changes: dict[str, Any] = {}
-    by_preset = unit == "metre" and spec.preset is not None
+    by_preset = unit == "metre" and spec.preset is not None and "max_depth" in PRESETS[spec.preset]
     if max_depth is not None and not (by_preset or was_given(spec, "max_depth")):
         changes["max_depth"] = max_depth
     if unit != "metre" and not was_given(spec, "align"):

@@ -1,7 +1,7 @@
 """What was asked for, a published protocol's settings and defaults in, one Spec out: in this order the first that says something wins.
 
 So a setting that is given wins over `--preset` even at its default value, in Python, on a command line and in a request alike.
-Read in this order: settled_by, check_words, as_typed, evaluator_cli.
+Read in this order: settled_by, check_words, as_typed, check_preset, evaluator_cli.
 """
 
 import dataclasses
@@ -50,10 +50,30 @@ def settled_by(
 def check_words(spec: object) -> None:
     """Raise InputError where a setting is none of the words that its type allows: in Python no parser has looked at them."""
     for name, kind in get_type_hints(type(spec)).items():
-        words = [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+        words = _allowed(kind)
         value = getattr(spec, name)
         if words and value not in words and not (value is None and type(None) in get_args(kind)):
             raise InputError(f"--{name.replace('_', '-')} {value}: wanted {' or '.join(words)}")
+
+
+def check_preset(spec_class: type, words: Sequence[str], evaluator: str) -> None:
+    """Raise InputError, with those there are, where a command line names a preset that the evaluator does not have."""
+    presets = _allowed(get_type_hints(spec_class).get("preset"))
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        named = value if equals else following
+        if flag != "--preset" or named in (*presets, "None", ""):
+            continue
+        raise InputError(
+            f"--preset {named}: wanted {' or '.join(presets)}"
+            if presets
+            else f"--preset {named}: {evaluator} has no presets, since no protocol of it was published; leave it out"
+        )
+
+
+def _allowed(kind: Any) -> list[str]:
+    """The words of a setting's type; none where it takes others."""
+    return [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
 
 
 def was_given(spec: object, name: str) -> bool:
@@ -83,4 +103,6 @@ def evaluator_cli(main: Callable[..., None], words: Sequence[str] | None = None)
         main(*call.args, **call.kwargs)
 
     name = (module.__spec__.name if module.__spec__ else module.__name__).rsplit(".", 1)[-1]
+    # the parser would draw a box of several lines
+    check_preset(get_type_hints(main)["spec"], given, name)
     tyro.cli(typed, args=given, prog=f"python -m evaluators.{name}", description=summary(module.__doc__))

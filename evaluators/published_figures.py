@@ -37,7 +37,8 @@ def of_sizes(small: float, base: float, large: float, giant: float, suffix: str 
     return {f"dinov2_vit{size}14{suffix}": value for size, value in sizes.items()}
 
 
-V1, V2, NYU, KITTI = ({"preset": name} for name in ("dino", "dinov2", "dinov2-nyu", "dinov2-kitti"))
+V1, V2 = ({"preset": name} for name in ("dino", "dinov2"))
+NYU, KITTI = ({"lr": (1e-4,), "steps": 38_400, "mirror": True, "max_depth": metres} for metres in (10.0, 80.0))
 OXFORD, PARIS = ({"size_px": size_px, "queries_cropped": False} for size_px in (224, 512))
 LINEAR = {"seen": "crops", "layers": "last"}
 ATTENTION = {"size": 480, "interpolation": "bilinear", "mass": 0.6}

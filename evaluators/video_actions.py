@@ -27,7 +27,7 @@ from evaluators.classification import (
     refuse_processes,
 )
 from evaluators.extract import ExtractSpec, FeatureTable
-from evaluators.presets import check_words, evaluator_cli
+from evaluators.presets import check_words, evaluator_cli, settled_by
 from evaluators.results import (
     Context,
     Measurement,
@@ -44,12 +44,17 @@ VERSION = 3
 FEATURES = ExtractSpec(columns=("embedding", "patch_mean"))
 Pool = Literal["mean", "concat"]
 Classifier = Literal["linear", "knn"]
+PRESETS: dict[str, dict[str, Any]] = {"dinov2": {"frames": 8, "pool": "mean", "classifier": "linear"}}
+"""As published for UCF-101 and Kinetics."""
 
 
+@settled_by(PRESETS)
 @dataclass(frozen=True, kw_only=True)
 class VideoActionsSpec:
     """The protocol."""
 
+    preset: Literal["dinov2"] | None = None
+    """dinov2: 8 frames, averaged, and the linear grid, as published for UCF-101 and Kinetics; settings given beside it win."""
     frames: int = 8
     """Frames of each video, evenly spaced."""
     pool: Pool = "mean"

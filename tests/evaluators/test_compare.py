@@ -15,7 +15,7 @@ import pytest
 from backbones.catalog import CATALOG
 from data.errors import InputError
 from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired
-from evaluators.depth_protocol import DepthSpec
+from evaluators.depth_protocol import DepthSpec, for_data
 from evaluators.linear import LinearSpec
 from evaluators.published_figures import DINO, DINOV2, FIGURES, REGISTERS, Figure, published_reference
 from evaluators.report import make_page
@@ -225,6 +225,9 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
         ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2-nyu", head="linear4")), 0.417),
         ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2-nyu", head="dpt")), 0.356),
         ("depth", "kitti", "rmse", asdict(DepthSpec(preset="dinov2-kitti", head="linear4")), 2.86),
+        ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2")), 0.449),
+        ("depth", "kitti", "rmse", asdict(for_data(DepthSpec(preset="dinov2"), "metre", 80.0)), 3.10),
+        ("depth", "nyud", "rmse", asdict(DepthSpec(preset="dinov2-nyu", steps=10)), None),
         ("depth", "nyud", "rmse", asdict(DepthSpec()), None),  # a schedule of our own
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2")), 0.443),
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2-ms")), 0.472),
@@ -232,6 +235,7 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
         ("linear", "imagenet", "v2_top1", asdict(LinearSpec(preset="dinov2")), 0.708),
         ("linear", "imagenet", "v2_top1", asdict(LinearSpec()), None),
         ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec()), 0.870),
+        ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec(preset="dinov2")), 0.870),
         ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec(classifier="knn")), None),
     ],
 )

@@ -65,6 +65,14 @@ def spec_of_command(monkeypatch: pytest.MonkeyPatch, name: str, words: Sequence[
         ("depth", "dinov2-nyu", "--steps 1000 --no-mirror", {"steps": 1000, "mirror": False}, {"lr": (1e-4,)}),
         ("depth", "dinov2-kitti", "--max_depth 10", {"max_depth": 10.0}, {"steps": 38_400, "mirror": True}),
         ("depth", "dinov2-nyu", "--head dpt", {"head": "dpt"}, {"lr": (1e-4,)}),
+        ("depth", "dinov2", "--head dpt --max-depth 10", {"head": "dpt", "max_depth": 10.0}, {"lr": (1e-4,)}),
+        (
+            "video_actions",
+            "dinov2",
+            "--frames 4 --pool concat",
+            {"frames": 4, "pool": "concat"},
+            {"classifier": "linear"},
+        ),
         (
             "depth",
             "dinov2-nyu",
@@ -120,8 +128,10 @@ def test_a_request_to_the_server_means_what_the_command_means(
         (AttentionSpec(preset="dino"), {"size": 480, "interpolation": "bilinear", "mass": 0.6}),
         (VideoObjectsSpec(preset="dino"), {"std": DINO_STD, "size": 480, "previous": 7}),
         (SegmentationSpec(preset="dinov2"), {"lr": (1e-3,), "steps": 40_000, "size": 518, "seen": "crops"}),
+        (DepthSpec(preset="dinov2"), {"lr": (1e-4,), "steps": 38_400, "mirror": True}),
         (DepthSpec(preset="dinov2-nyu"), {"lr": (1e-4,), "steps": 38_400, "max_depth": 10.0, "mirror": True}),
         (DepthSpec(preset="dinov2-kitti"), {"lr": (1e-4,), "steps": 38_400, "max_depth": 80.0, "mirror": True}),
+        (VideoActionsSpec(preset="dinov2"), {"frames": 8, "pool": "mean", "classifier": "linear"}),
     ],
 )
 def test_a_preset_sets_what_was_published_and_leaves_the_rest_alone(spec: Any, settings: dict[str, Any]) -> None:
@@ -135,6 +145,8 @@ def test_a_depth_set_has_a_say_only_in_what_was_left_out() -> None:
     assert for_data(DepthSpec(max_depth=10.0), "metre", 80.0).max_depth == 10
     assert for_data(DepthSpec(preset="dinov2-nyu"), "metre", 80.0).max_depth == 10
     assert for_data(DepthSpec(), "metre", None).max_depth == 10
+    assert for_data(DepthSpec(preset="dinov2"), "metre", 80.0) == DepthSpec(preset="dinov2", max_depth=80.0)
+    assert for_data(DepthSpec(preset="dinov2", max_depth=10.0), "metre", 80.0).max_depth == 10
     disparity = for_data(DepthSpec(preset="dinov2-nyu"), "pixel of disparity", 150.0)
     assert (disparity.max_depth, disparity.align) == (150, True), "a preset's range is in metres"
     given = for_data(DepthSpec(max_depth=90.0, align=False), "pixel of disparity", 150.0)
@@ -174,8 +186,9 @@ def test_retrieval_shows_a_benchmark_as_typed_and_else_as_the_preset_says() -> N
         (VideoObjectsSpec, "preset", "dino"),
         (SegmentationSpec, "preset", "dinov2 or dinov2-ms"),
         (SegmentationSpec, "seen", "whole or crops"),
-        (DepthSpec, "preset", "dinov2-nyu or dinov2-kitti"),
+        (DepthSpec, "preset", "dinov2 or dinov2-nyu or dinov2-kitti"),
         (DepthSpec, "head", "linear1 or linear4 or dpt"),
+        (VideoActionsSpec, "preset", "dinov2"),
         (VideoActionsSpec, "pool", "mean or concat"),
         (VideoActionsSpec, "classifier", "linear or knn"),
     ],
@@ -184,3 +197,21 @@ def test_a_word_that_python_gives_is_checked_as_a_typed_one(spec: Any, setting: 
     with pytest.raises(InputError) as raised:
         spec(**{setting: "dino-v2"})
     assert str(raised.value) == f"--{setting.replace('_', '-')} dino-v2: wanted {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("knn", "wanted dino or dinov2"),
+        ("attention", "wanted dino"),
+        ("depth", "wanted dinov2 or dinov2-nyu or dinov2-kitti"),
+        ("video_actions", "wanted dinov2"),
+        ("ridge", "ridge has no presets, since no protocol of it was published; leave it out"),
+    ],
+)
+def test_a_command_says_in_one_line_which_presets_there_are(name: str, said: str) -> None:
+    main = importlib.import_module(f"evaluators.{name}").main
+    for words in (["--preset", "dinov3"], ["--preset=dinov3"]):
+        with pytest.raises(InputError) as raised:
+            evaluator_cli(main, ["--ckpt", "x", "--data", "y", *words])
+        assert str(raised.value) == f"--preset dinov3: {said}"
