@@ -44,12 +44,20 @@ def load_scored(path: Path) -> Scored:
     """A result file with its predictions. Raises InputError."""
     result = load_result(path)
     predictions = load_predictions(path, result)
-    lacking = {"names", "score", "groups"} - predictions.keys()
+    kinds = further_kinds(predictions)
+    lacking = {"names", "score", "groups", *(f"{kind}_names" for kind in kinds)} - predictions.keys()
     if lacking:
         raise InputError(f"{path}: its predictions hold no {', '.join(sorted(lacking))}; run the evaluator again")
-    if len({len(predictions[key]) for key in ("names", "score", "groups")}) != 1 or predictions["score"].ndim != 1:
+    tables = [("names", "score", "groups"), *((f"{kind}_names", f"{kind}_correct", f"{kind}_groups") for kind in kinds)]
+    shapes = [{predictions[key].shape for key in keys if key in predictions} for keys in tables]
+    if any(len(found) != 1 or len(next(iter(found))) != 1 for found in shapes):
         raise InputError(f"{path}: its predictions are of different lengths; run the evaluator again")
     return Scored(path, result, predictions)
+
+
+def further_kinds(predictions: Mapping[str, np.ndarray]) -> list[str]:
+    """The further test sets that a result holds guesses of (`imagenet_sets`)."""
+    return [key.removesuffix("_correct") for key in predictions if key.endswith("_correct")]
 
 
 def compare(a: Scored, b: Scored) -> dict[str, Any]:
@@ -65,6 +73,7 @@ def compare(a: Scored, b: Scored) -> dict[str, Any]:
     if all("rank" in one.predictions for one in (a, b)):
         within = [(one.predictions["rank"][order] < 5).astype(float) for one, order in ((a, order_a), (b, order_b))]
         compared["top5"] = paired(within[0], within[1], groups)
+    further, unlike = pair_further_sets(a, b)
     shared = [name for name in a.result["metrics"] if name in b.result["metrics"]]
     return {
         "schema": SCHEMA,
@@ -75,7 +84,8 @@ def compare(a: Scored, b: Scored) -> dict[str, Any]:
         "headline": headline,
         "lower_is_better": lower,
         "metrics": {name: metric_pair(a.result, b.result, name) for name in shared},
-        "paired": compared,
+        "paired": compared | further,
+        "not_paired": unlike,
         "n_groups": len(np.unique(groups)),
         "score_is_headline": all(
             math.isclose(score.mean(dtype=np.float64), one.result["metrics"][headline]["value"], abs_tol=1e-5)
@@ -83,6 +93,25 @@ def compare(a: Scored, b: Scored) -> dict[str, Any]:
         ),
         "verdict": verdict(compared["score"], lower),
     }
+
+
+def pair_further_sets(a: Scored, b: Scored) -> tuple[dict[str, Any], list[str]]:
+    """Shares of right answers on further test sets of both results, by KIND_top1, and the sets of which they scored different images.
+
+    Such a set's rows are KIND_names and KIND_correct, and KIND_groups where images belong together.
+    """
+    found: dict[str, Any] = {}
+    unlike: list[str] = []
+    for kind in [kind for kind in further_kinds(a.predictions) if kind in further_kinds(b.predictions)]:
+        order_a, order_b = (np.argsort(one.predictions[f"{kind}_names"], kind="stable") for one in (a, b))
+        if not np.array_equal(a.predictions[f"{kind}_names"][order_a], b.predictions[f"{kind}_names"][order_b]):
+            unlike.append(kind)
+            continue
+        score_a, score_b = a.predictions[f"{kind}_correct"][order_a], b.predictions[f"{kind}_correct"][order_b]
+        groups = a.predictions.get(f"{kind}_groups", np.arange(len(order_a)))[order_a]
+        pair = paired(score_a.astype(float), score_b.astype(float), groups)
+        found[f"{kind}_top1"] = pair | {"n_groups": len(np.unique(groups))}
+    return found, unlike
 
 
 def refuse_unlike(a: Scored, b: Scored) -> None:
@@ -176,7 +205,7 @@ def table(found: Mapping[str, Any]) -> str:
         what = "mean score" if name == "score" else name
         lines.append(
             f"paired {what}: B - A {one['difference']:+.4f}, 95 % {one['ci95'][0]:+.4f} .. {one['ci95'][1]:+.4f} "
-            f"(n {one['n']}, bootstrap over {found['n_groups']} groups)"
+            f"(n {one['n']}, bootstrap over {one.get('n_groups', found['n_groups'])} groups)"
         )
         if "mcnemar" in one:
             test = one["mcnemar"]
@@ -185,6 +214,8 @@ def table(found: Mapping[str, Any]) -> str:
             )
     if not found["score_is_headline"]:
         lines.append(f"note: {found['headline']} is no mean over test items; the verdict is about the mean score")
+    if found["not_paired"]:
+        lines.append(f"note: not paired, as different images were scored: {', '.join(found['not_paired'])}")
     better = {"a": "A is better", "b": "B is better", "neither": "no difference beyond chance"}[found["verdict"]]
     return "\n".join([*lines, f"verdict (95 %): {better}"])
 

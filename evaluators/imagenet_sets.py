@@ -8,7 +8,7 @@
     imagenet-c:ROOT        ROOT/CORRUPTION/1..5/WNID/*; errors relative to AlexNet's, averaged (lower is better)
 
 Read in this order: parse_sets, open_set, score, measure_sets.
-Legend: n images, C classes.
+Legend: n images, C classes; of imagenet-c: G photographs, S strata (K corruptions x L severities), R resamples, M = 2 S columns.
 """
 
 import json
@@ -27,6 +27,7 @@ from data.listings import IMAGE, Item, Record, images_under
 from data.members import Member
 from data.preprocess import Preprocess
 from evaluators.accuracy import mean_metric
+from evaluators.bootstrap import interval95
 from evaluators.classification import NetworkOptions, progress_bar
 from evaluators.combinations import wide
 from evaluators.extract import ExtractSpec, extract
@@ -57,6 +58,7 @@ ALEXNET_ERROR: dict[str, float] = {
     "jpeg_compression": 0.606500,
 }
 """Mean error of AlexNet over the severities of each corruption (Hendrycks and Dietterich 2019)."""
+STRATA = tuple(f"{corruption}/{severity}" for corruption in ALEXNET_ERROR for severity in SEVERITIES)
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -71,11 +73,25 @@ class ExtraSet:
     among: tuple[int, ...] | None = None
     """Classes that answers are taken from; None: all."""
     strata: tuple[str, ...] = ()
-    """For each image, its corruption (imagenet-c)."""
+    """For each image, its corruption and severity, one of `STRATA` (imagenet-c)."""
+    originals: tuple[str, ...] = ()
+    """For each image, the photograph that was corrupted, WNID/NAME (imagenet-c)."""
 
     def view(self, preprocess: Preprocess) -> ViewSpec:
         """Centre views; images of imagenet-c come cropped, and lose no margin."""
         return ViewSpec(resize_px=preprocess.size_px) if self.kind == "c" else ViewSpec()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a classifier made of one set or more."""
+
+    metrics: dict[str, Metric]
+    errors: dict[str, float]
+    """By corruption (imagenet-c)."""
+    predictions: dict[str, np.ndarray]
+    """Of each set KIND, a row an image that has an answer: KIND_names, KIND_predicted (places among the trained classes) and KIND_correct;
+    c_groups numbers the photographs that were corrupted."""
 
 
 def parse_sets(texts: Sequence[str]) -> dict[Kind, Path]:
@@ -114,8 +130,8 @@ def open_set(kind: Kind, path: Path, classes: Sequence[str], test: Dataset) -> E
     return ExtraSet(kind, _dataset(records, root), tuple(answers), among)
 
 
-def score(extra: ExtraSet, logits_nC: np.ndarray, rows: Sequence[int]) -> tuple[dict[str, Metric], dict[str, float]]:
-    """Metrics, and errors by corruption (imagenet-c); `rows` are those of the set behind the logits.
+def score(extra: ExtraSet, logits_nC: np.ndarray, rows: Sequence[int]) -> Scores:
+    """Figures and guesses of one set; `rows` are those of the set behind the logits.
 
     Raises InputError where no image has an answer.
     """
@@ -128,28 +144,67 @@ def score(extra: ExtraSet, logits_nC: np.ndarray, rows: Sequence[int]) -> tuple[
     if not asked:
         raise InputError(f"imagenet-{extra.kind}: no image has an answer; is it the file for these images?")
     right = np.array([guessed_n[place] in extra.answers[rows[place]] for place in asked])
+    predictions = {
+        f"{extra.kind}_names": np.array([extra.dataset.items[rows[place]].name for place in asked]),
+        f"{extra.kind}_predicted": guessed_n[asked].astype(np.int64),
+        f"{extra.kind}_correct": right,
+    }
     if extra.kind != "c":
-        return {f"{extra.kind}_top1": mean_metric(right)}, {}
-    strata = np.array([extra.strata[rows[place]] for place in asked])
-    errors: dict[str, float] = {}
-    for corruption in ALEXNET_ERROR:
-        of = [right[strata == f"{corruption}/{severity}"] for severity in SEVERITIES]
-        if any(map(len, of)):
-            errors[corruption] = 1 - float(np.mean([part.mean() for part in of if len(part)]))
-    relative = [errors[name] / ALEXNET_ERROR[name] for name in errors]
-    return {"c_mce": Metric(float(np.mean(relative)), None, len(asked), lower_is_better=True)}, errors
+        return Scores({f"{extra.kind}_top1": mean_metric(right)}, {}, predictions)
+    originals_n = np.unique([extra.originals[rows[place]] for place in asked], return_inverse=True)[1]
+    strata_n = np.array([STRATA.index(extra.strata[rows[place]]) for place in asked])
+    metric, errors = corruption_error(right, strata_n, originals_n)
+    return Scores({"c_mce": metric}, errors, predictions | {"c_groups": originals_n})
 
 
-def measure_sets(
-    extras: Mapping[Kind, Path], options: NetworkOptions, measurement: Measurement
-) -> tuple[dict[str, Metric], dict[str, float]]:
-    """What a measurement's linear classifier makes of each set: metrics, and errors by corruption."""
+def corruption_error(
+    right_n: np.ndarray, strata_n: np.ndarray, originals_n: np.ndarray
+) -> tuple[Metric, dict[str, float]]:
+    """mCE with its interval, and the error of each corruption that occurs; `strata_n` are places in `STRATA`.
+
+    The corruptions show the same photographs, `originals_n`: a resample draws photographs, each with all its corrupted copies. Drawn one
+    by one, copies would count as so many independent images, and the interval would be too narrow.
+    """
+    # sums of each photograph at once: a row for each of 3.75 million copies would take 4.5 GB
+    wrong_GS, copies_GS = np.zeros((2, int(originals_n.max()) + 1, len(STRATA)))
+    np.add.at(wrong_GS, (originals_n, strata_n), ~right_n)
+    np.add.at(copies_GS, (originals_n, strata_n), 1)
+    sums_GM = np.concatenate([wrong_GS, copies_GS], axis=1)
+    ci95 = interval95(sums_GM, lambda sums_RM: _relative(_errors(sums_RM)))
+    errors_1K = _errors(sums_GM.sum(axis=0, keepdims=True))
+    errors = {
+        name: float(error) for name, error in zip(ALEXNET_ERROR, errors_1K[0], strict=True) if not np.isnan(error)
+    }
+    return Metric(float(_relative(errors_1K)[0]), ci95, len(right_n), lower_is_better=True), errors
+
+
+def _errors(sums_RM: np.ndarray) -> np.ndarray:
+    """Error of each corruption [R, K], the mean over its severities, from the wrong and all copies in each of the strata [R, 2 S]."""
+    wrong_RKL, copies_RKL = sums_RM.reshape(len(sums_RM), 2, len(ALEXNET_ERROR), len(SEVERITIES)).swapaxes(0, 1)
+    return _mean_of_finite(wrong_RKL, copies_RKL)
+
+
+def _relative(errors_RK: np.ndarray) -> np.ndarray:
+    """Mean over corruptions of the error relative to AlexNet's [R]."""
+    return _mean_of_finite(errors_RK, np.array(list(ALEXNET_ERROR.values())))
+
+
+def _mean_of_finite(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """Mean along the last axis of `over / under`, without the quotients that do not exist; NaN where there is none."""
+    with np.errstate(invalid="ignore"):
+        shares = over / under
+        exists = np.isfinite(shares)
+        mean: np.ndarray = np.where(exists, shares, 0).sum(axis=-1) / exists.sum(axis=-1)
+    return mean
+
+
+def measure_sets(extras: Mapping[Kind, Path], options: NetworkOptions, measurement: Measurement) -> Scores:
+    """What a measurement's linear classifier makes of all the sets."""
     weight_CD, bias_C = (torch.from_numpy(measurement.learned[name]) for name in ("weight", "bias"))
     classes, name = measurement.learned["classes"].tolist(), measurement.chosen["features"]
     splits = labelled(open_splits(options.data, options.train_split, options.val_split, options.group_by), options.data)
     how = ExtractSpec(batch_size=options.batch_size, workers=options.workers, cache_dir=options.cache_dir)
-    metrics: dict[str, Metric] = {}
-    errors: dict[str, float] = {}
+    scores = Scores({}, {}, {})
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         for kind, path in extras.items():
             extra = open_set(kind, path, classes, splits.val)
@@ -160,10 +215,11 @@ def measure_sets(
             starts = range(0, len(table), ROWS_AT_ONCE)
             rows = [np.arange(start, min(start + ROWS_AT_ONCE, len(table))) for start in starts]
             logits = [made.take(some)[:, made.slices[name]] @ weight_CD.T + bias_C for some in rows]
-            found, by_corruption = score(extra, torch.cat(logits).numpy(), table.rows)
-            metrics |= found
-            errors |= by_corruption
-    return metrics, errors
+            one = score(extra, torch.cat(logits).numpy(), table.rows)
+            scores = Scores(
+                scores.metrics | one.metrics, scores.errors | one.errors, scores.predictions | one.predictions
+            )
+    return scores
 
 
 def _open_real(path: Path, classes: Sequence[str], test: Dataset) -> ExtraSet:
@@ -187,7 +243,7 @@ def _open_real(path: Path, classes: Sequence[str], test: Dataset) -> ExtraSet:
 
 
 def _open_corruptions(root: Path, classes: Sequence[str]) -> ExtraSet:
-    records, answers, strata = [], [], []
+    records, answers, strata, originals = [], [], [], []
     for corruption in ALEXNET_ERROR:
         # as distributed, corruptions lie in archives of their kind: noise/, blur/, weather/, digital/
         places = [root / corruption, *sorted(root.glob(f"*/{corruption}"))]
@@ -202,9 +258,11 @@ def _open_corruptions(root: Path, classes: Sequence[str]) -> ExtraSet:
                     records.append(_record(image, root))
                     answers.append(frozenset([index[one.name]]))
                     strata.append(f"{corruption}/{severity}")
+                    originals.append(image.relative_to(folder).as_posix())
     if not records:
         raise InputError(f"{root}: no images; wanted CORRUPTION/1..5/WNID/*, such as fog/3/n01440764/*.JPEG")
-    return ExtraSet("c", _dataset(records, root), tuple(answers), strata=tuple(strata))
+    dataset = _dataset(records, root)
+    return ExtraSet("c", dataset, tuple(answers), strata=tuple(strata), originals=tuple(originals))
 
 
 def _class_folders(root: Path) -> list[Path]:

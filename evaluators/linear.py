@@ -343,15 +343,17 @@ def run(
         lambda train, test: evaluate(train, test, spec, options.seed),
         lambda _: spec.extraction(),
     )
+    predictions = measurement.predictions
     if extras:
-        metrics, errors = measure_sets(extras, options, measurement)
-        result["metrics"] |= metrics_json(metrics)
+        scores = measure_sets(extras, options, measurement)
+        result["metrics"] |= metrics_json(scores.metrics)
         result["published"] = published_reference(
             "linear", options.ckpt, options.data, result["metrics"], result["settings"]
         )
-        result["settings"] |= {"corruption_errors": errors} if errors else {}
+        result["settings"] |= {"corruption_errors": scores.errors} if scores.errors else {}
+        predictions = predictions | scores.predictions
     if options.out is not None:
-        save_result(options.out, result, measurement.predictions)
+        save_result(options.out, result, predictions)
     if save_head_to is not None:
         save_linear_head(save_head_to, measurement, result)
     return result

@@ -14,7 +14,7 @@ import pytest
 
 from backbones.catalog import CATALOG
 from data.errors import InputError
-from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired
+from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired, table
 from evaluators.depth_protocol import DepthSpec, for_data
 from evaluators.linear import LinearSpec
 from evaluators.published_figures import DINO, DINOV2, FIGURES, REGISTERS, Figure, published_reference
@@ -107,6 +107,44 @@ def test_images_that_belong_together_are_drawn_together(scores: tuple[np.ndarray
     loose = paired(*(np.repeat(x, 10) for x in scores))["ci95"]  # type: ignore[misc]
     assert ten == pytest.approx(one)
     assert loose[1] - loose[0] < 0.5 * (one[1] - one[0])
+
+
+def test_further_test_sets_are_paired_too_where_the_images_are_the_same(
+    tmp_path: Path, scores: tuple[np.ndarray, np.ndarray]
+) -> None:
+    a, b = (load_scored(make_result(tmp_path / f"{name}.json", one)) for name, one in zip("ab", scores, strict=True))
+    names, right = np.array(["x", "y", "z"]), np.array([True, False, False])
+    a.predictions.update(v2_names=names, v2_correct=right, a_names=names, a_correct=right, r_correct=right)
+    b.predictions.update(v2_names=names[::-1], v2_correct=~right[::-1], a_names=names[[0, 0, 1]], a_correct=right)
+    b.predictions.update(c_names=names, c_correct=right)
+    a.predictions["v2_groups"] = np.array([0, 0, 1])
+    found = compare(a, b)
+    assert set(found["paired"]) == {"score", "v2_top1"}
+    further = found["paired"]["v2_top1"]
+    assert (further["a"], further["b"]) == pytest.approx((1 / 3, 2 / 3))
+    assert (further["n"], further["n_groups"]) == (3, 2)
+    assert further["mcnemar"]["only_b_right"] == 2
+    assert further["mcnemar"]["only_a_right"] == 1
+    assert "paired v2_top1: B - A +0.3333" in table(found)
+    assert "note: not paired, as different images were scored: a" in table(found)
+    assert found["verdict"] == "b", "the verdict stays with the test images proper"
+
+
+@pytest.mark.parametrize(
+    ("further", "said"),
+    [
+        ({"v2_correct": [True, False]}, "hold no v2_names"),
+        ({"v2_correct": [True, False], "v2_names": ["x"]}, "of different lengths"),
+        ({"c_correct": [True, False], "c_names": ["x", "y"], "c_groups": [0]}, "of different lengths"),
+    ],
+)
+def test_damaged_guesses_of_a_further_set_are_refused(tmp_path: Path, further: dict[str, list[Any]], said: str) -> None:
+    path = make_result(tmp_path / "a.json", np.ones(4))
+    beside = tmp_path / "a.predictions.npz"
+    kept = load_predictions(path, load_result(path))
+    np.savez(beside, **kept, **{key: np.array(values) for key, values in further.items()})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=said):
+        load_scored(path)
 
 
 def test_a_smaller_error_is_better(tmp_path: Path) -> None:

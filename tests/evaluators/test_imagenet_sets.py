@@ -9,7 +9,8 @@ import pytest
 
 from data.errors import InputError
 from evaluators.classification import ClassificationRun
-from evaluators.imagenet_sets import ALEXNET_ERROR, open_set, parse_sets, score
+from evaluators.compare import compare, load_scored
+from evaluators.imagenet_sets import ALEXNET_ERROR, STRATA, corruption_error, open_set, parse_sets, score
 from evaluators.linear import LinearSpec, run
 from tests.evaluators.fakes import SMALL, small_checkpoint
 
@@ -32,8 +33,7 @@ def test_v2_folders_are_places_among_the_classes_not_names_to_sort(tmp_path: Pat
     assert extra.dataset.items[2].name == "10/a.jpeg"  # the order of the folders' names
     assert [set(one) for one in extra.answers[:4]] == [{0}, {1}, {10}, {11}]
     numbers = [int(item.name.split("/")[0]) for item in extra.dataset.items]
-    metrics, _ = score(extra, right_logits(numbers), range(12))
-    assert metrics["v2_top1"].value == 1.0
+    assert score(extra, right_logits(numbers), range(12)).metrics["v2_top1"].value == 1.0
     with pytest.raises(InputError, match="counts to class 11, and the classifier has 3"):
         open_set("v2", tmp_path, WNIDS[:3], None)  # type: ignore[arg-type]
 
@@ -47,8 +47,11 @@ def test_any_of_the_real_labels_counts_and_images_without_one_are_skipped(tmp_pa
     test = open_dataset(tmp_path / "val")
     extra = open_set("real", tmp_path / "real.json", WNIDS, test)
     assert [set(one) for one in extra.answers] == [{2}, set(), {5, 7}]  # by the number in the name, not by place
-    metrics, _ = score(extra, right_logits([0, 1, 7]), range(3))
-    assert (metrics["real_top1"].value, metrics["real_top1"].n) == (0.5, 2)
+    found = score(extra, right_logits([0, 1, 7]), range(3))
+    assert (found.metrics["real_top1"].value, found.metrics["real_top1"].n) == (0.5, 2)
+    assert found.predictions["real_names"].tolist() == [test.items[0].name, test.items[2].name]
+    assert found.predictions["real_predicted"].tolist() == [0, 7]
+    assert found.predictions["real_correct"].tolist() == [False, True]
     picture(tmp_path / "other" / WNIDS[0] / "x.jpeg")
     picture(tmp_path / "other" / WNIDS[1] / "x.jpeg")
     with pytest.raises(InputError, match=r"is none of the 3 images of real\.json"):
@@ -64,7 +67,7 @@ def test_answers_on_a_and_r_are_taken_among_their_classes(tmp_path: Path) -> Non
     logits = right_logits([4, 4]) * 2 + right_logits([2, 9])
     for kind, wanted in (("a", 1.0), ("r", 1.0), ("sketch", 0.0)):
         extra = open_set(kind, tmp_path, WNIDS, None)  # type: ignore[arg-type]
-        assert score(extra, logits, [0, 1])[0][f"{kind}_top1"].value == wanted
+        assert score(extra, logits, [0, 1]).metrics[f"{kind}_top1"].value == wanted
     picture(tmp_path / "n99999999" / "a.jpg")
     with pytest.raises(InputError, match="1 folders are no trained class, first 'n99999999'"):
         open_set("a", tmp_path, WNIDS, None)  # type: ignore[arg-type]
@@ -82,10 +85,39 @@ def test_corruption_errors_are_averaged_over_severities_and_divided_by_alexnets(
         0 if stratum.startswith("fog") else next(iter(answer))
         for stratum, answer in zip(extra.strata, extra.answers, strict=True)
     ]
-    metrics, errors = score(extra, right_logits(guesses), range(20))
-    assert errors == {"shot_noise": 0.0, "fog": 0.5}
-    assert metrics["c_mce"].value == pytest.approx(0.5 / ALEXNET_ERROR["fog"] / 2)
-    assert metrics["c_mce"].lower_is_better
+    found = score(extra, right_logits(guesses), range(20))
+    assert found.errors == {"shot_noise": 0.0, "fog": 0.5}
+    mce = found.metrics["c_mce"]
+    assert mce.value == pytest.approx(0.5 / ALEXNET_ERROR["fog"] / 2)
+    assert mce.lower_is_better
+    assert mce.ci95 == pytest.approx((0, 1 / ALEXNET_ERROR["fog"] / 2)), (
+        "one photograph is always right, one always wrong in fog"
+    )
+    assert found.predictions["c_names"][0] == f"noise/shot_noise/1/{WNIDS[0]}/a.JPEG"
+    assert found.predictions["c_groups"].tolist() == [0, 1] * 10, "two photographs, whatever was done to them"
+
+
+def test_corrupted_copies_of_one_photograph_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random(40) < 0.6
+    strata = [STRATA.index(f"fog/{severity}") for severity in range(1, 6)]
+    once, _ = corruption_error(right, np.full(40, strata[0]), np.arange(40))
+    five, errors = corruption_error(np.tile(right, 5), np.repeat(strata, 40), np.tile(np.arange(40), 5))
+    assert five.value == pytest.approx(once.value)
+    assert five.ci95 == pytest.approx(once.ci95), "copies that fare alike tell no more"
+    assert five.n == 200
+    assert errors == {"fog": pytest.approx(1 - right.mean())}
+    low, high = once.ci95 or (0, 0)
+    assert low < once.value < high
+
+
+def test_a_severity_that_a_resample_misses_is_left_out_of_its_mean() -> None:
+    fog, snow = STRATA.index("fog/1"), STRATA.index("snow/1")
+    metric, errors = corruption_error(np.array([True, False, False]), np.array([fog, fog, snow]), np.arange(3))
+    assert errors == {"snow": 1.0, "fog": 0.5}
+    assert metric.value == pytest.approx((1 / ALEXNET_ERROR["snow"] + 0.5 / ALEXNET_ERROR["fog"]) / 2)
+    assert metric.ci95 is not None
+    assert np.isfinite(metric.ci95).all()
 
 
 def test_names_of_sets_are_checked_before_anything_runs(tmp_path: Path) -> None:
@@ -125,3 +157,13 @@ def test_a_probe_is_tested_on_all_of_them_in_one_run(tmp_path: Path) -> None:
     assert result["metrics"]["real_top1"]["value"] == pytest.approx(result["metrics"]["top1"]["value"])
     assert list(result["settings"]["corruption_errors"]) == ["snow"]
     assert json.loads((tmp_path / "out.json").read_text())["metrics"]["v2_top1"]["n"] == 3
+    assert result["metrics"]["c_mce"]["ci95"] is not None
+    scored = load_scored(tmp_path / "out.json")
+    for kind in ("v2", "real", "a", "r", "sketch", "c"):
+        n = 9 if kind == "real" else 3
+        assert {len(scored.predictions[f"{kind}_{what}"]) for what in ("names", "predicted", "correct")} == {n}
+    assert scored.predictions["v2_correct"].mean() == pytest.approx(result["metrics"]["v2_top1"]["value"])
+    pairs = compare(scored, scored)["paired"]
+    assert {name: one["n"] for name, one in pairs.items() if name != "top5"} == {
+        "score": 9, "v2_top1": 3, "real_top1": 9, "a_top1": 3, "r_top1": 3, "sketch_top1": 3, "c_top1": 3,
+    }  # fmt: skip
