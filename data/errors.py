@@ -16,6 +16,10 @@ class InputError(ValueError):
     """
 
 
+class ToldElsewhere(InputError):
+    """An InputError whose line another process of the same command prints: this one ends with the same status, silently."""
+
+
 class CheckFailed(RuntimeError):
     """A verification (parity, drift, sanity) did not hold; the message gives the figure and its bound."""
 
@@ -24,6 +28,8 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
     """Run `main` and end the process with the exit status of this module's table; errors become one stderr line."""
     try:
         main()
+    except ToldElsewhere:
+        sys.exit(2)
     except InputError as error:
         _fail(error, 2)
     except CheckFailed as error:

@@ -166,7 +166,7 @@ def prepare(
     """
     recipe, folder, device = student.recipe, RunFolder(student.out), loader.device
     resolved = {"recipe": recipe.to_json(), "name": student.name} | known
-    resuming = parallel.gathered(folder.open(resolved) if parallel.rank() == 0 else None)[0]
+    resuming = parallel.of_the_first(lambda: folder.open(resolved))
     torch.manual_seed(known["seed"])
     state = make_state(recipe, device)
     if "init" in known and not resuming:

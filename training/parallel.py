@@ -5,7 +5,7 @@ all parts together, so that the number of processes does not change what is lear
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 
-from data.errors import InputError
+from data.errors import InputError, ToldElsewhere
 
 
 def rank() -> int:
@@ -43,6 +43,21 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def of_the_first(find: Callable[[], Any]) -> Any:
+    """What process 0 finds, in all of them. An InputError of its `find` is raised in every process, and told by process 0 only."""
+    found: Any = None
+    if rank() == 0:
+        try:
+            found = find()
+        except InputError as error:
+            found = error
+    # A process that left before the others heard of it would leave each of them with a broken connection to complain about.
+    heard = gathered(found)[0]
+    if isinstance(heard, InputError):
+        raise heard if rank() == 0 else ToldElsewhere(str(heard))
+    return heard
 
 
 def part_of(batch_size: int) -> int:

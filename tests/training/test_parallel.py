@@ -289,10 +289,42 @@ def test_a_batch_that_cannot_be_shared_is_refused(images: Path, tmp_path: Path, 
         assert "a batch of 7 images does not divide among 2 processes" in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("of another recipe", "holds a run with another "),
+        ("busy", "another process is training into it"),
+        ("of other things", "is not empty and holds no run"),
+    ],
+)
+def test_a_folder_that_only_the_first_process_opens_is_refused_by_both_and_told_once(
+    kind: str, said: str, images: Path, tmp_path: Path, repo_root: Path
+) -> None:
+    out = tmp_path / "run"
+    folder = RunFolder(out)
+    if kind == "of another recipe":
+        (out / "state" / "step-00000001").mkdir(parents=True)
+        (out / "state" / "step-00000001" / "state.json").write_text("{}")
+        (out / "recipe.json").write_text("{}")
+    elif kind == "busy":
+        folder.open({})  # held by this process until the test is over
+    else:
+        out.mkdir()
+        (out / "letter.txt").write_text("mine")
+    words = ("--recipe", "smoke", "--data", str(images), "--out", str(out), "--workers", "0", "--threads", "1")
+    processes = start_two(repo_root, "-m", "training", *words)
+    told, silent = (process.communicate(timeout=300)[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], told + silent
+    assert len(told.strip().splitlines()) == 1, told
+    assert said in told
+    assert silent == ""
+
+
 def test_one_process_alone_talks_to_nobody() -> None:
     rows = torch.randn(5, 3)
     assert parallel.total(rows) is rows
     assert parallel.all_rows(rows) is rows
     assert parallel.gathered("x") == ["x"]
+    assert parallel.of_the_first(lambda: "x") == "x"
     assert parallel.largest(3, torch.device("cpu")) == 3
     torch.testing.assert_close(parallel.column_log_sum(rows), rows.exp().sum(dim=0, keepdim=True).log())
