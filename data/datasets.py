@@ -15,8 +15,10 @@ import dataclasses
 import gc
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,16 @@ ACCEPTED_FORMS = (
     "NAME.csv beside NAME.zip; imagenet:ROOT; or several of these with commas between"
 )
 _MAX_NAMED_SPLITS = 8
+
+
+def real_path(path: str) -> str:
+    """The path with the links among its folders followed, so that it is the same however its data set was named."""
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder), name)
+
+
+_real_folder = lru_cache(4096)(os.path.realpath)
+"""Images of one folder come together: it is looked up once."""
 
 
 @contextlib.contextmanager
@@ -124,10 +136,13 @@ class Dataset:
             raise DecodeError(error.reason, f"{self.items[i].name}: {error}") from error
 
     def shares_images(self, other: "Dataset") -> bool:
-        """Whether another part of the same data set holds one of these images."""
-        return self.name == other.name and not {item.name for item in self.items}.isdisjoint(
-            item.name for item in other.items
-        )
+        """Whether another data set holds one of these files, whatever either is called."""
+        return not self._places().isdisjoint(other._places())
+
+    def _places(self) -> set[tuple[str, int]]:
+        """Where the encoded images lie: file, and first byte in it."""
+        members = (record.members[IMAGE] for record in self._records)
+        return {(real_path(one.path), one.offset) for one in members}
 
     def subset(self, indices: Iterable[int]) -> "Dataset":
         """The items of these indices, in this order, with the classes of the whole set."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from data.datasets import Dataset, find_shards, open_dataset
+from data.datasets import Dataset, find_shards, open_dataset, real_path
 from data.decode import decode_image
 from data.draws import Sample, Share, epoch_order
 from data.errors import InputError
@@ -84,9 +84,9 @@ class Stream:
         return digest.hexdigest()
 
     def shares_images(self, other: Dataset) -> bool:
-        """Whether a part of the same data set holds an image of one of these shards."""
-        shards = {str(shard) for shard in self.shards}
-        return self.name == other.name and any(other.member(i).path in shards for i in range(len(other)))
+        """Whether a data set holds an image of one of these shards, whatever it is called."""
+        shards = {real_path(str(shard)) for shard in self.shards}
+        return any(real_path(other.member(i).path) in shards for i in range(len(other)))
 
     def examples(self, n: int) -> list[np.ndarray]:
         """Up to n images of different shards where there are so many, uint8 [H,W,3] each; unreadable ones are passed over."""

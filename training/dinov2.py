@@ -190,9 +190,9 @@ def train_step_(
     if not watch:
         return found
     watched = watched_of(said, guesses, state, spec)
-    cross_entropy = (
-        (found["dino_local"] + found["dino_global"]) / spec.dino_weight if spec.dino_weight else float("nan")
-    )
+    if not spec.dino_weight:  # no loss is a cross-entropy of CLS tokens then
+        return found | watched
+    cross_entropy = (found["dino_local"] + found["dino_global"]) / spec.dino_weight
     return found | {"kl_nats": cross_entropy - watched["target_entropy_nats"], **watched}
 
 

@@ -87,6 +87,8 @@ def train(
     device, scale = device or torch.device("cpu"), scale or Scale()
     check_possible(dataset, seed, init, freeze_backbone_steps)
     students, guide = [Student(recipe_name, recipe, out), *beside], None
+    for one in students:
+        one.recipe.check_start(one.name, init, teacher)
     if teacher:
         recipes, guide = learn_from(teacher, [one.recipe for one in students], device, scale.accumulate)
         students = [replace(one, recipe=fitted) for one, fitted in zip(students, recipes, strict=True)]
@@ -242,6 +244,8 @@ class Run:
         self.watch = Watch(self.recipe, self.plan.steps_per_epoch, self.folder, log)
         if self.step == 0:
             self.watch.begin(self.loader.dataset)
+            if self.probe and parallel.rank() == 0 and not self.album.held_out:
+                log.say("note: images of --eval-data are trained on as well, so its k-NN tells less about new ones")
         if self.probe and "init" in self.resolved:
             self.guard = Guard(self.folder, log)
             self.guard.begin(self.step)

@@ -143,7 +143,7 @@ def collapse_warnings(
         said |= target_warnings(
             found[f"{prefix}target_entropy_nats"], found[f"{prefix}prototypes_used"], k, prefix, targets
         )
-    if found["kl_nats"] < MIN_KL and not said:
+    if found.get("kl_nats", MIN_KL) < MIN_KL and not said:
         said["nothing to learn"] = (
             f"the student already says what the teacher says (KL {found['kl_nats']:.5f} nats); "
             "lower the teacher's temperature or momentum, or let views differ more"

@@ -30,17 +30,17 @@ def scores(knn: float, linear: float) -> dict[str, float]:
 
 # DINOv1. Caron et al. 2021; defaults of the authors' script and the commands of their README.
 _RECALLED = "settings reported for the released weights, not checked against their argument files"
-_DINO_HEAD = HeadSpec(prototypes=65_536, freeze_magnitude=False)
 _DINO_S16 = Recipe(
     backbone=vit("small", 16, drop_path=0.1),
-    head=_DINO_HEAD,
+    head=HeadSpec(prototypes=65_536),
     epochs=100,
     batch_size=512,
-    source="defaults of the authors' script, without norm_last_layer; 8 devices of 64 images",
+    source="defaults of the authors' script; 8 devices of 64 images",
     expected=scores(69.3, 74.0),
 )
-# Warmer targets and free prototype norms; "boosting" in the authors' README.
+# Warmer targets and free prototype norms (no norm_last_layer); "boosting" in the authors' README.
 _DINO_BOOST = OptimSpec(teacher_temperature=(0.04, 0.07), teacher_warmup_epochs=30)
+_DINO_BOOST_HEAD = HeadSpec(prototypes=65_536, freeze_magnitude=False)
 _DINO_LONG_CROPS = CropSpec(n_local=10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25))
 _DINO_BASE = Recipe(
     backbone=vit("base", 16, drop_path=0.1),
@@ -132,8 +132,9 @@ def distilled(size: str, knn: float, linear: float, **registers: Any) -> Recipe:
     return replace(
         _V2_G14,
         backbone=vit(size, 14, layer_scale=1e-5, mask_token=True, **registers),
-        optim=replace(_V2_L14.optim, lr=1e-3),
+        optim=replace(_V2_L14.optim, lr=1e-3, lr_batch=2048),  # the paper prints the rate of this batch
         batch_size=2048,
+        needs="teacher",
         source="Oquab et al. 2023, tables 16 and 17, on LVD-142M; heads as in vitg14.yaml, since theirs were not released",
         expected=scores(knn, linear),
     )
@@ -142,13 +143,14 @@ def distilled(size: str, knn: float, linear: float, **registers: Any) -> Recipe:
 def enlarged(recipe: Recipe, px: int, expected: dict[str, float] | None = None) -> Recipe:
     """The high-resolution phase: 10,000 steps (8 epochs of 1250); it begins with a run's weights, named with `--init`."""
     source = f"Oquab et al. 2023, section 4, after: {recipe.source}; learning rate as in Franca's, since the paper's is not stated"
-    return replace(recipe.at_high_resolution(px, 8), source=source, expected=expected or {})
+    return replace(recipe.at_high_resolution(px, 8), source=source, expected=expected or {}, needs="weights")
 
 
 PUBLISHED: dict[str, Recipe] = {
     "dino_vits16": _DINO_S16,
     "dino_vits16_300": replace(
         _DINO_S16,
+        head=_DINO_BOOST_HEAD,
         optim=_DINO_BOOST,
         epochs=300,
         batch_size=1024,
@@ -157,6 +159,7 @@ PUBLISHED: dict[str, Recipe] = {
     ),
     "dino_vits16_800": replace(
         _DINO_S16,
+        head=_DINO_BOOST_HEAD,
         crops=_DINO_LONG_CROPS,
         optim=_DINO_BOOST,
         epochs=800,
@@ -167,6 +170,7 @@ PUBLISHED: dict[str, Recipe] = {
     "dino_vits8": replace(
         _DINO_S16,
         backbone=vit("small", 8, drop_path=0.1),
+        head=_DINO_BOOST_HEAD,
         crops=_DINO_LONG_CROPS,
         optim=_DINO_BOOST,
         epochs=800,

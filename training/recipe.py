@@ -70,6 +70,8 @@ class Recipe:
     """Steps that the schedules count as an epoch; None: a pass over the data. DINOv2 counts 1250, whatever the data."""
     batch_size: int = 64
     """Images a step, over all devices."""
+    needs: Literal["nothing", "teacher", "weights"] = "nothing"
+    """What it cannot be run without: the frozen teacher that it learns from (`--teacher`), or weights to begin with (`--init`)."""
 
     source: str = ""
     """Where the values come from."""
@@ -79,7 +81,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.step, Dinov2Spec) and not isinstance(self.backbone, ViTSpec):
             raise InputError("DINOv2 masks patches, which a ResNet has not; use DINOv1's step")
-        if isinstance(self.step, Dinov2Spec) and self.step.koleo_weight and self.batch_size < 2:
+        if isinstance(self.step, Dinov2Spec) and self.step.koleo_weight and self.batch_size == 1:
             raise InputError(
                 "KoLeo needs at least 2 images in a batch, got 1; raise batch_size or set koleo_weight to 0"
             )
@@ -96,6 +98,31 @@ class Recipe:
         """Plain JSON values."""
         return dataclasses.asdict(self)
 
+    def shortened(self, epochs: int) -> "Recipe":
+        """The recipe with this length, and all its warm-ups compressed with it: as they are, they would take up most of a short run."""
+        share, optim = epochs / self.epochs, self.optim
+        return dataclasses.replace(
+            self,
+            optim=dataclasses.replace(
+                optim,
+                warmup_epochs=optim.warmup_epochs * share,
+                teacher_warmup_epochs=optim.teacher_warmup_epochs * share,
+                freeze_last_layer_epochs=optim.freeze_last_layer_epochs * share,
+            ),
+            epochs=epochs,
+        )
+
+    def check_start(self, name: str, init: str | None, teacher: str | None) -> None:
+        """Raise InputError where what the recipe needs was not named."""
+        if self.needs == "teacher" and not teacher:
+            raise InputError(
+                f"recipe {name} learns from a frozen teacher; name a finished run, or a backbone, with --teacher"
+            )
+        if self.needs == "weights" and not init:
+            raise InputError(
+                f"recipe {name} goes on with weights that exist; name a finished run, or a backbone, with --init"
+            )
+
     def at_high_resolution(self, px: int, epochs: int, lr_share: float = HIGH_RESOLUTION_LR) -> "Recipe":
         """The recipe of a short phase on global crops of `px` pixels, all durations compressed to `epochs` (Oquab et al. 2023, section 4).
 
@@ -105,10 +132,10 @@ class Recipe:
             raise InputError("a ResNet has no position encodings to resize; train it with larger crops from the start")
         if px <= self.crops.global_px:
             raise InputError(f"--px {px}: want more than the {self.crops.global_px} px of the run's global crops")
-        share, larger, patch = epochs / self.epochs, px / self.crops.global_px, self.backbone.patch_px
-        replace, optim, seen = dataclasses.replace, self.optim, self.preprocess
+        larger, patch = px / self.crops.global_px, self.backbone.patch_px
+        replace, seen, short = dataclasses.replace, self.preprocess, self.shortened(epochs)
         return replace(
-            self,
+            short,
             backbone=replace(self.backbone, img_px=px),
             crops=replace(self.crops, global_px=px),
             preprocess=replace(
@@ -117,15 +144,7 @@ class Recipe:
                 resize_px=round(seen.resize_px * larger / patch) * patch,
                 whole_px=round(seen.whole_px * larger / patch) * patch,
             ),
-            optim=replace(
-                optim,
-                lr=optim.lr * lr_share,
-                warmup_epochs=optim.warmup_epochs * share,
-                teacher_warmup_epochs=optim.teacher_warmup_epochs * share,
-                freeze_last_layer_epochs=optim.freeze_last_layer_epochs * share,
-                freeze_backbone_steps=0,
-            ),
-            epochs=epochs,
+            optim=replace(short.optim, lr=short.optim.lr * lr_share, freeze_backbone_steps=0),
             expected={},
         )
 

@@ -1,7 +1,6 @@
 """The recipes by name: published configurations, those that fit themselves to little data, and ours for little time."""
 
 from dataclasses import replace
-from typing import Any
 
 from backbones.vit import ViTSpec
 from data.crops import CropSpec
@@ -108,7 +107,7 @@ def check_name(name: str) -> None:
 
 
 def find_recipe(name: str, n_images: int, batch_size: int | None = None, epochs: int | None = None) -> Recipe:
-    """The recipe of this name, with another batch and length where they are given.
+    """The recipe of this name, with another batch and length where they are given; a shorter one's warm-ups are shortened with it.
 
     One for little data is fitted to `n_images`. Raises InputError for an unknown name.
     """
@@ -116,5 +115,8 @@ def find_recipe(name: str, n_images: int, batch_size: int | None = None, epochs:
     if name in SMALL:
         return fit_to_data(name, n_images, batch_size, epochs)
     recipe = RECIPES[name]
-    given: dict[str, Any] = {k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None}
-    return replace(recipe, **given)
+    if batch_size is not None:
+        recipe = replace(recipe, batch_size=batch_size)
+    if epochs is not None and 0 < epochs < recipe.epochs:
+        return recipe.shortened(epochs)
+    return recipe if epochs is None else replace(recipe, epochs=epochs)

@@ -302,11 +302,26 @@ def test_recipes_that_cannot_work_are_refused(changes: dict[str, object], said: 
 
 def test_recipes_are_found_by_name() -> None:
     assert find_recipe("dino_vits16", 10).backbone.width == 384
-    assert find_recipe("dino_vits16", 10, batch_size=8, epochs=2) == replace(
-        RECIPES["dino_vits16"], batch_size=8, epochs=2
-    )
+    longer = replace(RECIPES["dino_vits16"], batch_size=8, epochs=200)
+    assert find_recipe("dino_vits16", 10, batch_size=8, epochs=200) == longer
     with pytest.raises(InputError, match="smoke"):
         find_recipe("dino_vits17", 10)
+
+
+def test_a_shortened_recipe_shortens_its_warm_ups() -> None:
+    """As they are, ten epochs of warm-up would be all of a run of ten."""
+    plan = Plan(find_recipe("dinov2_vits14", 10, epochs=10), 1250)
+    peak = max(range(plan.steps), key=lambda step: plan.at(step).lr)
+    assert peak == plan.steps // 10 - 1
+    assert plan.at(plan.steps - 1).lr < plan.peak / 100
+    assert plan.at(plan.steps - 1).teacher_temperature == 0.07
+
+
+@pytest.mark.parametrize(("name", "flag"), [("dinov2_vits14_distilled", "--teacher"), ("dinov2_vitl14_518", "--init")])
+def test_a_recipe_that_begins_with_something_asks_for_it(name: str, flag: str, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{name} .* with {flag}"):
+        train(RECIPES[name], open_dataset(str(images)), tmp_path / "run", **WORDS | {"recipe_name": name})
+    assert not (tmp_path / "run").exists()
 
 
 def command(*words: str) -> list[str]:

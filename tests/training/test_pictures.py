@@ -108,6 +108,11 @@ def test_training_images_are_not_called_held_out(images: Path, tmp_path: Path) -
     assert not Album(tmp_path, data, Preprocess(), data).held_out
     assert not Album(tmp_path, data.subset([0, 1]), Preprocess(), data).held_out
     assert Album(tmp_path, data.subset([0, 1]), Preprocess(), data.subset([2, 3])).held_out
+    again = tmp_path / "link"
+    again.symlink_to(images)
+    other = open_dataset(f"{again}/")
+    assert not Album(tmp_path, other.subset([0, 1]), Preprocess(), data).held_out, "the same files by another name"
+    assert Album(tmp_path, other.subset([0, 1]), Preprocess(), data.subset([2, 3])).held_out
 
 
 def test_a_network_without_attention_is_drawn_by_its_patches(images: Path, tmp_path: Path) -> None:

@@ -80,10 +80,12 @@ def test_values_of_the_tables() -> None:
     short, large, small = (PUBLISHED[f"dinov2_{n}"] for n in ("vitl16_short", "vitl14", "vits14_distilled"))
     assert short.optim.peak_lr(2048) == pytest.approx(4e-3 * math.sqrt(2))
     assert large.optim.peak_lr(3072) == pytest.approx(3.46e-4, rel=2e-3)
-    assert small.optim.lr == 1e-3
+    assert small.optim.peak_lr(2048) == pytest.approx(1e-3)
     assert [Plan(r, 1250).steps for r in (short, large, small)] == [125_000, 625_000, 625_000]
     assert Plan(PUBLISHED["dinov2_vitl14_518"], 1250).steps == 10_000
     assert PUBLISHED["dino_vits16"].optim.peak_lr(512) == pytest.approx(1e-3)
+    frozen = {name for name in PUBLISHED if name.startswith("dino_vit") and PUBLISHED[name].head.freeze_magnitude}
+    assert frozen == {"dino_vits16", "dino_vitb16", "dino_vitb8"}, "norm_last_layer: the default, and ViT-B's"
     assert Plan(large, 1250).at(99_999).lr == pytest.approx(large.optim.peak_lr(3072)), "80 epochs of warm-up"
 
 
@@ -103,15 +105,14 @@ def test_a_micro_twin_runs_two_steps(name: str, images: Path, giant: Path, tmp_p
     recipe = micro_twin(PUBLISHED[name])
     assert same_method(recipe, PUBLISHED[name])
     before = make_state(recipe, torch.device("cpu")).student.backbone.state_dict()
-    checkpoint = train(
-        recipe,
-        open_dataset(str(images)),
-        tmp_path / "run",
-        recipe_name=name,
-        workers=0,
-        teacher=str(giant) if name.endswith("distilled") else None,
-        **WORDS,
-    )
+    data, given = open_dataset(str(images)), {"workers": 0, **WORDS}
+    if recipe.needs == "teacher":
+        given["teacher"] = str(giant)
+    if recipe.needs == "weights":
+        before_it = micro_twin(PUBLISHED[name.rpartition("_")[0]])
+        train(before_it, data, tmp_path / "first", recipe_name="first", workers=0, **WORDS)
+        given |= {"init": str(tmp_path / "first"), "freeze_backbone_steps": 0}
+    checkpoint = train(recipe, data, tmp_path / "run", recipe_name=name, **given)
     lines = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     records = [line for line in lines if "loss" in line]
     assert len(records) == 2

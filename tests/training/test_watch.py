@@ -17,6 +17,7 @@ from data.errors import CheckFailed
 from data.loader import ViewLoader, Views
 from tests.training.test_parallel import start_two
 from training import dinov2, watch
+from training.dinov2 import Dinov2Spec
 from training.loop import Plan, train
 from training.methods import make_state, take_step_
 from training.recipe import OptimSpec, Recipe
@@ -178,6 +179,16 @@ def test_too_many_bad_steps_end_the_run_and_leave_the_saved_state(
     monkeypatch.undo()
     train(recipe, open_dataset(str(images)), run, stop_at_step=10, **WORDS)
     assert read_steps(run / "log.jsonl")[-1]["step"] == 9
+
+
+def test_without_the_loss_of_cls_tokens_every_step_is_finite(images: Path, tmp_path: Path) -> None:
+    """What is watched of CLS tokens is told where it exists; that it does not is no fault of a step."""
+    recipe = RECIPES["smoke_dinov2"]
+    assert isinstance(recipe.step, Dinov2Spec)
+    alone = replace(recipe, step=replace(recipe.step, dino_weight=0.0), epochs=1)
+    train(alone, open_dataset(str(images)), tmp_path / "run", **WORDS)
+    assert not (tmp_path / "run" / "nan.jsonl").exists()
+    assert all("kl_nats" not in step for step in read_steps(tmp_path / "run" / "log.jsonl"))
 
 
 def test_weights_that_are_not_finite_never_replace_saved_ones(
