@@ -225,6 +225,7 @@ class Run:
         self.recipe, self.plan, self.folder, self.state, self.loader = recipe, plan, folder, state, loader
         self.resolved, self.probe = resolved, probe
         self.n_listed = 0
+        self.listed_before = folder.listed() if step else {}
         self.guard: Guard | None = None
         self.speed = measure_speed(recipe, self.device, parallel.world_size(), state.guide)
         if parallel.rank() == 0:
@@ -335,7 +336,9 @@ class Run:
             data_fingerprint=self.resolved["data"],
         )
 
-    def _list_skipped(self, skipped: Mapping[str, str]) -> None:
+    def _list_skipped(self, found: Mapping[str, str]) -> None:
+        # A process that resumed meets only some of those that were met before it.
+        skipped = {**self.listed_before, **found}
         if len(skipped) == self.n_listed:
             return
         name, reason = next(iter(skipped.items()))
@@ -343,5 +346,5 @@ class Run:
             f"{len(skipped)} of {len(self.loader.dataset)} images cannot be read and are passed over, first {name} ({reason}); "
             "skipped.json lists them"
         )
-        self.folder.write_text("skipped.json", json.dumps(skipped, indent=1))
+        self.folder.write_text(self.folder.skipped.name, json.dumps(skipped, indent=1))
         self.n_listed = len(skipped)

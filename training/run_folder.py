@@ -59,6 +59,10 @@ class RunFolder:
         return self.path / "checkpoints" / "latest.safetensors"
 
     @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.json"
+
+    @property
     def picture(self) -> Path:
         return self.path / "attention.png"
 
@@ -109,6 +113,14 @@ class RunFolder:
         scratch = self.path / f".{name}.part"
         scratch.write_text(text)
         os.replace(scratch, self.path / name)
+
+    def listed(self) -> dict[str, str]:
+        """Images that could not be read so far, name to reason; none where the list is absent or damaged, which stops no run."""
+        try:
+            found = read_object(self.skipped)
+        except InputError:
+            return {}
+        return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
     def load_state(self) -> dict[str, Any]:
         """The newest state as one nested dict of whole tensors: student, teacher and optimizer by parameter name, centers by head."""

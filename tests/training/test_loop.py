@@ -88,6 +88,48 @@ def test_the_run_folder_holds_what_it_promises(
     assert {"target_entropy_nats", "prototypes_used", "effective_rank", "feature_spread", "center_norm"} <= set(record)
 
 
+BROKEN = {f"{i:02d}.jpg" for i in range(0, 40, 4)}
+
+
+@pytest.fixture(scope="module")
+def partly_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images, every fourth broken: an epoch of five steps of eight meets all of them, a step only some."""
+    root = write_images(tmp_path_factory.mktemp("broken"), 40)
+    for name in BROKEN:
+        (root / name).write_bytes(b"not a picture")
+    return root
+
+
+def listed(run: Path) -> set[str]:
+    """The images that a run says it passed over."""
+    return set(json.loads((run / "skipped.json").read_text()))
+
+
+def test_a_resumed_run_lists_what_was_passed_over_before_it_and_what_it_meets_itself(
+    partly_broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = open_dataset(str(partly_broken)), tmp_path / "run"
+    train(smoke(), data, out, workers=0, stop_at_step=5, **WORDS)
+    assert listed(out) == BROKEN
+    train(smoke(), data, out, workers=0, stop_at_step=6, **WORDS)
+    assert listed(out) == BROKEN
+    assert capsys.readouterr().err.count("10 of 40 images cannot be read") == 2, "each process tells of all"
+    (out / "skipped.json").write_text('{"00.jpg": "met before"}')
+    train(smoke(), data, out, workers=0, **WORDS)
+    assert listed(out) == BROKEN
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"a": 1}'])
+def test_a_damaged_list_of_what_was_passed_over_is_begun_anew(
+    partly_broken: Path, tmp_path: Path, content: bytes
+) -> None:
+    data = open_dataset(str(partly_broken))
+    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
+    (tmp_path / "run" / "skipped.json").write_bytes(content)
+    train(smoke(), data, tmp_path / "run", workers=0, stop_at_step=2, **WORDS)
+    assert set() < listed(tmp_path / "run") <= BROKEN
+
+
 def test_a_dinov2_run_logs_each_term_as_it_is_optimised(folder: Path, tmp_path: Path) -> None:
     train(RECIPES["smoke_dinov2"], open_dataset(str(folder)), tmp_path / "run", workers=0, **WORDS)
     for record in read_steps(tmp_path / "run" / "log.jsonl"):
