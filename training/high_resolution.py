@@ -27,6 +27,7 @@ def main(
     steps: int | None = None,
     lr_share: float = HIGH_RESOLUTION_LR,
     freeze_backbone_steps: int | None = None,
+    teacher: str | None = None,
 ) -> None:
     """Go on with a finished run, or a backbone, on larger crops.
 
@@ -41,11 +42,14 @@ def main(
         steps: Length in steps instead; the paper's is 10000.
         lr_share: Peak learning rate over the run's.
         freeze_backbone_steps: As for `python -m training`.
+        teacher: As for `python -m training`; a run that learned from a teacher goes on with one.
     """
     if recipe is not None:
         check_name(recipe)
     if steps is not None and steps < 1:
         raise InputError(f"--steps {steps}: want at least 1")
+    if teacher is None and (named := teacher_of(run)):
+        raise InputError(f"{run}: learned from the teacher {named}; name it, or another that fits, with --teacher")
     name, first = (recipe, None) if recipe else recipe_behind(run)
 
     def choose(_: str, n_images: int) -> Recipe:
@@ -54,7 +58,21 @@ def main(
             return whole.at_high_resolution(px, epochs, lr_share)
         return replace(whole.at_high_resolution(px, 1, lr_share), epoch_steps=steps)
 
-    start(choose, f"{name} at {px} px", options, init=run, freeze_backbone_steps=freeze_backbone_steps)
+    start(
+        choose,
+        f"{name} at {px} px",
+        options,
+        init=run,
+        freeze_backbone_steps=freeze_backbone_steps,
+        teacher=teacher,
+    )
+
+
+def teacher_of(run: str) -> str | None:
+    """What a run named for its teacher; None of a run that learned from itself, and of a backbone, which does not tell."""
+    recipe = RunFolder(Path(run)).recipe
+    told = read_object(recipe).get("teacher") if recipe.is_file() else None
+    return str(told.get("run")) if isinstance(told, dict) else None
 
 
 def recipe_behind(run: str) -> tuple[str, Recipe]:

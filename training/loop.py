@@ -22,6 +22,7 @@ from data.loader import Maker, ViewLoader, Views
 from data.streams import Stream
 from training import parallel
 from training.distillation import State
+from training.feature_distillation import FeatureSpec
 from training.guard import Guard
 from training.guides import fingerprint, learn_from
 from training.methods import make_state, take_step_
@@ -136,7 +137,9 @@ def check_possible(dataset: Dataset | Stream, seed: int, init: str | None, freez
 
 
 def check_alike(students: Sequence[Student], teacher: str | None) -> None:
-    """Raise InputError unless the students can learn side by side."""
+    """Raise InputError unless the students can learn side by side, and have the teacher that they need."""
+    if not teacher and any(isinstance(student.recipe.step, FeatureSpec) for student in students):
+        raise InputError("this recipe learns the features of a teacher; name one with --teacher")
     if len(students) > 1 and not teacher:
         raise InputError(f"{len(students)} recipes at once share the answers of a teacher; name it with --teacher")
     if len({student.name for student in students}) < len(students):

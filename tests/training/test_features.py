@@ -19,12 +19,15 @@ from data.datasets import open_dataset
 from data.errors import InputError
 from data.preprocess import Preprocess
 from exports.to_onnx import export_onnx
+from training import high_resolution
+from training.command import RunOptions
 from training.distillation import Schedule
 from training.feature_distillation import FeatureSpec, FeatureTeacher, Said, feature_losses
 from training.guides import as_feature_student, learn_from
 from training.loop import train
 from training.methods import make_state, take_step_
 from training.recipes import RECIPES
+from training.run_log import read_steps
 
 CPU = torch.device("cpu")
 WORDS = {"recipe_name": "student", "source": "test", "revision": "none"}
@@ -157,6 +160,24 @@ def test_a_feature_recipe_without_a_teacher_is_refused() -> None:
     recipe = as_feature_student(RECIPES["smoke"], 0)
     with pytest.raises(InputError, match="name one with --teacher"):
         make_state(recipe, CPU)
+
+
+def test_a_high_resolution_phase_goes_on_with_a_distilled_run_and_asks_for_its_teacher(
+    teacher: Path, images: Path, tmp_path: Path
+) -> None:
+    first, out = tmp_path / "first", tmp_path / "large"
+    train(RECIPES["smoke"], open_dataset(str(images)), first, workers=0, teacher=str(teacher), **WORDS)
+    options = RunOptions(data=str(images), out=out, workers=0, threads=1)
+    with pytest.raises(InputError, match=f"learned from the teacher {teacher}; .* with --teacher"):
+        high_resolution.main(str(first), 64, options, epochs=1)
+    checkpoint = first / "checkpoints" / "latest.safetensors"
+    with pytest.raises(InputError, match="learns the features of a teacher; name one with --teacher"):
+        high_resolution.main(str(checkpoint), 64, options, epochs=1)
+    assert not out.exists()
+    high_resolution.main(str(first), 64, options, epochs=1, teacher=str(teacher))
+    found = load_backbone(out / "checkpoints" / "latest.safetensors").manifest
+    assert found.architecture["img_px"] == found.preprocess.size_px == 64
+    assert {"feature_cls", "feature_patches"} < set(read_steps(out / "log.jsonl")[-1])
 
 
 def test_the_command_takes_a_backbone_for_its_teacher_and_names_what_is_none(

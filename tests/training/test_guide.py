@@ -11,6 +11,8 @@ import torch
 from backbones.checkpoints import load_backbone
 from data.datasets import open_dataset
 from data.errors import InputError
+from training import high_resolution
+from training.command import RunOptions
 from training.distillation import Schedule
 from training.loop import train
 from training.methods import make_state, take_step_
@@ -105,3 +107,15 @@ def test_a_recipe_that_does_not_fit_the_teacher_is_refused(large: Path, recipe: 
 def test_a_backbone_without_heads_is_refused(large: Path) -> None:
     with pytest.raises(InputError, match="no heads to learn from"):
         frozen_teacher(str(large / "checkpoints" / "latest.safetensors"), SMALL, CPU)
+
+
+def test_a_high_resolution_phase_of_a_guided_run_is_guided(large: Path, images: Path, tmp_path: Path) -> None:
+    first, out = tmp_path / "first", tmp_path / "phase"
+    train(SMALL, open_dataset(str(images)), first, workers=0, teacher=str(large), **WORDS)
+    options = RunOptions(data=str(images), out=out, workers=0, threads=1)
+    with pytest.raises(InputError, match=r"learned from the teacher .* with --teacher"):
+        high_resolution.main(str(first), 64, options, epochs=1)
+    assert not out.exists()
+    high_resolution.main(str(first), 64, options, epochs=1, teacher=str(large))
+    assert load_backbone(out / "checkpoints" / "latest.safetensors").manifest.architecture["img_px"] == 64
+    assert json.loads((out / "recipe.json").read_text())["teacher"]["run"] == str(large)
