@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +12,48 @@ from types import FrameType
 from data.errors import InputError
 from training.run_folder import RunFolder
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def a_full_disk_named(out: Path) -> Iterator[None]:
     """Within it a write for which there is no room ends in one line. What was saved before stays."""
     try:
-        yield
+        with _curves_thread_hushed():
+            yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise
         raise InputError(
             f"{out}: cannot be written ({error.strerror}); make room, and the same command goes on from what was saved"
         ) from error
+
+
+@contextmanager
+def _curves_thread_hushed() -> Iterator[None]:
+    """Within it the thread that writes the curves prints nothing of a full disk: its error is raised again where it is next written to."""
+    before = threading.excepthook
+
+    def hush(args: threading.ExceptHookArgs) -> None:
+        full = isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_ROOM
+        if not (full and _writes_curves(args.thread)):
+            before(args)
+
+    threading.excepthook = hush
+    try:
+        yield
+    except OSError:
+        # It may have come here before the thread itself came to the hook.
+        for thread in filter(_writes_curves, threading.enumerate()):
+            thread.join(timeout=1.0)
+        raise
+    finally:
+        threading.excepthook = before
+
+
+def _writes_curves(thread: threading.Thread | None) -> bool:
+    """Whether it is TensorBoard's, whose class has no public name."""
+    return type(thread).__module__.startswith("tensorboard.")
 
 
 @contextmanager

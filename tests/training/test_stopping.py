@@ -1,0 +1,77 @@
+"""A full disk under a run: one line, whichever thread was writing."""
+
+import errno
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from data.errors import InputError
+from training.stopping import a_full_disk_named
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[type[BaseException]]:
+    """Errors of threads that came to the hook which was there before, and would be printed."""
+    found: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: found.append(args.exc_type))
+    return found
+
+
+def fails(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def write_curves(folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """A curve on a disk that answers with `error`, until the writer raises it here."""
+
+    def write(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    curves = SummaryWriter(str(folder))
+    curves.add_scalar("loss", 1.0, 0)
+    curves.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_the_thread_of_the_curves_says_nothing_of_a_full_disk_and_the_run_ends_in_one_line(
+    number: int, told: list[type[BaseException]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="make room"), a_full_disk_named(tmp_path):
+        write_curves(tmp_path, monkeypatch, fails(number))
+    assert told == []
+
+
+def test_other_errors_of_that_thread_are_told(
+    told: list[type[BaseException]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), a_full_disk_named(tmp_path):
+        write_curves(tmp_path, monkeypatch, fails(errno.EIO))
+    assert told == [OSError]
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), fails(errno.ENOSPC)])
+def test_errors_of_other_threads_are_told(error: Exception, told: list[type[BaseException]], tmp_path: Path) -> None:
+    def fail() -> None:
+        raise error
+
+    with a_full_disk_named(tmp_path):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert told == [type(error)]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("mine"), fails(errno.ENOSPC)])
+def test_the_hook_is_the_one_before_again_however_it_ends(
+    error: Exception | None, told: list[type[BaseException]], tmp_path: Path
+) -> None:
+    before = threading.excepthook
+    with suppress(ValueError), a_full_disk_named(tmp_path):
+        if error:
+            raise error
+    assert threading.excepthook is before
