@@ -42,6 +42,12 @@ class KnnProbe:
     def __init__(self, data: str, every_steps: int) -> None:
         self.every_steps = every_steps
         self.splits = open_splits(data)
+        for part in (self.splits.train, self.splits.val):
+            part.labels()
+        if len(self.splits.train.classes) < 2:
+            raise InputError(
+                f"--eval-data {data}: all images are of the class {self.splits.train.classes[0]!r}; wanted at least two classes"
+            )
         self.spec = ExtractSpec(columns=("embedding",), group_column=self.splits.group_column)
 
     def is_due(self, step: int, end: int) -> bool:

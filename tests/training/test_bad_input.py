@@ -67,7 +67,9 @@ def test_data_that_cannot_be_trained_on(
     ("words", "said"),
     [
         (("--recipe", "smoke_dinov2", "--batch-size", "1"), "KoLeo needs at least 2 images in a batch, got 1"),
-        (("--recipe", "smoke", "--eval-data", "{images}"), "label"),
+        (("--recipe", "smoke_dinov2", "--batch-size", "0"), "batches of 0"),
+        (("--recipe", "smoke", "--eval-data", "{images}"), "has no label"),
+        (("--recipe", "smoke", "--eval-data", "{one}"), "wanted at least two classes"),
         (("--recipe", "smoke", "--eval-data", "{images}/absent"), "nothing there"),
         (("--recipe", "smoke", "--eval-data", "{labelled}", "--eval-every-steps", "0"), "want at least 1"),
     ],
@@ -75,15 +77,20 @@ def test_data_that_cannot_be_trained_on(
 def test_options_that_cannot_work(
     words: tuple[str, ...], said: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labelled = tmp_path / "labelled"
+    """Told at once, not after an epoch."""
+    labelled, one = tmp_path / "labelled", tmp_path / "one"
     for part in ("train/a", "train/b", "val/a", "val/b"):
         (labelled / part).mkdir(parents=True)
         write_images(labelled / part, 2)
-    given = [word.format(images=images, labelled=labelled) for word in words]
+    for part in ("train/a", "val/a"):
+        (one / part).mkdir(parents=True)
+        write_images(one / part, 2)
+    given = [word.format(images=images, labelled=labelled, one=one) for word in words]
     status, lines = run(capsys, *given, "--data", str(images), "--out", str(tmp_path / "run"))
     assert status == 2
     assert len(lines) == 1
     assert said in lines[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_images_smaller_than_a_crop_are_enlarged_and_it_is_said(
