@@ -21,9 +21,7 @@ from tritonclient.grpc import service_pb2_grpc
 from benchmarks.serving_targets import SIDE_PX, ours, send
 from runtimes.onnx_runtime import OnnxRuntime
 from server.artifacts import Loaded
-from server.batcher import BatchSpec
 from server.config import ServerConfig
-from server.cores import usable_cores
 from server.run import Running
 
 QUEUE_ROWS = 64
@@ -34,16 +32,8 @@ ON_THE_WAY_S = 0.05
 
 
 def overload(artifact: Path, request: Path, folder: Path, seconds: float = 15.0, rounds: int = 2) -> None:
-    """Random arrivals below and above capacity; capacity is measured before and after by clients that wait.
-
-    A queue of N rows that is always full holds a row for N / capacity on the mean (Little's law). Its last row waits until the N - B before
-    its batch of B are computed on all M cores, and its batch then runs on one of them: (N + (M - 1) B) / capacity (Graham 1969, list
-    scheduling).
-    """
+    """Random arrivals below and above capacity; capacity is measured before and after by clients that wait."""
     closed: list[float] = []
-    with OnnxRuntime(artifact, device="cpu", threads=1) as runtime:
-        batch = min(BatchSpec.max_rows, runtime.max_batch or BatchSpec.max_rows)
-    latest = QUEUE_ROWS + (usable_cores() - 1) * batch
     found: dict[float, list[dict[str, Any]]] = {share: [] for share in SHARES}
     with ours(artifact, folder, "--queue-rows", str(QUEUE_ROWS)) as target:
 
@@ -56,7 +46,7 @@ def overload(artifact: Path, request: Path, folder: Path, seconds: float = 15.0,
             measure_capacity()
             for share in SHARES:
                 flags = ("--rate", str(share * closed[-1]), "--seconds", str(seconds), "--seed", str(number))
-                found[share].append(send(target.address, request, *flags) | {"capacity": closed[-1], "latest": latest})
+                found[share].append(send(target.address, request, *flags) | {"capacity": closed[-1]})
     print(
         f"\nopen loop: Poisson arrivals for {seconds:g} s, {rounds} rounds, --queue-rows {QUEUE_ROWS}; 2 blocks, 602 KB a request"
     )
@@ -66,13 +56,13 @@ def overload(artifact: Path, request: Path, folder: Path, seconds: float = 15.0,
     for share, reports in found.items():
         show_share(share, reports)
     print(
-        f"bound: ({QUEUE_ROWS} rows + {latest - QUEUE_ROWS}, as the last batch of {batch} runs on one core) / capacity of the round\n"
-        "wanted at 120 %: answered at least 0.95 of capacity, p99 of the answered within the bound; none but OK and RESOURCE_EXHAUSTED"
+        "bound: a full queue at the capacity of the round. Wanted at 120 %: answered at least 0.95 of capacity, p99 of the answered within "
+        "the bound; no answers other than OK and RESOURCE_EXHAUSTED"
     )
 
 
 def show_share(share: float, reports: Sequence[dict[str, Any]]) -> None:
-    """One line: means over the rounds, and the worst p99 beside its bound."""
+    """One line: means over the rounds."""
     lines = []
     for one in reports:
         ok_s, codes = one["ok_s"], one["codes"]
@@ -80,7 +70,7 @@ def show_share(share: float, reports: Sequence[dict[str, Any]]) -> None:
             raise RuntimeError(f"at {share:.0%} the server answered {codes}")
         good, bad = codes.get("OK", 0), codes.get("RESOURCE_EXHAUSTED", 0)
         p50, p99 = (1e3 * ok_s[min(len(ok_s) - 1, int(q * len(ok_s)))] for q in (0.5, 0.99))
-        bound = 1e3 * one["latest"] / one["capacity"]
+        bound = 1e3 * QUEUE_ROWS / one["capacity"]
         rate = good / one["wall_s"]
         lines.append(((good + bad) / one["wall_s"], rate, rate / one["capacity"], bad / (good + bad), p50, p99, bound))
     arrived, rate, part, refused, p50, p99, bound = np.mean(lines, axis=0)

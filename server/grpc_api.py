@@ -197,10 +197,8 @@ class GrpcServer:
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
-                (
-                    "grpc.max_send_message_length",
-                    -1,
-                ),  # `Service` refuses what is too large, and gRPC would end a whole stream
+                # `Service` refuses a reply that is too large; gRPC would end its whole stream.
+                ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 # An image is one frame, and comes without a pause for leave to go on.
                 ("grpc.http2.max_frame_size", FRAME_BYTES),
