@@ -166,10 +166,13 @@ def linear_cases(sizes: Sizes) -> dict[str, Case]:
                 torch.mm(batch[:, columns], weights[name], out=logits)
                 torch.mm(batch[:, columns].T, logits, out=changes[name])
 
+    def take(rows: Tensor, _: int, columns: slice, out: Tensor) -> None:
+        torch.index_select(wide[:, columns], 0, rows, out=out)
+
     def steps() -> None:
         rates = [lr * sizes.batch / 256 for lr in LR_PER_256]
         how = {"steps": sizes.steps, "batch": sizes.batch, "seed": 0}
-        train_grid(lambda rows, _: wide.index_select(0, rows), slices, labels, sizes.classes, rates, **how)
+        train_grid(take, slices, labels, sizes.classes, rates, **how)
 
     return {"products": products, "52 heads, whole steps": steps}
 

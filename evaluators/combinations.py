@@ -68,11 +68,24 @@ class Wide:
 
     def take(self, rows_B: Tensor | np.ndarray, view: int = 0) -> Tensor:
         """Features [B, W] of these images in a view; views come round again."""
-        rows = np.asarray(rows_B)
-        parts = [array[rows] for array in self.views[view % len(self.views)]]
+        width = sum(array.shape[1] for array in self.views[0])
+        out_BW = torch.empty(len(rows_B), width)
+        self.take_into(rows_B, view, slice(0, width), out_BW)
+        return out_BW
+
+    def take_into(self, rows_B: Tensor | np.ndarray, view: int, columns: slice, out: Tensor) -> None:
+        """Write these columns of `take`'s features to `out`."""
+        rows, out_BC, begin = np.asarray(rows_B), out.numpy(), 0
+        arrays = self.views[view % len(self.views)]
         if self.alternating:
-            return torch.from_numpy(interleaved(*parts))
-        return torch.from_numpy(np.concatenate(parts, axis=1) if len(parts) > 1 else np.array(parts[0]))
+            out_BC[:] = interleaved(*(array[rows] for array in arrays))[:, columns]
+            return
+        for array in arrays:
+            end = begin + array.shape[1]
+            first, last = max(begin, columns.start), min(end, columns.stop)
+            if first < last:
+                out_BC[:, first - columns.start : last - columns.start] = array[rows, first - begin : last - begin]
+            begin = end
 
 
 def wide(tables: Sequence[FeatureTable], names: Sequence[str]) -> Wide:

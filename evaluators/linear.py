@@ -151,7 +151,7 @@ def _train(
     n, rows = len(rows_n), torch.from_numpy(rows_n)
     batch = spec.batch_for(n)
     return train_grid(
-        lambda picked, epoch: seen.take(rows[picked], epoch),
+        lambda picked, epoch, columns, out: seen.take_into(rows[picked], epoch, columns, out),
         seen.slices,
         labels_n[rows],
         n_classes,
