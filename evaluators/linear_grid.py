@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Take = Callable[[Tensor, int, slice, Tensor], None]
+Take = Callable[[Tensor, int, slice, Tensor], object]
 """`take(rows, epoch, columns, out)` writes these columns of the features of a batch [B, W] to `out`, for which there is no other place: a
 copy of a batch costs a hundredth of a step."""
 MOMENTUM = 0.9
