@@ -15,11 +15,13 @@ import json
 import random
 import sys
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import tyro
@@ -60,8 +62,8 @@ class Report:
     cpu_s: float = 0.0
     """CPU time of the clients."""
     codes: Counter[str] = field(default_factory=Counter)
-    ok_s: list[float] = field(default_factory=list)
-    """Seconds from the moment a request was due to its answer, of those that were answered, sorted."""
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """When a request was due and when its answer came, of those that were answered."""
 
 
 def grpc_calls(address: str, body: bytes) -> tuple[list[grpc.aio.Channel], Call]:
@@ -116,7 +118,22 @@ async def opened(call: Call, load: Load, report: Report) -> None:
 def note(report: Report, code: str, began: float) -> None:
     report.codes[code] += 1
     if code == "OK":
-        report.ok_s.append(time.perf_counter() - began)
+        report.spans.append((began, time.perf_counter()))
+
+
+def sum_up(report: Report) -> dict[str, Any]:
+    """The report as JSON: `ok_s`, seconds from the moment a request was due to its answer, sorted; `answers`, how many answers came in
+    that time, its own among them, sorted: how long it waited, whatever the machine's speed."""
+    answers = sorted(done for _, done in report.spans)
+    ok_s = sorted(done - began for began, done in report.spans)
+    among = sorted(bisect_right(answers, done) - bisect_right(answers, began) for began, done in report.spans)
+    return {
+        "wall_s": report.wall_s,
+        "cpu_s": report.cpu_s,
+        "codes": report.codes,
+        "ok_s": ok_s,
+        "answers": among,
+    }
 
 
 async def over_grpc(address: str, body: bytes, load: Load, report: Report) -> None:
@@ -165,8 +182,7 @@ def main(
         over_http(address, body, load, report)
     else:
         asyncio.run(over_grpc(address, body, load, report))
-    report.ok_s.sort()
-    json.dump(vars(report), sys.stdout)
+    json.dump(sum_up(report), sys.stdout)
 
 
 if __name__ == "__main__":
