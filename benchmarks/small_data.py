@@ -1,13 +1,15 @@
-"""Does the rule for little data help? `python -m benchmarks.small_data --data SETS --eval-data SET --out FOLDER`.
+"""Does the rule for little data help? `python -m benchmarks.small_data --data SETS --eval-data SET SET --out FOLDER`.
 
 Trains one small recipe's method several times for the same few steps: with the rule's values, and with one of them moved: to the published
-value, to half, to double. The network is a tenth of the recipe's, so that a busy core does a run in minutes. Prints k-NN top-1 of each on
-the labelled set beside the untrained network's. Rows that exist in FOLDER/results.jsonl are not run again.
+value, to half, to double. The network is a tenth of the recipe's, so that a busy core does a run in minutes. Prints k-NN top-1 of each, the
+mean over the labelled sets, beside the untrained network's, and the difference to the rule under the same seed with its standard error
+over the seeds. Rows that exist in FOLDER/results.jsonl are not run again.
 """
 
 import json
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 
 def main(
     data: str,
-    eval_data: str,
+    eval_data: tuple[str, ...],
     out: Path,
     recipe: str = "dinov2_small_cpu",
     steps: int = 400,
@@ -101,7 +103,7 @@ def main(
 
     Args:
         data: Images to train on, as for `python -m training`; the first `images` of them by a fixed shuffle.
-        eval_data: Labelled set.
+        eval_data: Labelled sets.
         out: Folder for results.jsonl and the runs.
         recipe: Small recipe.
         steps: Of each run.
@@ -131,18 +133,20 @@ def main(
     show([row for row in done if row["recipe"] == recipe])
 
 
-def measure(recipe: Recipe, dataset: Dataset, eval_data: str, folder: Path, seed: int) -> dict[str, float]:
-    """k-NN of one run, and of its network before."""
-    began, probe = time.process_time(), KnnProbe(eval_data, 1)
+def measure(recipe: Recipe, dataset: Dataset, eval_data: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
+    """k-NN of one run on each set, their mean, and that of its network before."""
+    began, probes = time.process_time(), [KnnProbe(one, 1) for one in eval_data]
     torch.manual_seed(seed)
     untrained = make_state(recipe, torch.device("cpu")).teacher.backbone
     manifest = Manifest(architecture={}, preprocess=recipe.preprocess)
     train(recipe, dataset, folder, recipe_name="small", source="", revision="", seed=seed, workers=0)
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     trained = load_backbone(folder / "checkpoints" / "latest.safetensors").model
+    before, after = ([probe.top1(one, manifest, "cpu") for probe in probes] for one in (untrained, trained))  # type: ignore[arg-type]
     return {
-        "knn_top1": probe.top1(trained, manifest, "cpu"),  # type: ignore[arg-type]
-        "untrained": probe.top1(untrained, manifest, "cpu"),
+        "knn_top1": statistics.mean(after),
+        "knn_top1_of_sets": after,
+        "untrained": statistics.mean(before),
         "target_entropy_nats": last["target_entropy_nats"],
         "effective_rank": last["effective_rank"],
         "cpu_s": time.process_time() - began,
@@ -150,22 +154,23 @@ def measure(recipe: Recipe, dataset: Dataset, eval_data: str, folder: Path, seed
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table of means over the seeds."""
-    names = list(dict.fromkeys(row["variant"] for row in rows))
-    mean = {
-        name: {
-            key: sum(row[key] for row in rows if row["variant"] == name) / sum(row["variant"] == name for row in rows)
-            for key in ("knn_top1", "untrained", "target_entropy_nats", "effective_rank")
+    """A table of means over the seeds, and of the differences to the rule under the same seed."""
+    of = {(row["variant"], row["seed"]): row for row in rows}
+    print(f"{'variant':40} {'seeds':>5} {'k-NN':>6} {'- rule':>7} {'error':>6} {'entropy':>8} {'rank':>6}")
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        mean = {
+            key: statistics.mean(row[key] for row in mine)
+            for key in ("knn_top1", "target_entropy_nats", "effective_rank")
         }
-        for name in names
-    }
-    print(f"{'variant':40} {'k-NN':>6} {'- rule':>7} {'entropy':>8} {'rank':>6}")
-    for name, found in mean.items():
-        gap = found["knn_top1"] - mean["rule"]["knn_top1"] if "rule" in mean else float("nan")
+        gaps = [row["knn_top1"] - of["rule", row["seed"]]["knn_top1"] for row in mine if ("rule", row["seed"]) in of]
+        gap = 100 * statistics.mean(gaps) if gaps else float("nan")
+        error = 100 * statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
         print(
-            f"{name:40} {100 * found['knn_top1']:6.1f} {100 * gap:+7.1f} {found['target_entropy_nats']:8.2f} {found['effective_rank']:6.1f}"
+            f"{name:40} {len(mine):5d} {100 * mean['knn_top1']:6.1f} {gap:+7.1f} {error:6.1f} {mean['target_entropy_nats']:8.2f} "
+            f"{mean['effective_rank']:6.1f}"
         )
-    print(f"{'untrained':40} {100 * mean[names[0]]['untrained']:6.1f}")
+    print(f"{'untrained':40} {'':5} {100 * statistics.mean(row['untrained'] for row in rows):6.1f}")
 
 
 if __name__ == "__main__":
