@@ -139,6 +139,10 @@ class Dataset:
         """Whether another data set holds one of these files, whatever either is called."""
         return not self._places().isdisjoint(other._places())
 
+    def files(self) -> list[str]:
+        """Paths of all files that hold something of an item, its masks and depth maps too, sorted."""
+        return sorted({member.path for record in self._records for member in record.members.values()})
+
     def _places(self) -> set[tuple[str, int]]:
         """Where the encoded images lie: file, and first byte in it."""
         members = (record.members[IMAGE] for record in self._records)

@@ -3,6 +3,7 @@
 Exit status of every command: 0 done, 2 bad input, 3 a check failed, 130 stopped by Ctrl-C.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ class CheckFailed(RuntimeError):
 
 def run_cli(main: Callable[[], object]) -> NoReturn:
     """Run `main` and end the process with the exit status of this module's table; errors become one stderr line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8, which is no reason not to print it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except ToldElsewhere:

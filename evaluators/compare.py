@@ -114,6 +114,12 @@ def pair_further_sets(a: Scored, b: Scored) -> tuple[dict[str, Any], list[str]]:
     return found, unlike
 
 
+def truth_of(result: Mapping[str, Any]) -> str:
+    """What tells the images of a result, and what is true of them, from those of others."""
+    data = result["data"]
+    return json.dumps([data["fingerprint"], data.get("truth_fingerprint")], sort_keys=True)
+
+
 def refuse_unlike(a: Scored, b: Scored) -> None:
     """Raise InputError where two results do not measure the same thing on the same items."""
     for what, of_a, of_b in (
@@ -123,10 +129,10 @@ def refuse_unlike(a: Scored, b: Scored) -> None:
     ):
         if of_a != of_b:
             raise InputError(f"{a.path} and {b.path}: {what} {of_a!r} and {of_b!r}; compare results of the same kind")
-    if a.result["data"]["fingerprint"] != b.result["data"]["fingerprint"]:
+    if truth_of(a.result) != truth_of(b.result):
         raise InputError(
             f"{a.path} and {b.path} are of different data ({a.result['data']['source']}, {b.result['data']['source']}); "
-            "evaluate both networks on the same images and splits"
+            "evaluate both networks on the same images, splits and labels, masks or depth"
         )
     names_a, names_b = (set(one.predictions["names"].tolist()) for one in (a, b))
     if len(names_a) != len(a.predictions["names"]) or len(names_b) != len(b.predictions["names"]):

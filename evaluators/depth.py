@@ -50,7 +50,7 @@ from evaluators.results import (
     result_json,
     save_result,
 )
-from evaluators.rgbd import DepthSet, MeasuredDepth, open_depth
+from evaluators.rgbd import DepthSet, MeasuredDepth, open_depth, truth_fingerprint
 from evaluators.splits import FOLDS, hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
 from runtimes.open import open_runtime
@@ -232,9 +232,11 @@ def run(
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
         manifest = runtime.manifest
         evaluated = measure(runtime.name, runtime, depth, options, spec)
+        parts = {"train": depth.splits.train, "val": depth.splits.val}
+        truth = {what: truth_fingerprint(part) for what, part in parts.items()}
         context = Context(
             model=describe_model(options.ckpt, runtime),
-            data=describe_data(options.data, depth.splits, evaluated.counts),
+            data=describe_data(options.data, depth.splits, evaluated.counts) | {"truth_fingerprint": truth},
             preprocess=manifest.preprocess.to_json() | {"view": "whole", "size_px": view_px(runtime, spec)},
             timing=evaluated.timing,
             environment=describe_environment(runtime.device, options.threads),

@@ -91,7 +91,7 @@ def main(
     text = make_page(load_results(results, lambda line: print(f"note: {line}", file=sys.stderr)), title)
     try:
         with replacing(out) as path:
-            path.write_text(text)
+            path.write_text(text, "utf-8", "backslashreplace")  # names of files may be no UTF-8
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another place") from error
     print(f"written: {out}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from evaluators.compare import Scored, compare, load_scored
+from evaluators.compare import Scored, compare, load_scored, truth_of
 from evaluators.results import SCHEMA, load_result
 
 MAX_NAMED = 3
@@ -99,8 +99,8 @@ def group_results(found: Sequence[Found]) -> list[Group]:
     groups: dict[tuple[Any, ...], list[Found]] = {}
     for one in found:
         result = one.result
-        fingerprint = json.dumps(result["data"]["fingerprint"], sort_keys=True)
-        groups.setdefault((result["evaluator"], result["version"], result["headline"], fingerprint), []).append(one)
+        key = (result["evaluator"], result["version"], result["headline"], truth_of(result))
+        groups.setdefault(key, []).append(one)
     made: list[Group] = []
     for (evaluator, *_), members in groups.items():
         headline = members[0].result["headline"]

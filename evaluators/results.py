@@ -164,7 +164,10 @@ def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.
             with replacing(beside) as path, path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **dict(predictions))
         with replacing(out) as path:
-            path.write_text(json.dumps(body, indent=1, ensure_ascii=False, default=_plain, allow_nan=False) + "\n")
+            text = json.dumps(body, indent=1, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
+            path.write_bytes(
+                text.encode("utf-8", "backslashreplace")
+            )  # of a name's bytes that are no UTF-8: JSON's own escapes
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another place") from error
 

@@ -122,6 +122,19 @@ class MeasuredDepth(Sequence[np.ndarray]):
         return kept
 
 
+def truth_fingerprint(dataset: Dataset) -> str:
+    """As `Dataset.fingerprint`, of the depth maps."""
+    if isinstance(dataset, LabelledDataset):  # one file holds both
+        return dataset.fingerprint()
+    records = [Record(one.item, {IMAGE: one.members[depth_kind(one)]}) for one in dataset._records]
+    return Dataset(records).fingerprint()
+
+
+def depth_kind(record: Record) -> str:
+    """The kind of file that holds an image's depth."""
+    return next((kind for kind in STEPS if kind in record.members), DEPTH)
+
+
 def _folder_pair(root: Path, kind: str) -> Dataset:
     """`images/` and the folder of depth maps as one set."""
     records = []
@@ -141,7 +154,7 @@ def read_depth_m(dataset: Dataset, row: int) -> np.ndarray:
     name = dataset.items[row].name
     if isinstance(dataset, LabelledDataset):
         return dataset.depth(dataset.measured_m(row), row)
-    kind = next((kind for kind in STEPS if kind in dataset._records[row].members), DEPTH)
+    kind = depth_kind(dataset._records[row])
     try:
         with Image.open(io.BytesIO(dataset.read_member(row, kind)), formats=["PNG"]) as image:
             if image.width * image.height > DEFAULT_LIMITS.max_pixels:

@@ -98,7 +98,10 @@ def held_out(key: str, one_in: int) -> bool:
 
 def hash_bucket(key: str, buckets: int) -> int:
     """A bucket number that depends on the key alone."""
-    return int(hashlib.sha1(f"ov{key}".encode(), usedforsecurity=False).hexdigest()[:8], 16) % buckets
+    return (
+        int(hashlib.sha1(f"ov{key}".encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()[:8], 16)
+        % buckets
+    )
 
 
 def parts_to_hold_out(folds_n: np.ndarray, wanted: int) -> list[int]:

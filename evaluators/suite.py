@@ -45,6 +45,8 @@ NAMES = (
     "video_actions",
 )
 """All evaluators; those whose module is here can be run."""
+IN_ONE_PROCESS = ("segmentation", "depth", "attention", "video_objects", "video_actions")
+"""Those that refuse --processes; the suite leaves it out for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,29 +120,43 @@ def versions_of(name: str) -> list[int]:
 
 
 def data_mark(data: str) -> str:
-    """Hash of what git goes by (names, sizes, inodes, times) of the files that `data` names, and of images that its tables name."""
+    """Hash of what git goes by (names, sizes, inodes, times) of the files that `data` names, and of all that its tables name."""
     digest = hashlib.sha256()
     for part in [data] if _there(Path(data)) else data.split(","):
         path = Path(part.strip())
         if not _there(path) and ":" in part:
             path = Path(part.split(":", 1)[1].strip())
         for name, about in _files_of(path):
-            line = f"{name}\0{about.st_size}\0{about.st_ino}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\n"
-            digest.update(os.fsencode(line))
+            digest.update(os.fsencode(f"{name}\0{_mark(about)}\n"))
         if path.suffix == ".csv":
             with contextlib.suppress(InputError):
-                digest.update(open_dataset(part).fingerprint().encode())
+                for file in open_dataset(part).files():
+                    with contextlib.suppress(OSError):
+                        digest.update(os.fsencode(f"{file}\0{_mark(os.stat(file))}\n"))
     return digest.hexdigest()
 
 
+def _mark(about: os.stat_result) -> str:
+    return f"{about.st_size}\0{about.st_ino}\0{about.st_mtime_ns}\0{about.st_ctime_ns}"
+
+
 def _files_of(path: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below a folder, or a file and its namesakes of other suffixes, in a fixed order; those that have gone are left out."""
+    """Every file below a folder, or a file and its namesakes of other suffixes, in a fixed order; those that have gone are left out.
+
+    Links are followed, and each folder is entered once, as data sets are listed.
+    """
     if not path.is_dir():
         for file in [path, *sorted(path.parent.glob(f"{path.stem}.*"))]:
             with contextlib.suppress(OSError):
                 yield file.name, file.stat()
         return
-    for above, folders, names, handle in os.fwalk(path):
+    entered: set[tuple[int, int]] = set()
+    for above, folders, names, handle in os.fwalk(path, follow_symlinks=True):
+        about = os.fstat(handle)
+        if (about.st_dev, about.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((about.st_dev, about.st_ino))
         folders.sort()
         for name in sorted(names):
             with contextlib.suppress(OSError):
@@ -175,6 +191,8 @@ def evaluate(entry: Entry, out: Path, options: RunOptions, more: Sequence[str] =
     words = ["--ckpt", options.ckpt, "--data", entry.data, "--out", str(out), "--device", options.device]
     words += ["--batch-size", str(options.batch_size), "--workers", str(options.workers), "--seed", str(options.seed)]
     words += ["--cache-dir", str(options.cache_dir)] + (["--threads", str(options.threads)] if options.threads else [])
+    if options.processes > 1 and entry.name not in IN_ONE_PROCESS:
+        words += ["--processes", str(options.processes)]
     words += more
     with contextlib.redirect_stdout(io.StringIO()):  # its table; the results hold it
         evaluator_cli(module.main, words)
@@ -211,7 +229,7 @@ def run(options: SuiteRun) -> dict[str, Any]:
             record |= {"status": "failed", "reason": str(error)}
             say(f"{title}: failed: {error}")
         else:
-            record |= {"status": "done", "headline": headline(result)}
+            record |= {"status": "done", "headline": headline(result), "sha256": file_hash(options.out / entry.file)}
             say(f"{title}: {headline(result)}, {time.perf_counter() - began:.1f} s")
         suite["entries"][entry.file] = record | {"seconds": round(time.perf_counter() - began, 3)}
         write_suite(options.out / "suite.json", suite)
@@ -224,14 +242,19 @@ def run(options: SuiteRun) -> dict[str, Any]:
 
 
 def finished(path: Path, before: dict[str, Any], entry: Entry, stamp: str) -> dict[str, Any] | None:
-    """The result that an earlier run left, if the same inputs would make it again."""
+    """The result that an earlier run left, if the same inputs would make it again and nobody has put another in its place."""
     record = before.get("entries", {}).get(entry.file, {})
     if record.get("status") != "done" or record.get("stamp") != stamp:
         return None
     try:
-        return load_result(path)
-    except InputError:
+        return load_result(path) if file_hash(path) == record.get("sha256") else None
+    except (InputError, OSError):
         return None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file. Raises OSError."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_suite(path: Path) -> dict[str, Any]:

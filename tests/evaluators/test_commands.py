@@ -1,6 +1,7 @@
 """The commands as a user runs them: what they print, write, cache, leave out and refuse, on a checkpoint and its export."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 from safetensors.torch import load_file
 
 from data.datasets import open_dataset
+from evaluators import report
 from evaluators.baselines import open_baseline
 from evaluators.combinations import combinations
 from evaluators.extract import ExtractSpec, FeatureTable, extract
 from evaluators.knn import evaluate
-from evaluators.results import SCHEMA, load_result
+from evaluators.results import SCHEMA, load_predictions, load_result
 from evaluators.splits import labelled, open_splits
 from exports.to_onnx import export_onnx
 from runtimes.open import open_runtime
@@ -198,3 +200,24 @@ def test_raw_pixels_on_the_shared_photographs_are_far_above_chance_and_below_the
     found = evaluate(train, val)
     assert (len(train), len(val)) == (180, 116)
     assert 0.22 < found.metrics["top1"].value < 0.45
+
+
+@pytest.mark.parametrize(("name", "flags"), [("knn", ("--k", "1")), ("linear", LINEAR)])
+def test_names_that_are_not_utf8_are_names_too(
+    name: str, flags: tuple[str, ...], ckpt: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old archives hold Latin-1 names, which Python reads as lone surrogates."""
+    for split in ("train", "val"):
+        os.rename(data / split / "red", os.fsencode(data / split) + b"/caf\xe9")
+    assert command(monkeypatch, name, "--ckpt", ckpt, "--data", data, "--out", tmp_path / "a.json", *flags) == 0
+    assert "caf\udce9" in load_predictions(tmp_path / "a.json", load_result(tmp_path / "a.json"))["classes"]
+    report.main((tmp_path / "a.json",), tmp_path / "page.html")
+    assert "caf\\udce9" in (tmp_path / "page.html").read_text()
+
+
+def test_files_whose_names_are_not_utf8_are_split_and_measured(
+    ckpt: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    red = data / "train" / "red"
+    os.rename(next(red.glob("*.png")), os.fsencode(red) + b"/caf\xe9.png")
+    assert command(monkeypatch, "knn", "--ckpt", ckpt, "--data", data / "train", "--k", "1") == 0

@@ -47,7 +47,8 @@ def make_result(path: Path, scores: np.ndarray, names: list[str] | None = None, 
     )  # fmt: skip
     context = Context(
         model={"ckpt": path.stem, "runtime": "torch"},
-        data={"source": "photos", "fingerprint": changes.pop("fingerprint", {"train": "a", "val": "b"})},
+        data={"source": "photos", "fingerprint": changes.pop("fingerprint", {"train": "a", "val": "b"}),
+              "truth_fingerprint": changes.pop("truth_fingerprint", {"val": "masks"})},
         preprocess={}, timing={}, environment={},
     )  # fmt: skip
     result = result_json(measurement, context) | changes
@@ -172,6 +173,7 @@ def test_it_is_said_where_the_headline_is_no_mean_of_the_scores(
     ("changes", "said"),
     [
         ({"fingerprint": {"train": "a", "val": "other"}}, "different data"),
+        ({"truth_fingerprint": {"val": "other masks"}}, "different data"),
         ({"version": 2}, "version of the protocol 1 and 2"),
         ({"evaluator": "linear"}, "evaluator 'knn' and 'linear'"),
         ({"names": [f"{i}.jpg" for i in range(1, N + 1)]}, "different test items"),

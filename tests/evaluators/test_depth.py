@@ -190,6 +190,11 @@ def test_the_command_writes_result_picture_and_a_head_that_serves_the_same_depth
     again = run(options, QUICK)
     assert again["timing"]["features_from_cache"]
     assert again["metrics"] == result["metrics"]
+    depth_map = next(iter(sorted((data / "depth_mm").rglob("*.png"))))
+    cv2.imwrite(str(depth_map), cv2.imread(str(depth_map), cv2.IMREAD_UNCHANGED) + 1)
+    other = run(options, QUICK)["data"]
+    assert other["fingerprint"] == result["data"]["fingerprint"]
+    assert other["truth_fingerprint"] != result["data"]["truth_fingerprint"]
 
 
 def test_a_corrupt_image_is_left_out_with_its_own_depth_map(tmp_path: Path) -> None:

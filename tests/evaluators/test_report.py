@@ -115,7 +115,8 @@ def test_lower_is_better_puts_the_smallest_error_first(tmp_path: Path) -> None:
 def test_other_data_is_another_table(tmp_path: Path) -> None:
     for name in "ab":
         make_result(tmp_path / f"{name}.json", np.ones(4, np.float32), fingerprint={"val": name})
-    assert len(group_results(load_results([tmp_path]))) == 2
+    make_result(tmp_path / "c.json", np.ones(4, np.float32), fingerprint={"val": "b"}, truth_fingerprint={"val": "c"})
+    assert len(group_results(load_results([tmp_path]))) == 3
 
 
 def test_what_is_no_result_is_refused_or_passed_over(tmp_path: Path) -> None:

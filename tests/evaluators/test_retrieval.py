@@ -145,11 +145,12 @@ def test_numbers_in_arrays_of_any_kind_are_read(tmp_path: Path) -> None:
             "a": np.arange(6, dtype=">i4").reshape(2, 3),
             "b": [np.float64(1.5), np.int64(3)],
             "c": ("x", b"y", None),
+            "d": np.array([], np.int64),
         }
         path.write_bytes(pickle.dumps(value, protocol))
         found = load_plain_pickle(path)
         np.testing.assert_array_equal(found["a"], value["a"])
-        assert (found["b"], found["c"]) == ([1.5, 3], ["x", b"y", None])
+        assert (found["b"], found["c"], len(found["d"])) == ([1.5, 3], ["x", b"y", None], 0)
 
 
 @pytest.mark.parametrize(

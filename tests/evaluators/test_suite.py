@@ -1,5 +1,6 @@
 """A list of evaluators from one extraction: each once, again only where something changed, the rest in spite of a failure."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -61,6 +62,10 @@ def test_results_are_made_once_and_again_where_their_inputs_changed(base: SuiteR
     small_checkpoint(Path(base.ckpt), seed=8)
     run(base)
     assert ran[7:] == ["knn", "retrieval"], "the network changed"
+    knn, retrieval = (base.out / f"{name}.json" for name in ("knn", "retrieval"))
+    knn.write_bytes(retrieval.read_bytes())
+    run(base)
+    assert ran[9:] == ["knn"], "another result was put in its place"
     entries = json.loads((base.out / "suite.json").read_text())["entries"]
     assert set(entries) == {"knn.json", "retrieval.json"}, "ridge was of another network"
     assert all(entry["status"] == "done" for entry in entries.values())
@@ -144,6 +149,48 @@ def test_the_mark_of_data_follows_its_files(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(b"12")
     assert data_mark(str(tmp_path / "set")) != first
     assert data_mark(str(tmp_path / "absent")) == data_mark(str(tmp_path / "absent"))
+
+
+def test_the_mark_of_data_follows_links_and_ends_at_loops(tmp_path: Path) -> None:
+    data = colour_folder(tmp_path / "data", n_train=1, n_val=1)
+    whole, part = tmp_path / "whole", tmp_path / "parts"
+    whole.symlink_to(data)
+    part.mkdir()
+    (part / "train").symlink_to(data / "train")
+    (data / "train" / "loop").symlink_to(data)
+    before = [data_mark(str(one)) for one in (whole, part)]
+    (data / "train" / "red" / "0.png").rename(data / "train" / "blue" / "1.png")
+    after = [data_mark(str(one)) for one in (whole, part)]
+    assert not set(before) & set(after)
+
+
+@pytest.mark.parametrize("kind", ["image", "sem", "depth_mm"])
+def test_the_mark_of_a_list_follows_every_file_that_it_names(kind: str, tmp_path: Path) -> None:
+    files = {name: tmp_path / "files" / f"{name}.png" for name in ("image", "sem", "depth_mm")}
+    (tmp_path / "files").mkdir()
+    for file in files.values():
+        file.write_bytes(b"1")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    listed = rows / "list.csv"
+    listed.write_text("path,sem,depth_mm\n" + ",".join(str(file) for file in files.values()) + "\n")
+    before = data_mark(str(listed))
+    assert data_mark(str(listed)) == before
+    files[kind].write_bytes(b"12")
+    assert data_mark(str(listed)) != before
+
+
+@pytest.mark.parametrize("name", available())
+def test_processes_reach_every_evaluator_that_takes_them(
+    name: str, base: SuiteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(suite, "evaluator_cli", lambda _, words: given.append(words))
+    monkeypatch.setattr(suite, "load_result", lambda _: {})
+    evaluate(Entry(name, "x", "x.json"), tmp_path / "x.json", replace(base, processes=2))
+    assert ("--processes" in given[0]) == (
+        not hasattr(importlib.import_module(f"evaluators.{name}"), "refuse_processes")
+    )
 
 
 def test_the_command_tells_what_it_did(
