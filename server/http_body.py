@@ -2,12 +2,13 @@
 
 import asyncio
 import gzip
+import io
 import json
 import logging
 import re
 import uuid
 import zlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ MAX_FIELDS = 4096
 MAX_NESTING = 64
 """Lists and objects inside each other in what is stored; Python's reader takes a little more than its writer can write."""
 MIN_COMPRESSED_BYTES = 512
+PART_BYTES, STEP_BYTES = 1 << 15, 1 << 20
+"""A compressed body is read in parts of so many bytes, and unpacks to at most so many before they are counted."""
 
 
 class Guard:
@@ -45,8 +48,10 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
-        started, body = False, _Body()
+        state = scope.setdefault("state", {})
+        request_id = state["request_id"] = _request_id(scope)
+        started, body = False, _Body(self.admission)
+        state["body"] = body
 
         async def named(message: Message) -> None:
             nonlocal started
@@ -83,11 +88,9 @@ class Guard:
                         message = await receive()
                 except TimeoutError as error:
                     raise TooSlow(f"nothing more of the body came for {self.body_s:g} s; send it again") from error
-                part = len(message.get("body", b""))
-                body.nbytes += part
                 whole = whole or not message.get("more_body", False)
+                body.receive(len(message.get("body", b"")))
                 too_large = body.nbytes > self.max_bytes
-                self.admission.receive(part, body.nbytes)
             if too_large:
                 raise TooLarge(
                     f"the request body is larger than {self.max_bytes >> 20} MB; send fewer images at a time"
@@ -99,9 +102,15 @@ class Guard:
 
 @dataclass
 class _Body:
-    """What has come of one."""
+    """What one holds: as much as has come of it, and as much as that was unpacked to."""
 
+    admission: Admission
     nbytes: int = 0
+
+    def receive(self, part: int) -> None:
+        """Count so many bytes more, until the request is answered. Raises Overloaded."""
+        self.nbytes += part
+        self.admission.receive(part, self.nbytes)
 
 
 def _request_id(scope: Scope) -> str:
@@ -117,27 +126,45 @@ def error_reply(error: Exception, request_id: str) -> JSONResponse:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, decompressed. Raises InputError for broken compression, TooLarge beyond `max_bytes`."""
+    """The whole body, decompressed.
+
+    Raises InputError for broken compression, TooLarge beyond `max_bytes`, Overloaded where all bodies together take too much memory.
+    """
     body = await request.body()
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding == "identity":
         return body
     if coding not in ("gzip", "deflate"):
         raise InputError(f"Content-Encoding {coding!r:.40}: wanted gzip, deflate or none")
-    return await asyncio.to_thread(_decompress, body, coding, max_bytes)
+    plain, steps = io.BytesIO(), _unpacked(body, coding)
+    while step := await asyncio.to_thread(next, steps, b""):
+        if plain.tell() + len(step) > max_bytes:
+            raise TooLarge(f"the decompressed body is larger than {max_bytes >> 20} MB; send fewer images at a time")
+        request.state.body.receive(len(step))
+        plain.write(step)
+    return plain.getvalue()
 
 
-def _decompress(body: bytes, coding: str, max_bytes: int) -> bytes:
+def _unpacked(body: bytes, coding: str) -> Iterator[bytes]:
+    """What a body unpacks to, in steps that are not empty; gzip may have several members (RFC 1952). Raises InputError."""
     inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    try:
-        plain = inflater.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise InputError(f"the body is not {coding}, as its Content-Encoding says ({error})") from error
-    if len(plain) > max_bytes:
-        raise TooLarge(f"the decompressed body is larger than {max_bytes >> 20} MB")
+    for start in range(0, len(body), PART_BYTES):
+        rest, full = body[start : start + PART_BYTES], False
+        while rest or full:  # what fills a step may go on without anything more to read
+            if inflater.eof:
+                if coding != "gzip":
+                    raise InputError(f"more follows the end of the {coding} body; send nothing after it")
+                inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+            try:
+                step = inflater.decompress(rest, STEP_BYTES)
+            except zlib.error as error:
+                raise InputError(f"the body is not {coding}, as its Content-Encoding says ({error})") from error
+            rest = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+            full = len(step) == STEP_BYTES and not inflater.eof
+            if step:
+                yield step
     if not inflater.eof:
         raise InputError(f"the {coding} body is cut short")
-    return plain
 
 
 def compressed(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:

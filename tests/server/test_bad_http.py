@@ -1,6 +1,8 @@
 """Bodies, headers, uploads and addresses that cannot be answered over HTTP are refused in one line, and the next request is answered."""
 
+import gzip
 import json
+import zlib
 
 import httpx
 import pytest
@@ -101,6 +103,14 @@ def test_a_body_in_a_broken_coding_is_refused(http, coding):
     assert coding in answer.json()["error"]
 
 
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_a_body_that_is_cut_or_goes_on_after_its_end_is_refused(http, coding):
+    packed = (gzip.compress if coding == "gzip" else zlib.compress)(json.dumps({"inputs": [PIXELS_JSON]}).encode())
+    for body in (packed[:-1], packed + b"more", b""):
+        answer = http.post("/v2/models/backbone/infer", content=body, headers={"content-encoding": coding})
+        assert (answer.status_code, coding in answer.json()["error"]) == (400, True), answer.text
+
+
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("route", ["/v2/models/backbone/infer", "/v1/embeddings"])
 def test_a_body_beyond_the_limit_is_refused(http, route, announced):
@@ -114,8 +124,6 @@ def test_a_body_beyond_the_limit_is_refused(http, route, announced):
 
 
 def test_a_small_body_that_unpacks_to_a_large_one_is_refused(http):
-    import gzip
-
     packed = gzip.compress(bytes(64 << 20))
     answer = http.post("/v2/models/backbone/infer", content=packed, headers={"content-encoding": "gzip"})
     assert (answer.status_code, "decompressed" in answer.json()["error"]) == (413, True)

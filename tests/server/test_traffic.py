@@ -1,6 +1,7 @@
 """Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails, draining."""
 
 import asyncio
+import gzip
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,26 @@ def test_bodies_that_are_being_read_are_bounded_together_and_one_alone_is_not(tm
         with socket.create_connection((host, int(port)), 30) as vanishing:
             vanishing.sendall(head + bytes(2_500_000))
             wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+
+
+def test_what_a_body_unpacks_to_counts_among_the_bytes_while_it_is_unpacked(tmp_path):
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 3000000\r\n\r\n"
+    packed = {"content": gzip.compress(bytes(3_000_000)), "headers": {"content-encoding": "gzip"}}
+    with Running(config, runtime.load) as running:
+        address = f"{running.addresses.http}/v2/models/backbone/infer"
+        host, port = running.addresses.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 30) as other:
+            other.sendall(head + bytes(500_000))
+            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 500_000)
+            busy = httpx.post(address, **packed)
+            assert (busy.status_code, busy.headers["retry-after"], "are being read" in busy.text) == (429, "1", True)
+            assert gauge(running, "dinoscope_body_bytes") == 500_000
+        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+        alone = httpx.post(address, **packed)
+        assert (alone.status_code, "not JSON" in alone.text) == (400, True)
         wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
 
 
