@@ -10,9 +10,11 @@ Axes: n items, D feature size.
 import importlib.util
 import io
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from data.errors import InputError
 FORMATS = ("npz", "parquet")
 MAX_UNPACKED_BYTES = 8 << 30
 """A file that would take more memory than this is refused before it is read."""
+BATCH_ROWS = 1024
+"""Of a Parquet file that are unpacked before they are counted."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NPZ_FIELDS = ("about", "id", "label", "metadata", "vector", "thumbnail", "thumbnail_end")
 
 
@@ -49,11 +54,28 @@ class CollectionFile:
         for name, size in {**sizes, "vector": len(self.vectors_nD)}.items():
             if size != n:
                 raise InputError(f"{n} ids and {size} entries of {name!r}; wanted as many")
+        _check_column("id", self.ids, str)
+        _check_column("label", self.labels, str | None)
+        _check_column("metadata", self.metadata, str)
+        _check_column("thumbnail", self.thumbnails, bytes | None)
 
     @property
     def about(self) -> dict[str, str]:
         """What the vectors depend on."""
         return {"weights_sha256": self.weights_sha256, "preprocess": self.preprocess}
+
+
+def _check_column(name: str, cells: Sequence[object], wanted: Any) -> None:
+    """Raise InputError for a cell of another kind, or text that has no UTF-8."""
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, wanted):
+            raise InputError(
+                f"row {row}: {name!r} is {type(cell).__name__}; wanted {getattr(wanted, '__name__', wanted)}"
+            )
+        if isinstance(cell, str) and _SURROGATE.search(cell):
+            raise InputError(
+                f"row {row}: {name!r} holds half a character, {cell!r:.80}; wanted text that UTF-8 can hold"
+            )
 
 
 def write_collection(collection: CollectionFile, form: str) -> bytes:
@@ -161,10 +183,13 @@ def _from_parquet(content: bytes) -> CollectionFile:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(io.BytesIO(content))
-    unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-    if unpacked > MAX_UNPACKED_BYTES:
-        raise InputError(f"the file unpacks to {unpacked:,} bytes; at most {MAX_UNPACKED_BYTES:,} are read")
-    table = file.read()
+    batches, unpacked = [], 0
+    for batch in file.iter_batches(BATCH_ROWS):  # a file tells its size with equal cells counted once
+        unpacked += batch.nbytes
+        if unpacked > MAX_UNPACKED_BYTES:
+            raise InputError(f"the file unpacks to more than {MAX_UNPACKED_BYTES:,} bytes, and no more are read")
+        batches.append(batch)
+    table = pa.Table.from_batches(batches, file.schema_arrow)
     about = table.schema.metadata or {}
     for name in ("id", "label", "metadata", "vector", "thumbnail"):
         if name not in table.column_names:

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.errors import InputError
 from server.errors import Conflict
+from server.http_body import check_json
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
@@ -103,10 +104,12 @@ def metadata_of(text: str) -> dict[str, Any]:
     """A file's metadata column. Raises InputError."""
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of characters, which escapes can write
     except (ValueError, RecursionError, TypeError) as error:
         raise InputError(f"metadata {text!r:.80} is no JSON") from error
     if not isinstance(value, dict):
         raise InputError(f"metadata {text!r:.80} is no JSON object")
+    check_json(value, f"metadata {text!r:.80}")
     return value
 
 

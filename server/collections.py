@@ -152,6 +152,8 @@ class Collections:
             if self._locked(db, name) is None:
                 self._collection(db, name)
             _delete_rows(db, name)
+        with self._following:
+            self._snapshots.pop(name, None)
 
     def page(self, name: str, after: int, limit: int, label: str | None) -> list[Item]:
         """Items in the order of adding, those with a sequence number above `after` first."""

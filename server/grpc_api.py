@@ -148,7 +148,12 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
         async def read() -> None:
             async for request in request_iterator:
-                await answers.put(asyncio.ensure_future(self._stream_answer(request, context)))
+                task = asyncio.ensure_future(self._stream_answer(request, context))
+                try:
+                    await answers.put(task)
+                except asyncio.CancelledError:  # while it waited for its place: nobody else knows this one
+                    task.cancel()
+                    raise
             await answers.put(None)
 
         reader, current = asyncio.ensure_future(read()), None

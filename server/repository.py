@@ -122,8 +122,12 @@ class Repository:
         await asyncio.to_thread(_give_memory_back)
 
     async def unload(self, name: str) -> None:
-        """Answer no more requests for a model; those that are in finish. Loading it brings it back."""
+        """Answer no more requests for a model; those that are in finish. Loading it brings it back.
+
+        Raises NotFound, and Conflict while an evaluation runs.
+        """
         self._known(name)
+        self._refuse_while_evaluating()
         self._service.unload(name)
         log.info("unloaded", extra={"fields": {"model": name}})
 

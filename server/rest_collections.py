@@ -4,6 +4,7 @@ Images are embedded by the served `embedding` model through `Service.infer`, so 
 like any other request.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -133,7 +134,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     ) -> Response:
         check_name(name)
         check_form(form)
-        content = await service.engine.off_loop(lambda: write_collection(service.collections.exported(name), form))
+        content = await asyncio.to_thread(lambda: write_collection(service.collections.exported(name), form))
         headers = {"content-disposition": f'attachment; filename="{name}.{form}"'}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
@@ -147,9 +148,8 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def take_in(name: CollectionName, request: Request) -> Any:
         check_name(name)
         content = await read_body(request, rest.max_body_bytes)
-        return {
-            "ids": await service.engine.off_loop(lambda: service.collections.imported(name, read_collection(content)))
-        }
+        # Not in the decode pool: a large file would keep every image waiting.
+        return {"ids": await asyncio.to_thread(lambda: service.collections.imported(name, read_collection(content)))}
 
     @router.post(
         "/{name}/search",

@@ -1,11 +1,13 @@
 """A collection to a file and back, in either form."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 
 from data.errors import InputError
+from evaluators import collection_file
 from evaluators.collection_file import CollectionFile, read_collection, write_collection
 
 
@@ -67,3 +69,43 @@ def test_columns_of_unequal_length_are_refused() -> None:
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(InputError, match="wanted npz or parquet"):
         write_collection(collection(), "csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "said"),
+    [
+        ("id", np.arange(3), "row 0: 'id' is int; wanted str"),
+        ("label", np.arange(3) + 0.5, "row 0: 'label' is float"),
+        ("id", np.array(["a", "b", "c\ud800"]), "row 2: 'id' holds half a character"),
+    ],
+)
+def test_cells_of_another_kind_are_refused_with_their_row(column: str, cells: np.ndarray, said: str) -> None:
+    with np.load(io.BytesIO(write_collection(collection(), "npz"))) as file:
+        changed = dict(file) | {column: cells}
+    made = io.BytesIO()
+    np.savez(made, **changed)
+    with pytest.raises(InputError, match=said):
+        read_collection(made.getvalue())
+
+
+def test_a_parquet_thumbnail_of_text_is_refused_with_its_row() -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(io.BytesIO(write_collection(collection(), "parquet")))
+    at = table.column_names.index("thumbnail")
+    made = io.BytesIO()
+    pq.write_table(table.set_column(at, "thumbnail", [["x", "y", "z"]]), made)
+    with pytest.raises(InputError, match="row 0: 'thumbnail' is str; wanted bytes"):
+        read_collection(made.getvalue())
+
+
+def test_equal_cells_of_parquet_count_as_often_as_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = collection(40)
+    same = CollectionFile(
+        one.weights_sha256, one.preprocess, one.ids, one.labels, one.metadata, one.vectors_nD, [bytes(10_000)] * 40
+    )
+    content = write_collection(same, "parquet")
+    assert len(content) < 20_000
+    monkeypatch.setattr(collection_file, "MAX_UNPACKED_BYTES", 200_000)
+    with pytest.raises(InputError, match="unpacks to more than 200,000 bytes"):
+        read_collection(content)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -89,6 +90,26 @@ def test_a_search_sees_what_was_added_and_not_what_was_deleted(store):
     found = store.snapshot("birds").search(np.array([[0, 1, 0.1, 0], [1, 0, 0, 0]], np.float32), 2)
     assert found.ids[0] == ["b", "c"]
     assert found.scores[1].tolist() == [0, 0]
+
+
+def test_what_is_deleted_is_not_kept_in_memory(store):
+    store.add("birds", [item(1, 0, 0, 0, id="a")])
+    kept = weakref.ref(store.snapshot("birds"))
+    store.delete("birds")
+    assert kept() is None
+    store.add("birds", [item(0, 1, 0, 0, id="b")])
+    assert store.snapshot("birds").ids == ("b",)
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"a": NaN}', '{"a": 1e999}', r'{"a": "\ud800"}', '{"a": ' + "[" * 900 + "]" * 900 + "}", "[]", "x"]
+)
+def test_metadata_of_a_file_that_could_not_be_written_again_is_refused(store, metadata):
+    store.add("birds", [item(1, 0, 0, 0, id="a")])
+    table = replace(store.exported("birds"), ids=["b"], metadata=[metadata])
+    with pytest.raises(InputError, match="metadata"):
+        store.imported("birds", table)
+    assert store.snapshot("birds").ids == ("a",)
 
 
 def test_a_snapshot_in_use_does_not_change_under_writes(store):

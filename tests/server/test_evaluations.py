@@ -84,6 +84,8 @@ def test_an_evaluation_finds_what_the_command_finds_and_is_kept_with_its_report(
     http: httpx.Client, evaluated: Running, network: Path, colours: Path, state: Path
 ) -> None:
     where = start(http, "knn", "colours", k=[2, 3], temperature=0.1, preset="dino")
+    kept_in = http.post("/v2/repository/models/backbone/unload")
+    assert (kept_in.status_code, "evaluation" in kept_in.json()["error"]) == (409, True)
     busy = http.post("/v1/evaluations", json={"evaluator": "linear", "data": "colours"})
     assert busy.status_code == 409
     assert "one at a time" in busy.json()["error"]

@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from server.admission import LEAST_CALLS
+from server.grpc_api import STREAM_DEPTH
 from server.http_body import Guard
 from server.patience import PatientProtocol
 from server.run import Running
@@ -302,6 +303,23 @@ def test_bodies_that_are_being_read_are_bounded_together_and_one_alone_is_not(tm
             vanishing.sendall(head + bytes(2_500_000))
             wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
         wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+
+
+def test_of_a_stream_that_is_broken_off_nothing_stays_inside(tmp_path):
+    runtime = GatedRuntime()
+    with Running(config_of(tmp_path, tmp_path / "state"), runtime.load) as running:
+        runtime.gate.clear()
+        with grpc_client.InferenceServerClient(running.addresses.grpc) as client:
+            client.start_stream(lambda result, error: None)
+            pixels = grpc_client.InferInput("pixels", [1, 3, 32, 32], "FP32")
+            pixels.set_data_from_numpy(np.zeros((1, 3, 32, 32), np.float32))
+            for _ in range(30):
+                client.async_stream_infer("backbone", [pixels])
+            # Those that wait for their turn to be told, the one that is told next, and the one that waits for a place among them.
+            wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == STREAM_DEPTH + 2)
+            client.stop_stream(cancel_requests=True)
+            wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 0)
+        runtime.gate.set()
 
 
 def test_what_a_body_unpacks_to_counts_among_the_bytes_while_it_is_unpacked(tmp_path):
