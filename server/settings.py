@@ -12,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from sqlalchemy.engine import make_url
@@ -23,6 +23,7 @@ from runtimes.runtime import Runtime
 from server.config import ServerConfig
 
 PREFIX = "DINOSCOPE_"
+_TYPES = get_type_hints(ServerConfig)
 _FIELDS = {one.name: one for one in dataclasses.fields(ServerConfig)}
 
 
@@ -30,7 +31,12 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Server
     """The configuration of a server. Raises InputError; unknown flags end the process as tyro does it."""
     from_environment = _environment(environment)
     file = _named_file(argv) or from_environment.get("config")
-    values = {**({} if file is None else _file(Path(str(file)))), **from_environment}
+    from_file = {} if file is None else _file(Path(str(file)))
+    for name, value in from_file.items():
+        _check(name, value, f"--config {file}: {name}")
+    for name, value in from_environment.items():
+        _check(name, value, f"{PREFIX}{name.upper()}")
+    values = {**from_file, **from_environment}
     flags = [word for name, value in values.items() if not _given(argv, name) for word in _flag(name, value)]
     return tyro.cli(ServerConfig, prog="python -m server", args=[*flags, *argv])
 
@@ -62,6 +68,22 @@ def _file(path: Path) -> dict[str, Any]:
     return values
 
 
+def _check(name: str, value: Any, where: str) -> None:
+    """Raise InputError, naming where it came from, for what the flag would refuse: its refusal would name a flag that nobody gave."""
+    hint = _TYPES[name]
+    kinds = get_args(hint) or (hint,)
+    if bool in kinds and str(value).lower() not in ("true", "false", "1", "0"):
+        raise InputError(f"{where} is {value!r:.40}; wanted true or false")
+    if get_origin(hint) is Literal and value not in kinds:
+        raise InputError(f"{where} is {value!r:.40}; wanted {', '.join(kinds[:-1])} or {kinds[-1]}")
+    for number, wanted in ((int, "a whole number"), (float, "a number")):
+        if number in kinds:
+            try:
+                number(str(value))
+            except ValueError as error:
+                raise InputError(f"{where} is {value!r:.40}; wanted {wanted}") from error
+
+
 def _holds_several(name: str) -> bool:
     return isinstance(_FIELDS[name].default, tuple)
 
@@ -85,11 +107,8 @@ def _given(argv: Sequence[str], name: str) -> bool:
 def _flag(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(_FIELDS[name].default, bool):
-        text = str(value).lower()
-        if text not in ("true", "false", "1", "0"):
-            raise InputError(f"{name} is {value!r:.40}; wanted true or false")
-        return [f"--{flag}" if text in ("true", "1") else f"--no-{flag}"]
-    return [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}", str(value)]
+        return [f"--{flag}" if str(value).lower() in ("true", "1") else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
 
 
 def resolved(config: ServerConfig, runtimes: Sequence[Runtime]) -> dict[str, Any]:

@@ -65,10 +65,23 @@ def test_variables_for_clients_are_no_settings() -> None:
     assert read_settings(["--models", "m"], {"DINOSCOPE_TOKEN": "t", "DINOSCOPE_CA": "ca.pem"}).token_file is None
 
 
-def test_a_value_of_another_kind_is_refused_as_a_flag_would_be(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        read_settings(["--models", "m"], {"DINOSCOPE_HTTP_PORT": "many"})
-    assert "http-port" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("http_port", "many", "'many'; wanted a whole number"),
+        ("instances", "1.5", "'1.5'; wanted a whole number"),
+        ("grace_s", "soon", "'soon'; wanted a number"),
+        ("public", "maybe", "'maybe'; wanted true or false"),
+        ("log_level", "loud", "'loud'; wanted debug, info, warning or error"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_where_it_stands(name: str, text: str, wanted: str, tmp_path: Path) -> None:
+    variable, file = f"DINOSCOPE_{name.upper()}", tmp_path / "s.toml"
+    with pytest.raises(InputError, match=f"^{variable} is {wanted}$"):
+        read_settings(["--models", "m"], {variable: text})
+    file.write_text(f'{name} = "{text}"\n')
+    with pytest.raises(InputError, match=f"^--config {file}: {name} is {wanted}$"):
+        read_settings(["--models", "m", "--config", str(file)], {})
 
 
 def test_what_is_printed_is_everything_but_the_password() -> None:
