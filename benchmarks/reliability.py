@@ -1,7 +1,7 @@
 """What the server stands: hostile requests among good ones, reloads under load, clients that misbehave, a full disk, an end in mid-work.
 
     .venv/bin/python -m benchmarks.reliability                     every part
-    .venv/bin/python -m benchmarks.reliability --part storm        one of storm, openapi, reloads, clients, disk, sigterm
+    .venv/bin/python -m benchmarks.reliability --part storm        one of storm, openapi, reloads, clients, large, disk, sigterm
 
 A tiny network is served by a process of its own, so that what is tried is the server. Each part prints counts, and ends with status 3 where
 one is not as it must be. Read in this order: the parts, main; the requests are in `reliability_requests`.
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import httpx
+import numpy as np
+import orjson
 import tyro
 
 from benchmarks.reliability_openapi import ask_by_the_page
@@ -35,7 +37,9 @@ from benchmarks.serving_targets import rss_mb
 from data.errors import CheckFailed, run_cli
 from exports.to_onnx import export_onnx
 
-Part = Literal["storm", "openapi", "reloads", "clients", "disk", "sigterm"]
+Part = Literal["storm", "openapi", "reloads", "clients", "large", "disk", "sigterm"]
+PROBE_S = 1.0
+"""How long Kubernetes waits for a probe unless told otherwise."""
 FLAT = 1.1
 """Memory late in a part may be this much of what it was early on."""
 
@@ -227,6 +231,46 @@ def misbehaving(folder: Path, each: int = 300) -> None:
         check(grown < 150 and more < 40 and files < 150, "memory, threads or files did not stay bounded")
 
 
+def large(folder: Path) -> None:
+    """The largest JSON that is taken and sent, while a probe asks whether the server lives."""
+    with tiny_server(folder, "--max-batch-rows", "8") as (_, at), ThreadPoolExecutor(1) as pool:
+        image = Answers(folder / "models").images[0]
+        pixels = np.random.default_rng(0).normal(size=(50, 3, 128, 128))
+        tensor = {"name": "pixels", "datatype": "FP32", "shape": list(pixels.shape), "data": pixels.tolist()}
+        items = [{"embedding": row.tolist()} for row in np.random.default_rng(1).normal(size=(60_000, 48))]
+        bodies: dict[str, tuple[str, dict[str, Any]]] = {
+            "maps out": (
+                "/v1/depth?size=512",
+                {"files": [("file", ("x.png", image, "image/png"))] * 60},
+            ),
+            "numbers in": (
+                "/v2/models/backbone/infer",
+                {"content": orjson.dumps({"inputs": [tensor], "outputs": [{"name": "embedding"}]})},
+            ),
+            "items in": (
+                "/v1/collections/large/items",
+                {"content": orjson.dumps({"items": items}), "headers": {"content-type": "application/json"}},
+            ),
+        }
+        del tensor, items, pixels
+        with httpx.Client(base_url=at["http"], timeout=120) as http, httpx.Client(base_url=at["http"]) as probe:
+            for name, (path, sent) in bodies.items():
+                waits: list[float] = []
+                asked = pool.submit(http.post, path, **sent)
+                while not asked.done():
+                    began = time.monotonic()
+                    probe.get("/v2/health/live", timeout=60).raise_for_status()
+                    waits.append(time.monotonic() - began)
+                    time.sleep(0.01)
+                reply, body = asked.result(), sent.get("content", b"")
+                print(
+                    f"large: {name}: {len(body) / 1e6:.0f} MB of JSON in, {len(reply.content) / 1e6:.0f} MB out, {reply.status_code}; "
+                    f"of {len(waits)} probes beside it the slowest took {max(waits) * 1e3:.0f} ms"
+                )
+                check(reply.is_success, f"{name}: {reply.status_code} {reply.text[:200]}")
+                check(max(waits) < PROBE_S, f"{name}: a probe waited {max(waits):.2f} s")
+
+
 def full_disk(folder: Path) -> None:
     """No file of the server may grow past 3 MB: writes end in one clear error, reads and models go on."""
     with (
@@ -307,6 +351,7 @@ def main(part: Part | None = None, requests: int = 100_000) -> None:
             "openapi": lambda: openapi(folder),
             "reloads": lambda: reloads(folder),
             "clients": lambda: misbehaving(folder),
+            "large": lambda: large(folder),
             "disk": lambda: full_disk(folder),
             "sigterm": lambda: terminated(folder),
         }

@@ -39,6 +39,10 @@ class Admission:
         """Of gRPC, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
         self.body_bytes = 0
         """Of requests that are not answered yet: HTTP bodies, as far as they have come, and gRPC messages that are whole."""
+        self.working = 0
+        """Requests of any kind that had come whole while the server took work, and are not answered yet."""
+        self.open = True
+        """Whether it does; who leaves finishes only what had come before."""
         self.rejected = 0
         self._row_s = 0.05
 
@@ -56,6 +60,15 @@ class Admission:
                 f"the queue is full: {self.rows} of {spec.max_rows} rows, {self.bytes >> 20} of {spec.max_bytes >> 20} MB"
             )
         return _Held(self, rows, nbytes)
+
+    def begin(self) -> bool:
+        """Count a request in that has come whole, unless it came too late; `end` follows where this says that it did not."""
+        self.working += self.open
+        return self.open
+
+    def end(self) -> None:
+        """Count it out."""
+        self.working -= 1
 
     def enter(self) -> None:
         """Count a call in, whose message was not read yet; `leave` follows in any case. Raises Overloaded, and then it does not."""

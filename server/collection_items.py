@@ -1,17 +1,19 @@
 """What a collection holds, what it may be called, and what is checked before an item is stored."""
 
-import json
 import re
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data.errors import InputError
 from server.errors import Conflict
-from server.http_body import check_json
+from server.json_text import check_json, parse_json
 
+T = TypeVar("T")
+R = TypeVar("R")
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
@@ -93,6 +95,17 @@ def item_row(collection: str, item: NewItem, dimension: int) -> dict[str, Any]:
     }
 
 
+def numbered(items: Sequence[T], make: Callable[[T], R]) -> list[R]:
+    """What is made of each item. Raises InputError that says of which."""
+    made: list[R] = []
+    try:
+        for item in items:
+            made.append(make(item))
+    except InputError as error:
+        raise InputError(f"item {len(made)}: {error}") from error
+    return made
+
+
 def check_label(label: str) -> str:
     """The label, if it may be one: a database may not keep control characters, or end a text at one. Raises InputError."""
     if CONTROLS.search(label):
@@ -103,9 +116,8 @@ def check_label(label: str) -> str:
 def metadata_of(text: str) -> dict[str, Any]:
     """A file's metadata column. Raises InputError."""
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # halves of characters, which escapes can write
-    except (ValueError, RecursionError, TypeError) as error:
+        value = parse_json(text.encode())
+    except InputError as error:
         raise InputError(f"metadata {text!r:.80} is no JSON") from error
     if not isinstance(value, dict):
         raise InputError(f"metadata {text!r:.80} is no JSON object")

@@ -32,6 +32,7 @@ from server.collection_items import (
     check_writable,
     item_row,
     metadata_of,
+    numbered,
 )
 from server.databases import Database, storage_errors
 from server.errors import Conflict, NotFound
@@ -93,7 +94,7 @@ class Collections:
         return row.source if row is not None and self._mismatch(row) is None else None
 
     def _add(self, name: str, new: Sequence[NewItem], source: str = "", replace: bool = False) -> list[str]:
-        rows = [item_row(name, item, self.binding.dimension) for item in new]
+        rows = numbered(new, lambda item: item_row(name, item, self.binding.dimension))
         with self._writing, self._begin() as db:
             if replace:
                 self._locked(db, name)
@@ -152,6 +153,9 @@ class Collections:
             if self._locked(db, name) is None:
                 self._collection(db, name)
             _delete_rows(db, name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         with self._following:
             self._snapshots.pop(name, None)
 
@@ -214,18 +218,23 @@ class Collections:
                 f"the file's vectors were made with weights {table.weights_sha256[:12]}, and the served weights are "
                 f"{self.binding.weights_sha256[:12]}, or the images were preprocessed otherwise: they cannot be compared"
             )
-        rows = zip(table.ids, table.labels, table.metadata, table.vectors_nD, table.thumbnails, strict=True)
+        metadata = numbered(table.metadata, metadata_of)
+        rows = zip(table.ids, table.labels, metadata, table.vectors_nD, table.thumbnails, strict=True)
         new = [
-            NewItem(id=item_id, label=label, metadata=metadata_of(text), vector=vector, thumbnail=picture)
-            for item_id, label, text, vector, picture in rows
+            NewItem(id=item_id, label=label, metadata=about, vector=vector, thumbnail=picture)
+            for item_id, label, about, vector, picture in rows
         ]
         return self.add(name, new)
 
     def snapshot(self, name: str) -> Snapshot:
         """The collection as it is now, for searching. Raises NotFound, or Conflict when another network made it."""
-        with self._connect() as db:
-            row = self._collection(db, name)
-            self._check_usable(row)
+        try:
+            with self._connect() as db:
+                row = self._collection(db, name)
+                self._check_usable(row)
+        except NotFound:  # it may be another server that has deleted it
+            self._forget(name)
+            raise
         found = self._snapshots.get(name)
         if found is None or (found.incarnation, found.version) != (row.incarnation, row.version):
             with self._following:

@@ -58,7 +58,7 @@ async def evaluation_wire(service: Service) -> AsyncIterator[str]:
     server = grpc.aio.server(
         options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
     )
-    calls = ReadableCalls()  # it reads requests as the other listener does
+    calls = ReadableCalls(service.admission)  # it reads requests as the other listener does
     add_GRPCInferenceServiceServicer_to_server(_Inside(service), calls)
     server.add_generic_rpc_handlers((calls,))
     with tempfile.TemporaryDirectory(prefix="dinoscope-") as folder:

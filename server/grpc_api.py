@@ -27,6 +27,7 @@ from server.grpc_calls import GuardedCalls, abort
 from server.grpc_messages import parameters, reply_message, request_from
 from server.infer_message import InferMessage
 from server.repository import Repository
+from server.requests import InferReply
 from server.service import Service, off_loop_if_large
 from server.tls import Tls
 
@@ -120,7 +121,11 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         try:
             admission.receive(request.nbytes, request.nbytes)
             wanted = await off_loop_if_large(request.nbytes, request_from, request, called, left_s, shared)
-            return reply_message(self.service, wanted, await self.service.infer(wanted), request.id)
+
+            async def write(reply: InferReply) -> Any:
+                return reply_message(self.service, wanted, reply, request.id)
+
+            return await self.service.infer(wanted, write)
         finally:
             admission.forget(request.nbytes)
 

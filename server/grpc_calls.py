@@ -26,7 +26,8 @@ class ReadableCalls(grpc.GenericRpcHandler):
     goes through the tasks of all of them. As one handler of everything they cost a call nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
         self._added: list[grpc.GenericRpcHandler] = []
         self._found: dict[str, Any] = {}
 
@@ -42,7 +43,7 @@ class ReadableCalls(grpc.GenericRpcHandler):
         handler = self._found.get(details.method)
         if handler is None:
             found = (one.service(details) for one in self._added)
-            handler = next((guarded(one, details.method) for one in found if one is not None), None)
+            handler = next((guarded(one, details.method, self.admission) for one in found if one is not None), None)
             if handler is not None:
                 self._found[details.method] = handler
         return handler
@@ -55,8 +56,8 @@ class GuardedCalls(ReadableCalls):
     """
 
     def __init__(self, admission: Admission, access: Access) -> None:
-        super().__init__()
-        self.admission, self.access = admission, access
+        super().__init__(admission)
+        self.access = access
         self._needed: dict[str, Role | None] = {}
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
@@ -105,8 +106,8 @@ def _refusing(error: Exception) -> Any:
     return grpc.stream_unary_rpc_method_handler(refuse)  # of a stream, nothing is read unasked
 
 
-def guarded(handler: Any, method: str) -> Any:
-    """The handler with a reader that never raises, and with its client's name.
+def guarded(handler: Any, method: str, admission: Admission) -> Any:
+    """The handler with a reader that never raises, and with its client's name; a server that leaves waits for its answer.
 
     Bytes that are no message of the protocol are the client's mistake, not an exception of the server. An RPC that is not offered is
     refused whatever the bytes are. The health service's Watch stays as it is: it is open.
@@ -132,7 +133,12 @@ def guarded(handler: Any, method: str) -> Any:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not offered by this server")
         if isinstance(request, InputError):
             await abort(context, request)
-        return await handler.unary_unary(request, context)
+        counted = admission.begin()
+        try:
+            return await handler.unary_unary(request, context)
+        finally:
+            if counted:
+                admission.end()
 
     if not offered:
         return grpc.unary_unary_rpc_method_handler(answer, bytes, bytes)

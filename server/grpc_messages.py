@@ -124,7 +124,10 @@ def _typed(tensor: Any) -> Tensor:
     field = _CONTENTS_OF.get(tensor.datatype)
     if field is None:
         return from_raw(tensor.name, tensor.datatype, tensor.shape, b"")
-    return from_values(tensor.name, tensor.datatype, tensor.shape, list(getattr(tensor.contents, field)))
+    values = getattr(tensor.contents, field)
+    return from_values(
+        tensor.name, tensor.datatype, tensor.shape, list(values) if field == "bytes_contents" else values
+    )
 
 
 def parameters(sent: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import io
-import json
 import logging
 import re
 import uuid
@@ -27,10 +26,9 @@ T = TypeVar("T")
 log = logging.getLogger("server")
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+READING = ("GET", "HEAD")
 MAX_FILES = 1024
 MAX_FIELDS = 4096
-MAX_NESTING = 64
-"""Lists and objects inside each other in what is stored; Python's reader takes a little more than its writer can write."""
 MIN_COMPRESSED_BYTES = 512
 PART_BYTES, STEP_BYTES = 1 << 15, 1 << 20
 """A compressed body is read in parts of so many bytes, and unpacks to at most so many before they are counted."""
@@ -50,7 +48,7 @@ class Guard:
             return
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(scope)
-        started, body = False, _Body(self.admission)
+        started, body = False, _Body(self.admission, scope["method"] in READING)
         state["body"] = body
 
         async def named(message: Message) -> None:
@@ -61,6 +59,8 @@ class Guard:
             await send(message)
 
         try:
+            if _has_no_body(scope):
+                body.end()
             await self.app(scope, self._bounded(scope, receive, body), named)
         except ClientDisconnect:
             log.debug("client left", extra={"fields": {"id": request_id}})
@@ -73,7 +73,7 @@ class Guard:
                 raise
             await error_reply(error, request_id)(scope, receive, named)
         finally:
-            self.admission.forget(body.nbytes)
+            body.forget()
 
     def _bounded(self, scope: Scope, receive: Receive, body: "_Body") -> Receive:
         length = dict(scope["headers"]).get(b"content-length", b"0")
@@ -88,9 +88,11 @@ class Guard:
                         message = await receive()
                 except TimeoutError as error:
                     raise TooSlow(f"nothing more of the body came for {self.body_s:g} s; send it again") from error
-                whole = whole or not message.get("more_body", False)
                 body.receive(len(message.get("body", b"")))
                 too_large = body.nbytes > self.max_bytes
+                if not (whole or too_large or message.get("more_body", False)):
+                    whole = True
+                    body.end()
             if too_large:
                 raise TooLarge(
                     f"the request body is larger than {self.max_bytes >> 20} MB; send fewer images at a time"
@@ -105,12 +107,32 @@ class _Body:
     """What one holds: as much as has come of it, and as much as that was unpacked to."""
 
     admission: Admission
+    reads: bool
+    """Whether the request changes nothing, so that it is answered to the last."""
     nbytes: int = 0
+    working: bool = False
 
     def receive(self, part: int) -> None:
         """Count so many bytes more, until the request is answered. Raises Overloaded."""
         self.nbytes += part
         self.admission.receive(part, self.nbytes)
+
+    def end(self) -> None:
+        """It has come whole: from now on a server that leaves waits for the answer. Raises Draining where that came too late."""
+        self.working = self.working or self.admission.begin()
+        if not (self.working or self.reads):
+            raise Draining("the server is shutting down")
+
+    def forget(self) -> None:
+        """The request is answered, or given up."""
+        self.admission.forget(self.nbytes)
+        if self.working:
+            self.admission.end()
+
+
+def _has_no_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
 
 
 def _request_id(scope: Scope) -> str:
@@ -177,37 +199,6 @@ def compressed(request: Request, body: bytes) -> tuple[bytes, dict[str, str]]:
         return body, {}
     packed = gzip.compress(body, 1) if coding == "gzip" else zlib.compress(body, 1)
     return packed, {"content-encoding": coding}
-
-
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""An escape that is half of a character; alone it is no text, and cannot be stored or sent on."""
-
-
-def check_json(value: Any, what: str) -> None:
-    """Raise InputError for what Python reads once and may not write again: NaN, numbers beyond all doubles, deep nesting."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_NESTING:
-            raise InputError(f"{what} is nested more than {MAX_NESTING} deep; send it flatter")
-        boxes = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [inner for box in boxes for inner in box]
-    try:
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} cannot be written as JSON ({error!s:.80})") from error
-
-
-def parse_json(body: bytes) -> Any:
-    """The body, in UTF-8, as JSON. Raises InputError with the place where it breaks."""
-    try:
-        text = body.decode("utf-8-sig")  # strictly: Python's own reader takes halves of characters, and UTF-16 too
-        value = json.loads(text)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the request is not JSON: {str(error) or type(error).__name__:.120}") from error
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

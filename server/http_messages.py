@@ -6,7 +6,6 @@ image file as it is. (Triton, extension_binary_data.)
 """
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,8 @@ from starlette.responses import Response
 
 from data.errors import InputError
 from server.formats import FORMAT, SCALE
-from server.http_body import compressed, parse_json
+from server.http_body import compressed
+from server.json_text import parse_json, write_json
 from server.models import ServedModel
 from server.requests import UNSUPPORTED, InferReply, InferRequest
 from server.service import Service
@@ -152,10 +152,7 @@ def reply_response(
     answer: dict[str, Any] = {"model_name": reply.model, "model_version": reply.version, "outputs": outputs}
     if "id" in header:
         answer["id"] = header["id"]
-    try:
-        text = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
-    except ValueError as error:
-        raise InputError("an output is not finite, which JSON has no words for; ask for binary tensors") from error
+    text = write_json(answer)
     headers = {HEADER_LENGTH: str(len(text))} if raw else {}
     body, coding = compressed(request, b"".join([text, *raw]))
     return Response(

@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse, Response
 from data.errors import InputError
 from server import describe
 from server.errors import Draining
-from server.http_body import parse_json, read_body, unless_disconnected
+from server.http_body import read_body, unless_disconnected
 from server.http_messages import json_object, read_request, reply_response
+from server.json_text import parse_json
 from server.openapi import (
     BINARY,
     PROBLEMS,
@@ -26,6 +27,7 @@ from server.openapi import (
     answers,
 )
 from server.repository import Repository
+from server.requests import InferReply
 from server.service import Service, off_loop_if_large
 
 
@@ -213,5 +215,8 @@ async def _infer(request: Request, service: Service, max_body_bytes: int) -> Res
     body = await read_body(request, max_body_bytes)
     shared = service.shared_memory
     wanted, header = await off_loop_if_large(len(body), read_request, body, model, version, request, shared)
-    reply = await unless_disconnected(request, service.infer(wanted))
-    return reply_response(request, service, wanted, reply, header)
+
+    async def write(reply: InferReply) -> Response:
+        return await off_loop_if_large(reply.nbytes, reply_response, request, service, wanted, reply, header)
+
+    return await unless_disconnected(request, service.infer(wanted, write))

@@ -54,6 +54,11 @@ class InferReply:
     def __getitem__(self, name: str) -> np.ndarray:
         return next(array for spec, array in self.outputs if spec.name == name)
 
+    @property
+    def nbytes(self) -> int:
+        """What the outputs take in memory."""
+        return sum(size_bytes(array) for _, array in self.outputs)
+
 
 def wanted_outputs(model: ServedModel, names: Sequence[str]) -> tuple[str, ...]:
     """The outputs asked for in their order, or all. Raises InputError for one that the model has not."""

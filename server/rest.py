@@ -10,17 +10,19 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Query
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from data.decode import decode_image
 from data.errors import InputError
 from evaluators.attention_maps import top_mass
+from server.errors import EngineFailed
 from server.http_body import Upload, read_upload, unless_disconnected
 from server.http_messages import timeout_of
+from server.json_text import write_json
 from server.openapi import PROBLEMS, Attentions, Depths, Embeddings, Guesses, Segmentations, answers
 from server.pictures import attention_overlay, depth_picture
 from server.requests import InferReply, InferRequest
-from server.service import Service
+from server.service import Service, off_loop_if_large
 from server.tensors import Tensor, object_array
 
 Format = Literal["json", "png"]
@@ -61,7 +63,10 @@ class Rest:
         parameters: dict[str, Any],
         outputs: Sequence[str] = (),
     ) -> InferReply:
-        """One model over the images, dropped when the caller leaves. Parameters that are None are left out."""
+        """One model over the images, dropped when the caller leaves. Parameters that are None are left out.
+
+        Raises EngineFailed for an output that is not finite: neither JSON nor a picture has a way to say so.
+        """
         wanted = InferRequest(
             model=model,
             tensors=[Tensor("image", "BYTES", object_array(images))],
@@ -71,7 +76,19 @@ class Rest:
             protocol="rest",
             timeout_s=timeout_of(request),
         )
-        return await unless_disconnected(request, self.service.infer(wanted))
+        return await unless_disconnected(request, self.service.infer(wanted, _finite))
+
+
+async def _finite(reply: InferReply) -> InferReply:
+    for spec, array in reply.outputs:
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise EngineFailed(f"output {spec.name!r} is not finite")
+    return reply
+
+
+async def _json(reply: InferReply, value: dict[str, Any]) -> Response:
+    """What was made of a reply, as JSON."""
+    return Response(await off_loop_if_large(reply.nbytes, write_json, value), media_type="application/json")
 
 
 def wants_png(request: Request, given: Format | None) -> bool:
@@ -86,12 +103,11 @@ def make_rest_routes(rest: Rest) -> APIRouter:
     @router.post("/embeddings", openapi_extra=UPLOAD_BODY, responses=answers(Embeddings), summary="One vector an image")
     async def embeddings(
         request: Request, normalize: Annotated[bool, Query(description="Scale to length 1")] = False
-    ) -> JSONResponse:
+    ) -> Response:
         upload = await rest.upload(request)
         reply = await rest.run(request, "embedding", upload.images, {"normalize": normalize})
-        vectors = reply["embedding"].tolist()
-        items = [{"name": n, "embedding": vector} for n, vector in zip(upload.names, vectors, strict=True)]
-        return JSONResponse({"dimension": rest.service.engine.width, "normalized": normalize, "items": items})
+        items = [{"name": n, "embedding": vector} for n, vector in zip(upload.names, reply["embedding"], strict=True)]
+        return await _json(reply, {"dimension": rest.service.engine.width, "normalized": normalize, "items": items})
 
     @router.post(
         "/classification",
@@ -101,7 +117,7 @@ def make_rest_routes(rest: Rest) -> APIRouter:
     )
     async def classification(
         request: Request, k: Annotated[int, Query(ge=1, description="So many classes, likeliest first")] = 5
-    ) -> JSONResponse:
+    ) -> Response:
         rest.service.model("classification")
         upload = await rest.upload(request)
         reply = await rest.run(request, "classification", upload.images, {})
@@ -109,7 +125,7 @@ def make_rest_routes(rest: Rest) -> APIRouter:
             {"name": name, "classes": likeliest(logits, rest.service.labels, k)}
             for name, logits in zip(upload.names, reply["logits"], strict=True)
         ]
-        return JSONResponse({"items": items})
+        return await _json(reply, {"items": items})
 
     @router.post(
         "/attention",
@@ -137,11 +153,8 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         maps, masks = reply["attention"], reply["mask"]
         if head is not None:
             maps, masks = maps[:, head : head + 1], masks[:, head : head + 1]
-        items = [
-            {"name": name, "attention": maps[row].tolist(), "mask": masks[row].tolist()}
-            for row, name in enumerate(upload.names)
-        ]
-        return JSONResponse({"heads": maps.shape[1], "grid": list(maps.shape[2:]), "items": items})
+        items = [{"name": name, "attention": maps[row], "mask": masks[row]} for row, name in enumerate(upload.names)]
+        return await _json(reply, {"heads": maps.shape[1], "grid": list(maps.shape[2:]), "items": items})
 
     @router.post(
         "/depth",
@@ -162,20 +175,21 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         if png:
             picture = await rest.service.engine.off_loop(_depth_png, rest.service, images[0], reply["depth"][0])
             return Response(picture, media_type="image/png")
-        items = [{"name": n, "depth": reply["depth"][row].tolist()} for row, n in enumerate(upload.names)]
-        return JSONResponse({"unit": rest.service.depth_unit, "size": list(reply["depth"].shape[1:]), "items": items})
+        maps = reply["depth"]
+        items = [{"name": name, "depth": one} for name, one in zip(upload.names, maps, strict=True)]
+        return await _json(reply, {"unit": rest.service.depth_unit, "size": list(maps.shape[1:]), "items": items})
 
     @router.post(
         "/segmentation", openapi_extra=UPLOAD_BODY, responses=answers(Segmentations), summary="Class of every pixel"
     )
     async def segmentation(
         request: Request, size: Annotated[int | None, Query(description="Side the image is squashed to")] = None
-    ) -> JSONResponse:
+    ) -> Response:
         rest.service.model("segmentation")
         upload = await rest.upload(request)
         reply = await rest.run(request, "segmentation", upload.images, {"size": size})
-        items = [{"name": n, "classes": c.tolist()} for n, c in zip(upload.names, reply["classes"], strict=True)]
-        return JSONResponse({"classes": list(rest.service.classes), "items": items})
+        items = [{"name": n, "classes": c} for n, c in zip(upload.names, reply["classes"], strict=True)]
+        return await _json(reply, {"classes": list(rest.service.classes), "items": items})
 
     return router
 

@@ -4,7 +4,6 @@ Images are embedded by the served `embedding` model through `Service.infer`, so 
 like any other request.
 """
 
-import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -19,7 +18,8 @@ from data.decode import decode_image
 from data.errors import InputError
 from evaluators.collection_file import check_form, read_collection, write_collection
 from server.collection_items import Item, NewItem, check_name
-from server.http_body import Upload, check_json, parse_json, read_body
+from server.http_body import Upload, read_body
+from server.json_text import check_json, parse_json, write_json
 from server.openapi import (
     BINARY,
     PROBLEMS,
@@ -37,6 +37,7 @@ from server.service import off_loop_if_large
 VOTE_TEMPERATURE = 0.07
 """T of the vote exp(cosine / T) (Wu et al. 2018; DINO's k-NN protocol)."""
 MAX_PAGE = 1000
+JSON = "application/json"
 K = Annotated[int | None, Query(description="Neighbours of each image; left out: 5")]
 Label = Annotated[str, Query(max_length=1024, description="Only among items with this label")]
 
@@ -86,15 +87,15 @@ def make_collection_routes(rest: Rest) -> APIRouter:
 
     @router.delete("/{name}", summary="Delete a collection", status_code=204)
     async def drop(name: CollectionName) -> Response:
-        await service.engine.off_loop(service.collections.delete, name)
+        await service.write(lambda: service.collections.delete(name))
         return Response(status_code=204)
 
     @router.post("/{name}/items", openapi_extra=_ADD_BODY, summary="Add items", status_code=201, response_model=Added)
     async def add(name: CollectionName, request: Request) -> Any:
         check_name(name)
-        is_json = request.headers.get("content-type", "").startswith("application/json")
+        is_json = request.headers.get("content-type", "").startswith(JSON)
         new = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
-        return {"ids": await service.engine.off_loop(service.collections.add, name, new)}
+        return {"ids": await service.write(lambda: service.collections.add(name, new))}
 
     @router.get("/{name}/items", responses=answers(ItemPage), summary="List items in the order of adding")
     async def items(
@@ -102,14 +103,17 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         after: Annotated[int, Query(ge=0, lt=1 << 63, description="`next` of the page before")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
         label: str | None = None,
-    ) -> JSONResponse:
-        page = await service.engine.off_loop(service.collections.page, name, after, limit, label)
-        following = page[-1].sequence if len(page) == limit else None
-        return JSONResponse({"items": [_item_json(name, item) for item in page], "next": following})
+    ) -> Response:
+        def page() -> bytes:
+            found = service.collections.page(name, after, limit, label)
+            following = found[-1].sequence if len(found) == limit else None
+            return write_json({"items": [_item_json(name, item) for item in found], "next": following})
+
+        return Response(await service.engine.off_loop(page), media_type=JSON)
 
     @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204)
     async def remove(name: CollectionName, item_id: str) -> Response:
-        await service.engine.off_loop(service.collections.delete_item, name, item_id)
+        await service.write(lambda: service.collections.delete_item(name, item_id))
         return Response(status_code=204)
 
     @router.get(
@@ -134,7 +138,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     ) -> Response:
         check_name(name)
         check_form(form)
-        content = await asyncio.to_thread(lambda: write_collection(service.collections.exported(name), form))
+        content = await service.convert(lambda: write_collection(service.collections.exported(name), form))
         headers = {"content-disposition": f'attachment; filename="{name}.{form}"'}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
@@ -148,8 +152,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def take_in(name: CollectionName, request: Request) -> Any:
         check_name(name)
         content = await read_body(request, rest.max_body_bytes)
-        # Not in the decode pool: a large file would keep every image waiting.
-        return {"ids": await asyncio.to_thread(lambda: service.collections.imported(name, read_collection(content)))}
+        return {"ids": await service.convert(lambda: service.collections.imported(name, read_collection(content)))}
 
     @router.post(
         "/{name}/search",
@@ -157,15 +160,18 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         responses=answers(SearchResults),
         summary="The nearest items of each image",
     )
-    async def search(name: CollectionName, request: Request, k: K = None, label: Label = "") -> JSONResponse:
+    async def search(name: CollectionName, request: Request, k: K = None, label: Label = "") -> Response:
         upload, neighbours = await _neighbours(rest, request, name, k, label)
-        wanted = sorted({one["id"] for row in neighbours for one in row})
-        details = await service.engine.off_loop(service.collections.details, name, wanted)
-        results = [
-            {"name": image, "neighbours": [_item_json(name, details.get(one["id"])) | one for one in row]}
-            for image, row in zip(upload.names, neighbours, strict=True)
-        ]
-        return JSONResponse({"results": results})
+
+        def results() -> bytes:
+            details = service.collections.details(name, sorted({one["id"] for row in neighbours for one in row}))
+            found = [
+                {"name": image, "neighbours": [_item_json(name, details.get(one["id"])) | one for one in row]}
+                for image, row in zip(upload.names, neighbours, strict=True)
+            ]
+            return write_json({"results": found})
+
+        return Response(await service.engine.off_loop(results), media_type=JSON)
 
     @router.post(
         "/{name}/classify",
@@ -223,7 +229,11 @@ def vote(neighbours: Sequence[tuple[str | None, float]]) -> list[dict[str, Any]]
 
 async def _vector_items(rest: Rest, request: Request) -> list[NewItem]:
     body = await read_body(request, rest.max_body_bytes)
-    given = VectorItems.model_validate(await off_loop_if_large(len(body), parse_json, body))
+    return await off_loop_if_large(len(body), _read_items, body)
+
+
+def _read_items(body: bytes) -> list[NewItem]:
+    given = VectorItems.model_validate(parse_json(body))
     for one in given.items:
         check_json(one.metadata, "'metadata'")
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such

@@ -106,6 +106,7 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
             shared_memory,
             tracing,
         )
+        stack.push_async_callback(service.close)
         stack.push_async_callback(lambda: service.engine.close())
         evaluations = Evaluations(
             service, lambda: evaluation_wire(service), allowed, config.state_folder / "evaluations"
@@ -180,7 +181,7 @@ async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer
     service.state = "leaving"
     await grpc_server.announce(False)
     await asyncio.sleep(config.drain_delay_s)
-    service.state = "closed"
+    service.refuse_work()
     loop = asyncio.get_running_loop()
     end_s = loop.time() + config.grace_s
     # Listeners close when nothing runs any more: one that is closing lets new calls hang, these refuse them.

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -78,6 +79,7 @@ class Service:
         self.metrics = Metrics()
         self.tracing = tracing
         self._running: Counter[Engine] = Counter()
+        self._writes, self._files = ThreadPoolExecutor(1, "writes"), ThreadPoolExecutor(1, "files")
         self.use(engine, collections, version, depth_unit, classes, labels)
         self.state: Literal["starting", "ready", "leaving", "closed"] = "starting"
         self._watch_gauges()
@@ -116,8 +118,25 @@ class Service:
 
     @property
     def in_flight(self) -> int:
-        """Requests that were accepted and are not answered yet."""
-        return sum(counts.pending for counts in self.counts.values())
+        """Requests that were accepted and are not answered yet: of models, also those of streams, or of anything that came whole."""
+        return max(sum(counts.pending for counts in self.counts.values()), self.admission.working)
+
+    def refuse_work(self) -> None:
+        """Take nothing new; what was accepted is finished."""
+        self.state, self.admission.open = "closed", False
+
+    async def write(self, work: Callable[[], T]) -> T:
+        """Do a write to the collections, which waits for the one before it: apart from the decode pool, or images would wait too."""
+        return await asyncio.get_running_loop().run_in_executor(self._writes, work)
+
+    async def convert(self, work: Callable[[], T]) -> T:
+        """Read or write a collection's file, one at a time: each may take long, and much memory."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, work)
+
+    async def close(self) -> None:
+        """Finish what is being written."""
+        for worker in (self._files, self._writes):
+            await asyncio.to_thread(worker.shutdown)
 
     def model(self, name: str, version: str = "") -> ServedModel:
         """The model of this name. Raises NotFound, saying what there is."""
@@ -142,8 +161,11 @@ class Service:
         self.shared_memory.write(request.places[name], content)
         return None
 
-    async def infer(self, request: InferRequest) -> InferReply:
-        """Answer one request. Raises InputError and the errors of `server.errors`, all of them counted and logged."""
+    async def infer(self, request: InferRequest, write: Callable[[InferReply], Awaitable[T]]) -> T:
+        """Answer one request as its wire writes it: what fails there is a failure too.
+
+        Raises InputError and the errors of `server.errors`, all of them counted and logged.
+        """
         began_ns = time.perf_counter_ns()
         rows, times = 0, Times()
         try:
@@ -151,7 +173,7 @@ class Service:
             outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
             rows = len(next(iter(inputs.values())))
             self.rates.take(client.get(), rows)
-            reply = await self._infer(model, request, inputs, outputs, rows, began_ns, times)
+            written = await self._infer(model, request, inputs, outputs, rows, began_ns, times, write)
         except BaseException as error:
             total_ns = time.perf_counter_ns() - began_ns
             code = self._failed(request, rows, error, total_ns)
@@ -162,7 +184,7 @@ class Service:
         _log_request(request, rows, "OK", total_ns)
         if self.tracing is not None:
             self.tracing.record(request, rows, "OK", time.time_ns(), total_ns, times)
-        return reply
+        return written
 
     async def infer_aside(self, request: InferRequest, patience_s: float) -> InferReply:
         """Pixels through the network for an evaluation: no admission, no counters, and clients' rows go first."""
@@ -183,7 +205,8 @@ class Service:
         rows: int,
         began_ns: int,
         times: Times,
-    ) -> InferReply:
+        write: Callable[[InferReply], Awaitable[T]],
+    ) -> T:
         if self.state == "closed":
             raise Draining("the server is shutting down")
         options = model.options(request.parameters)
@@ -201,6 +224,7 @@ class Service:
                     answers = await model.infer(inputs, outputs, options, times, deadline_s)
                     made = [(specs[name], answers[name]) for name in outputs]
                     ready = await _formatted(model, made, forms, times) if forms else [Formatted(*one) for one in made]
+                written = await write(self._reply(model, request, ready))
             except TimeoutError as error:
                 if limit is None or not limit.expired():
                     raise EngineFailed("a part of the server timed out") from error
@@ -210,16 +234,14 @@ class Service:
             finally:
                 counts.pending -= 1
                 self._running[model.engine] -= 1
-        self._check_reply(request, ready)
         total_ns = time.perf_counter_ns() - began_ns
         counts.succeed(model.name, rows, total_ns, times)
         self.admission.learn(rows, times.infer_ns)
         self.metrics.observe(model.name, total_ns, times)
-        scales = {one.spec.name: one.scale for one in ready if one.scale is not None}
-        ordered = tuple((one.spec, one.array) for one in ready)
-        return InferReply(model.name, self.model_version, request.id, ordered, scales)
+        return written
 
-    def _check_reply(self, request: InferRequest, ready: Sequence[Formatted]) -> None:
+    def _reply(self, model: ServedModel, request: InferRequest, ready: Sequence[Formatted]) -> InferReply:
+        """The outputs as a reply. Raises TooLarge."""
         nbytes = sum(size_bytes(one.array) for one in ready if one.spec.name not in request.places)
         most = self.admission.spec.max_reply_bytes
         if nbytes > most:
@@ -227,6 +249,9 @@ class Service:
                 f"the reply has {nbytes / 2**20:.1f} MB of outputs, and {most >> 20} MB are allowed; ask for fewer images or "
                 "outputs, or for a smaller form of them, or start the server with more --max-message-mb"
             )
+        scales = {one.spec.name: one.scale for one in ready if one.scale is not None}
+        ordered = tuple((one.spec, one.array) for one in ready)
+        return InferReply(model.name, self.model_version, request.id, ordered, scales)
 
     def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> str:
         """Count and log; gives the code that the client gets."""

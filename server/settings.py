@@ -32,13 +32,21 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Server
     from_environment = _environment(environment)
     file = _named_file(argv) or from_environment.get("config")
     from_file = {} if file is None else _file(Path(str(file)))
-    for name, value in from_file.items():
-        _check(name, value, f"--config {file}: {name}")
-    for name, value in from_environment.items():
-        _check(name, value, f"{PREFIX}{name.upper()}")
-    values = {**from_file, **from_environment}
-    flags = [word for name, value in values.items() if not _given(argv, name) for word in _flag(name, value)]
-    return tyro.cli(ServerConfig, prog="python -m server", args=[*flags, *argv])
+    where = {name: f"--config {file}: {name}" for name in from_file}
+    where |= {name: f"{PREFIX}{name.upper()}" for name in from_environment}
+    values = {name: value for name, value in {**from_file, **from_environment}.items() if not _given(argv, name)}
+    for name, value in values.items():
+        _check(name, value, where[name])
+    flags = [word for name, value in values.items() for word in _flag(name, value)]
+    config = tyro.cli(ServerConfig, prog="python -m server", args=[*flags, *argv])
+    try:
+        config.check()
+    except InputError as error:  # it speaks of a flag, which nobody may have given
+        name = str(error).split()[0].removeprefix("--").replace("-", "_")
+        if name not in values:
+            raise
+        raise InputError(f"{where[name]}: {error}") from error
+    return config
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -72,6 +80,8 @@ def _check(name: str, value: Any, where: str) -> None:
     """Raise InputError, naming where it came from, for what the flag would refuse: its refusal would name a flag that nobody gave."""
     hint = _TYPES[name]
     kinds = get_args(hint) or (hint,)
+    if value == "None" and type(None) in kinds:
+        return
     if bool in kinds and str(value).lower() not in ("true", "false", "1", "0"):
         raise InputError(f"{where} is {value!r:.40}; wanted true or false")
     if get_origin(hint) is Literal and value not in kinds:

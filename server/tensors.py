@@ -19,6 +19,8 @@ from data.errors import InputError
 MAX_DIMENSIONS = 8
 MAX_SIZE = 1 << 31
 """Largest product of the sizes above 0: no message carries more, and numpy counts bytes in 64 bits even where a size is 0."""
+PIECE = 1 << 16
+"""Numbers of a sequence that are read at a time: some milliseconds."""
 MAX_ELEMENTS = 1 << 16
 """Images or texts in one BYTES tensor: far more than a request may have rows, few enough to count."""
 NUMPY_OF = {
@@ -93,9 +95,7 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> 
             raise InputError(f"input {name!r}: BYTES wants strings, other values came")
     else:
         try:
-            if not _are(values, dtype):
-                raise TypeError
-            flat = np.asarray(values, dtype).reshape(-1)
+            flat = _numbers(values, dtype)
         except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"input {name!r}: its data is not a regular array of {datatype} numbers") from error
     if len(flat) != size:
@@ -103,13 +103,30 @@ def from_values(name: str, datatype: str, shape: Sequence[int], values: Any) -> 
     return Tensor(name, datatype, object_array(flat, shape) if datatype == "BYTES" else flat.reshape(shape))
 
 
-def _are(values: Any, dtype: np.dtype) -> bool:
-    """Whether these are numbers of this kind as they came: NumPy would also read texts, truths and fractions as whole numbers."""
+def _numbers(values: Any, dtype: np.dtype) -> np.ndarray:
+    """A flat or nested sequence as one row of numbers, read in pieces: NumPy holds the interpreter's lock while it reads one.
+
+    Raises ValueError, TypeError or OverflowError for what is no regular array of this kind.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        return _piece(values, dtype).reshape(-1)
+    step = max(1, PIECE // max(1, np.size(values[0])))
+    pieces = [_piece(values[start : start + step], dtype) for start in range(0, len(values), step)]
+    return np.concatenate(pieces).reshape(-1)
+
+
+def _piece(values: Any, dtype: np.dtype) -> np.ndarray:
+    """Numbers of this kind as they came: NumPy would also read texts, truths and fractions as whole numbers."""
     came = np.asarray(values)
     if dtype.kind == "b":
-        return came.dtype.kind == "b" or not came.size
-    whole = dtype.kind == "f" or came.dtype.kind != "f" or bool((came == np.trunc(came)).all())
-    return came.dtype.kind in "iufO" and whole
+        kind = came.dtype.kind == "b" or not came.size
+    else:
+        whole = dtype.kind == "f" or came.dtype.kind != "f" or bool((came == np.trunc(came)).all())
+        kind = came.dtype.kind in "iufO" and whole
+    if not kind:
+        raise TypeError
+    with np.errstate(over="ignore"):  # what is too large for its type is infinite in it
+        return came.astype(dtype) if dtype.kind == came.dtype.kind == "f" else np.asarray(values, dtype)
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], values: Any, content_type: str | None) -> Tensor:
@@ -136,11 +153,11 @@ def to_raw(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def to_json(array: np.ndarray) -> list[Any]:
-    """A flat list, as Triton writes it. BYTES become text: ids and labels are text by construction."""
+def to_json(array: np.ndarray) -> list[str] | np.ndarray:
+    """A flat list or array, as Triton writes it. BYTES become text: ids and labels are text by construction."""
     if array.dtype == object:
         return [element.decode("utf-8", "replace") for element in array.reshape(-1)]
-    return array.reshape(-1).tolist()
+    return array.reshape(-1)
 
 
 def object_array(elements: Sequence[bytes], shape: Sequence[int] | None = None) -> np.ndarray:

@@ -18,6 +18,7 @@ from runtimes.runtime import Runtime
 from server.config import ServerConfig
 from server.run import Running
 from tests.evaluators.fakes import colour_folder
+from tests.server.gate import ROWS, GatedRuntime
 from tests.server.images import png
 from tests.server.postgres import MISSING, find_programs, running_postgres
 from tests.server.wires import JsonWire, TritonWire, images, open_wire
@@ -149,3 +150,14 @@ def goes_on_serving(server):
         opened = open_wire(name, server.addresses)
         assert opened.infer("embedding", images(png(0)))["embedding"].shape == (1, 48)
         opened.close()
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> Iterator[tuple[Running, GatedRuntime]]:
+    """A server that takes 8 rows at a time, in batches of 4, and its network."""
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", queue_rows=ROWS, max_batch_rows=4)
+    with Running(config, runtime.load) as running:
+        runtime.batches.clear()
+        yield running, runtime
+        runtime.gate.set()

@@ -3,14 +3,22 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import httpx
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from backbones.checkpoints import Manifest
 from data.preprocess import Preprocess
 from runtimes.runtime import Runtime
 from server.artifacts import Loaded
 from server.config import ServerConfig
+from server.run import Running
+from tests.server.wires import open_wire
+
+ROWS = 8
+"""That the server `gated` takes at a time."""
 
 
 class GatedRuntime(Runtime):
@@ -40,9 +48,51 @@ class GatedRuntime(Runtime):
         return Loaded((self,))
 
 
+class Held:
+    """A part of the server that does not go on before the test lets it."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self._work = work
+
+    def __call__(self, *args: Any) -> Any:
+        self.begun.set()
+        assert self.go.wait(60)
+        return self._work(*args)
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     """Return once it holds; fail when it does not within a minute."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def pixels(seed: int, rows: int = 1, side: int = 8) -> np.ndarray:
+    """Images that the network says something of each."""
+    return np.random.default_rng(seed).standard_normal((rows, 3, side, side), dtype=np.float32)
+
+
+def ask(
+    running: Running,
+    seed: int,
+    rows: int = 1,
+    side: int = 8,
+    name: str = "grpc",
+    parameters: dict[str, Any] | None = None,
+) -> float:
+    """One request of its own client; returns how far the answer is from the truth."""
+    wire = open_wire(name, running.addresses)
+    try:
+        sent = pixels(seed, rows, side)
+        got = wire.infer("backbone", {"pixels": sent}, parameters=parameters)["embedding"]
+        return float(np.abs(got - sent.mean(axis=(2, 3))).max())
+    finally:
+        wire.close()
+
+
+def gauge(running: Running, name: str) -> float:
+    """A number of the metrics page."""
+    families = text_string_to_metric_families(httpx.get(running.addresses.metrics).text)
+    return next(family.samples[0].value for family in families if family.name == name)

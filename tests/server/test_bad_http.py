@@ -23,7 +23,7 @@ def without(key):
 BODIES = {
     "no JSON": ("backbone", b"{", "not JSON"),
     "an empty body": ("backbone", b"", "not JSON"),
-    "JSON with a mistake": ("backbone", b'{"inputs": [}', "not JSON: Expecting value"),
+    "JSON with a mistake": ("backbone", b'{"inputs": [}', "not JSON: unexpected character"),
     "not UTF-8": ("backbone", b'{"id": "\xff"}', "not JSON"),
     "nested without end": ("backbone", b"[" * 100_000, "not JSON"),
     "a list": ("backbone", [], "a JSON list; wanted an object"),
@@ -45,10 +45,10 @@ BODIES = {
     "half a character": ("embedding", json.dumps({"inputs": [IMAGE_JSON | {"data": ["\ud800"]}]}).encode(), "not JSON"),
     "half a character, not escaped": ("knn", b'{"inputs": [], "parameters": {"collection": "\xed\xa0\x80"}}', "not JSON"),
     "UTF-16": ("backbone", '{"id": "\\ud800", "inputs": []}'.encode("utf-16"), "not JSON"),
-    "an id that is no number": ("backbone", b'{"id": NaN, "inputs": []}', "'id' is nan; wanted text"),
+    "an id that is no number": ("backbone", b'{"id": NaN, "inputs": []}', "not JSON"),
     "an id that is an object": ("backbone", {"id": {}, "inputs": []}, "'id' is {}; wanted text"),
     "half a character in a parameter": ("knn", b'{"inputs": [], "parameters": {"collection": "\\ud800"}}', "not JSON"),
-    "a deadline without end": ("backbone", {"inputs": [PIXELS_JSON], "parameters": {"timeout": 10**400}}, "parameter 'timeout'"),
+    "a deadline without end": ("backbone", {"inputs": [PIXELS_JSON], "parameters": {"timeout": 10**400}}, "not JSON: number is infinity"),
     "classification": (
         "backbone",
         {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"classification": 3}}]},
@@ -192,12 +192,12 @@ ITEMS = {
     "NaN in the metadata": (
         b'{"items": [{"embedding": [%s], "metadata": {"a": NaN}}]}' % ONES,
         400,
-        "cannot be written as JSON",
+        "not JSON",
     ),
     "a number beyond all": (
         b'{"items": [{"embedding": [%s], "metadata": {"a": 1e999}}]}' % ONES,
         400,
-        "cannot be written as JSON",
+        "not JSON",
     ),
     "metadata without end": ({"items": [{"embedding": [1.0] * 48, "metadata": nested(952)}]}, 400, "more than 64 deep"),
     "half a character in the metadata": (

@@ -1,5 +1,6 @@
 """Collections: what was acknowledged stays, search is exact, other networks are kept out."""
 
+import gc
 import json
 import random
 import re
@@ -290,19 +291,33 @@ def test_a_large_collection_is_searched_through_a_graph_that_follows_writes(stor
 
 def test_a_collection_goes_to_a_file_and_comes_back(store):
     store.add(
-        "birds", [item(1, n, 0, 0, id=f"i{n}", label="a", metadata={"n": n}, thumbnail=b"jpeg") for n in range(4)]
+        "birds",
+        [item(1, n, 0, 0, id=f"i{n}", label="a", metadata={"n": n}, thumbnail=b"\xff\xd8\xff") for n in range(4)],
     )
     for form in ("npz", "parquet"):
         table = read_collection(write_collection(store.exported("birds"), form))
         assert store.imported(f"copy-{form}", table) == ["i0", "i1", "i2", "i3"]
         (first, *_) = store.page(f"copy-{form}", 0, 10, None)
         assert (first.id, first.label, first.metadata) == ("i0", "a", {"n": 0})
-        assert store.thumbnail(f"copy-{form}", "i0") == b"jpeg"
+        assert store.thumbnail(f"copy-{form}", "i0") == b"\xff\xd8\xff"
     with pytest.raises(Conflict, match="cannot be compared"):
         store.imported("copy", replace(table, weights_sha256="f" * 64))
-    with pytest.raises(InputError, match="no JSON"):
-        store.imported("copy", replace(table, metadata=["["] * 4))
+    with pytest.raises(InputError, match=r"item 1: metadata .* is no JSON"):
+        store.imported("copy", replace(table, metadata=["{}", "[", "{}", "{}"]))
+    with pytest.raises(InputError, match=r"item 2: id 'a/b': wanted 1 to 256 characters"):
+        store.imported("copy", replace(table, ids=["a", "b", "a/b", "d"]))
     assert "copy" not in [info.name for info in store.infos()]
+
+
+def test_a_collection_that_another_server_deleted_is_not_kept_in_memory(database_url):
+    first, second = (Collections(open_postgres(database_url), BINDING) for _ in range(2))
+    first.add("gone", [item(1, 0, 0, 0, id="a")])
+    kept = weakref.ref(second.snapshot("gone"))
+    first.delete("gone")
+    with pytest.raises(NotFound):
+        second.snapshot("gone")
+    gc.collect()
+    assert kept() is None
 
 
 def test_servers_of_one_database_see_each_others_writes_at_once(database_url):

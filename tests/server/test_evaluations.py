@@ -13,6 +13,8 @@ from typing import get_type_hints
 
 import httpx
 import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from data.errors import InputError
 from evaluators import knn
@@ -86,6 +88,13 @@ def test_an_evaluation_finds_what_the_command_finds_and_is_kept_with_its_report(
     where = start(http, "knn", "colours", k=[2, 3], temperature=0.1, preset="dino")
     kept_in = http.post("/v2/repository/models/backbone/unload")
     assert (kept_in.status_code, "evaluation" in kept_in.json()["error"]) == (409, True)
+    with triton.InferenceServerClient(evaluated.addresses.grpc) as client:
+        for change in (client.unload_model, client.load_model):
+            with pytest.raises(
+                InferenceServerException, match="an evaluation of the served network is running"
+            ) as told:
+                change("backbone")
+            assert told.value.status() == "StatusCode.FAILED_PRECONDITION"
     busy = http.post("/v1/evaluations", json={"evaluator": "linear", "data": "colours"})
     assert busy.status_code == 409
     assert "one at a time" in busy.json()["error"]

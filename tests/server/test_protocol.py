@@ -278,11 +278,13 @@ def test_metrics_are_a_page_that_prometheus_can_read(server, http, page):
     assert {"dinoscope_decode_seconds", "dinoscope_queue_seconds", "dinoscope_event_loop_lag_seconds"} <= set(families)
 
 
-def test_a_gzipped_json_request_is_read(http):
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_a_gzipped_json_request_is_read_of_however_many_members(http, members):
     body = {"inputs": [{"name": "embedding", "datatype": "FP32", "shape": [1, 48], "data": [1.0] * 48}]}
-    answer = http.post(
-        "/v2/models/knn/infer", content=gzip.compress(json.dumps(body).encode()), headers={"content-encoding": "gzip"}
-    )
+    text = json.dumps(body).encode()
+    step = -(-len(text) // members)
+    packed = b"".join(gzip.compress(text[start : start + step]) for start in range(0, len(text), step))
+    answer = http.post("/v2/models/knn/infer", content=packed, headers={"content-encoding": "gzip"})
     assert answer.status_code == 200
     assert answer.json()["outputs"][0]["shape"] == [1, 5]
 

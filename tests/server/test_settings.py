@@ -84,6 +84,24 @@ def test_a_value_of_another_kind_is_refused_where_it_stands(name: str, text: str
         read_settings(["--models", "m", "--config", str(file)], {})
 
 
+def test_a_value_that_makes_no_sense_is_refused_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text("queue_rows = 0\n")
+    wanted = "DINOSCOPE_HTTP_PORT: --http-port 70000: wanted 0 to 65535"
+    with pytest.raises(InputError, match=f"^{wanted}$"):
+        read_settings(["--models", "m"], {"DINOSCOPE_HTTP_PORT": "70000"})
+    with pytest.raises(InputError, match=f"^--config {file}: queue_rows: --queue-rows 0: wanted at least 1$"):
+        read_settings(["--models", "m", "--config", str(file)], {})
+    with pytest.raises(InputError, match=r"^--http-port -1: wanted 0 to 65535$"):
+        read_settings(["--models", "m", "--http-port", "-1"], {"DINOSCOPE_HTTP_PORT": "80"})
+
+
+def test_what_was_set_elsewhere_can_be_taken_back(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text("instances = 3\n")
+    assert read_settings(["--models", "m", "--config", str(file)], {"DINOSCOPE_INSTANCES": "None"}).instances is None
+
+
 def test_what_is_printed_is_everything_but_the_password() -> None:
     runtime = GatedRuntime()
     runtime.threads = 3

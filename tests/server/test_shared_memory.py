@@ -94,7 +94,16 @@ def test_what_is_no_shared_memory_is_refused(wire: tuple[Any, Any], key: str) ->
         wire[1].register_system_shared_memory("bad", key, 10)
 
 
-def test_places_beyond_a_region_and_outputs_that_do_not_fit_are_refused(wire: tuple[Any, Any], region: Any) -> None:
+def counts_of(server: Running) -> tuple[int, int]:
+    """Requests to the backbone that succeeded, and those that failed."""
+    with grpc_client.InferenceServerClient(server.addresses.grpc) as client:
+        (statistics,) = client.get_inference_statistics("backbone").model_stats
+    return statistics.inference_stats.success.count, statistics.inference_stats.fail.count
+
+
+def test_places_beyond_a_region_and_outputs_that_do_not_fit_are_refused(
+    wire: tuple[Any, Any], region: Any, server: Running
+) -> None:
     module, client = wire
     client.register_system_shared_memory("small", key_of(region), 3 * 32 * 32 * 4)
     tensor = module.InferInput("pixels", [1, 3, 32, 32], "FP32")
@@ -105,8 +114,10 @@ def test_places_beyond_a_region_and_outputs_that_do_not_fit_are_refused(wire: tu
     tensor.set_shared_memory("small", 3 * 32 * 32 * 4)
     output = module.InferRequestedOutput("embedding")
     output.set_shared_memory("small", 8)
+    before = counts_of(server)
     with pytest.raises(InferenceServerException, match="does not fit into 8 bytes"):
         client.infer("backbone", [tensor], outputs=[output])
+    assert counts_of(server) == (before[0], before[1] + 1), "computed, but not answered"
     with pytest.raises(InferenceServerException, match="has 1048576 bytes"):
         client.register_system_shared_memory("large", key_of(region), 1 << 21)
 

@@ -44,7 +44,7 @@ def test_json_strings_are_text_or_base64_where_the_input_says_so():
 
 
 def test_json_output_is_a_flat_list():
-    assert to_json(np.array([[1.5, 2.0]], np.float32)) == [1.5, 2.0]
+    assert to_json(np.array([[1.5, 2.0]], np.float32)).tolist() == [1.5, 2.0]
     assert to_json(object_array([b"cat", b""], (1, 2))) == ["cat", ""]
 
 
@@ -64,6 +64,8 @@ def test_json_output_is_a_flat_list():
         (lambda: from_json("x", "FP32", [1], ["a"], None), "not a regular array"),
         (lambda: from_json("x", "FP32", [1], ["1"], None), "not a regular array"),
         (lambda: from_json("x", "FP32", [1], [True], None), "not a regular array"),
+        (lambda: from_json("x", "FP32", [1], "abc", None), "not a regular array"),
+        (lambda: from_json("x", "FP32", [1], {"a": 1}, None), "not a regular array"),
         (lambda: from_json("x", "UINT8", [1], [1.5], None), "not a regular array"),
         (lambda: from_json("x", "BOOL", [1], [1], None), "not a regular array"),
         (lambda: from_json("x", "BYTES", [1], [1], None), "wants strings"),

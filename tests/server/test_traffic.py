@@ -1,4 +1,4 @@
-"""Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails, draining."""
+"""Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails."""
 
 import asyncio
 import gzip
@@ -12,51 +12,19 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from server.admission import LEAST_CALLS
+from server.collections import Collections
 from server.grpc_api import STREAM_DEPTH
 from server.http_body import Guard
 from server.patience import PatientProtocol
 from server.run import Running
 from tests.server.conftest import config_of
-from tests.server.gate import GatedRuntime, wait_for
+from tests.server.gate import ROWS, GatedRuntime, Held, ask, gauge, pixels, wait_for
+from tests.server.images import png
 from tests.server.wires import Refused, open_wire
-
-ROWS = 8
-
-
-@pytest.fixture
-def gated(tmp_path):
-    """A server that takes 8 rows at a time, in batches of 4, and its network."""
-    runtime = GatedRuntime()
-    config = config_of(tmp_path, tmp_path / "state", queue_rows=ROWS, max_batch_rows=4)
-    with Running(config, runtime.load) as running:
-        runtime.batches.clear()
-        yield running, runtime
-        runtime.gate.set()
-
-
-def pixels(seed, rows=1, side=8):
-    return np.random.default_rng(seed).standard_normal((rows, 3, side, side), dtype=np.float32)
-
-
-def ask(running, seed, rows=1, side=8, name="grpc", parameters=None):
-    """One request of its own client; returns how far the answer is from the truth."""
-    wire = open_wire(name, running.addresses)
-    try:
-        sent = pixels(seed, rows, side)
-        got = wire.infer("backbone", {"pixels": sent}, parameters=parameters)["embedding"]
-        return float(np.abs(got - sent.mean(axis=(2, 3))).max())
-    finally:
-        wire.close()
-
-
-def gauge(running, name):
-    families = text_string_to_metric_families(httpx.get(running.addresses.metrics).text)
-    return next(family.samples[0].value for family in families if family.name == name)
 
 
 def statistics(running):
@@ -231,38 +199,6 @@ def test_a_failure_of_the_network_hides_its_words_and_passes(gated, wire):
     assert ask(running, 1, name=wire) < 1e-6
 
 
-def test_draining_answers_what_was_accepted_and_takes_nothing_new(gated):
-    running, runtime = gated
-    runtime.gate.clear()
-    with ThreadPoolExecutor(4) as pool, grpc.insecure_channel(running.addresses.grpc) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        watching = health.Watch(health_pb2.HealthCheckRequest(service=""))
-        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
-        late = open_wire("grpc", running.addresses)
-        late.client.is_server_live()
-        accepted = [pool.submit(ask, running, seed, name=name) for seed, name in enumerate(("grpc", "grpc", "http"))]
-        wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 3)
-        running.leave()
-        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        with pytest.raises(Refused) as caught:
-            late.infer("backbone", {"pixels": pixels(9)})
-        assert caught.value.kind == "StatusCode.UNAVAILABLE"
-        late.close()
-        runtime.gate.set()
-        assert max(one.result() for one in accepted) < 1e-6
-
-
-def test_readiness_says_no_before_the_server_goes(tmp_path):
-    runtime = GatedRuntime()
-    with Running(config_of(tmp_path, tmp_path / "state", drain_delay_s=3.0), runtime.load) as running:
-        ready = f"{running.addresses.http}/v2/health/ready"
-        assert httpx.get(ready).status_code == 200
-        running.leave()
-        wait_for(lambda: httpx.get(ready).status_code == 503)
-        assert httpx.get(f"{running.addresses.http}/v2/health/live").status_code == 200
-        assert ask(running, 0) < 1e-6
-
-
 def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_not(gated, monkeypatch):
     running, runtime = gated
     monkeypatch.setattr(PatientProtocol, "head_s", 0.5)
@@ -320,6 +256,30 @@ def test_of_a_stream_that_is_broken_off_nothing_stays_inside(tmp_path):
             client.stop_stream(cancel_requests=True)
             wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 0)
         runtime.gate.set()
+
+
+def test_images_wait_for_no_write_and_no_file_of_a_collection(tmp_path, monkeypatch):
+    runtime = GatedRuntime()
+    config = config_of(tmp_path, tmp_path / "state", decode_threads=1)
+    with Running(config, runtime.load) as running, ThreadPoolExecutor(8) as pool:
+        items = {"items": [{"embedding": [1.0, 2.0, 3.0]}]}
+        at = f"{running.addresses.http}/v1/collections/birds"
+        httpx.post(f"{at}/items", json=items).raise_for_status()
+        file = httpx.get(f"{at}/export?format=parquet").content
+        held = {name: Held(getattr(Collections, name)) for name in ("add", "exported")}
+        for name, one in held.items():
+            monkeypatch.setattr(Collections, name, lambda *args, one=one: one(*args))
+        asked = [pool.submit(httpx.post, f"{at}/items", json=items, timeout=60) for _ in range(2)]
+        asked += [pool.submit(httpx.get, f"{at}/export", timeout=60) for _ in range(2)]
+        asked += [pool.submit(httpx.post, f"{at}-2/import", content=file, timeout=60)]
+        assert held["add"].begun.wait(60)
+        image = {"file": ("a.png", png(0), "image/png")}
+        assert httpx.post(f"{running.addresses.http}/v1/embeddings", files=image, timeout=60).status_code == 200
+        assert httpx.get(f"{at}/items").json()["items"]
+        assert not any(one.done() for one in asked)
+        for one in held.values():
+            one.go.set()
+        assert [one.result().status_code for one in asked] == [201, 201, 200, 200, 201]
 
 
 def test_what_a_body_unpacks_to_counts_among_the_bytes_while_it_is_unpacked(tmp_path):
