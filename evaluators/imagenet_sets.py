@@ -3,11 +3,11 @@
     imagenet-v2:ROOT       ROOT/0 ... ROOT/999: the folder's number is a place among the sorted classes
     imagenet-real:FILE     real.json, whose k-th entry lists the right classes of ILSVRC2012_val_(k+1): any of them counts,
                            images without any are skipped; the images are the test images themselves
-    imagenet-a:ROOT        ROOT/WNID/*; answers are taken among the classes that occur (so is imagenet-r:ROOT)
+    imagenet-a:ROOT        ROOT/WNID/* or ROOT/imagenet-a/WNID/*; answers are taken among the classes that occur (so is imagenet-r:ROOT)
     imagenet-sketch:ROOT   ROOT/WNID/* or ROOT/sketch/WNID/*
     imagenet-c:ROOT        ROOT/CORRUPTION/1..5/WNID/*; errors relative to AlexNet's, averaged (lower is better)
 
-Read in this order: parse_sets, open_set, score, measure_sets.
+Read in this order: parse_sets, open_sets, score, measure_sets.
 Legend: n images, C classes; of imagenet-c: G photographs, S strata (K corruptions x L severities), R resamples, M = 2 S columns.
 """
 
@@ -59,6 +59,13 @@ ALEXNET_ERROR: dict[str, float] = {
 }
 """Mean error of AlexNet over the severities of each corruption (Hendrycks and Dietterich 2019)."""
 STRATA = tuple(f"{corruption}/{severity}" for corruption in ALEXNET_ERROR for severity in SEVERITIES)
+UNPACKED: dict[Kind, str] = {
+    "v2": "imagenetv2-matched-frequency-format-val",
+    "a": "imagenet-a",
+    "r": "imagenet-r",
+    "sketch": "sketch",
+}
+"""Folder that a set's archive unpacks to."""
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -92,6 +99,8 @@ class Scores:
     predictions: dict[str, np.ndarray]
     """Of each set KIND, a row an image that has an answer: KIND_names, KIND_predicted (places among the trained classes) and KIND_correct;
     c_groups numbers the photographs that were corrupted."""
+    notes: tuple[str, ...] = ()
+    """What else a reader must know."""
 
 
 def parse_sets(texts: Sequence[str]) -> dict[Kind, Path]:
@@ -117,7 +126,7 @@ def open_set(kind: Kind, path: Path, classes: Sequence[str], test: Dataset) -> E
         return _open_real(path, classes, test)
     if kind == "c":
         return _open_corruptions(path, classes)
-    nested = path / {"v2": "imagenetv2-matched-frequency-format-val", "sketch": "sketch"}.get(kind, "")
+    nested = path / UNPACKED[kind]
     root = nested if nested.is_dir() else path
     folders = _class_folders(root)
     index = _by_position(folders, classes, root) if kind == "v2" else _by_name(folders, classes, root)
@@ -154,7 +163,17 @@ def score(extra: ExtraSet, logits_nC: np.ndarray, rows: Sequence[int]) -> Scores
     originals_n = np.unique([extra.originals[rows[place]] for place in asked], return_inverse=True)[1]
     strata_n = np.array([STRATA.index(extra.strata[rows[place]]) for place in asked])
     metric, errors = corruption_error(right, strata_n, originals_n)
-    return Scores({"c_mce": metric}, errors, predictions | {"c_groups": originals_n})
+    there = len(np.unique(strata_n))
+    notes = () if there == len(STRATA) else (partial_note(there, list(errors)),)
+    return Scores({"c_mce": metric}, errors, predictions | {"c_groups": originals_n}, notes)
+
+
+def partial_note(there: int, corruptions: Sequence[str]) -> str:
+    """What to say of an mCE over fewer than the fifteen corruptions at five severities, which no published figure is."""
+    return (
+        f"imagenet-c: c_mce is over {there} of the {len(STRATA)} corruptions and severities ({', '.join(corruptions)}); "
+        "published figures are over all"
+    )
 
 
 def corruption_error(
@@ -198,17 +217,25 @@ def _mean_of_finite(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     return mean
 
 
-def measure_sets(extras: Mapping[Kind, Path], options: NetworkOptions, measurement: Measurement) -> Scores:
+def open_sets(
+    paths: Mapping[Kind, Path], options: NetworkOptions, classes: Sequence[str] | None = None
+) -> list[ExtraSet]:
+    """The sets, for a classifier of these classes, or of all in `options.data`; nothing is decoded. Raises InputError."""
+    splits = labelled(open_splits(options.data, options.train_split, options.val_split, options.group_by), options.data)
+    named = {str(item.label) for part in (splits.train, splits.val) for item in part.items}
+    return [open_set(kind, path, classes or sorted(named), splits.val) for kind, path in paths.items()]
+
+
+def measure_sets(paths: Mapping[Kind, Path], options: NetworkOptions, measurement: Measurement) -> Scores:
     """What a measurement's linear classifier makes of all the sets."""
     weight_CD, bias_C = (torch.from_numpy(measurement.learned[name]) for name in ("weight", "bias"))
-    classes, name = measurement.learned["classes"].tolist(), measurement.chosen["features"]
-    splits = labelled(open_splits(options.data, options.train_split, options.val_split, options.group_by), options.data)
+    name = measurement.chosen["features"]
+    extras = open_sets(paths, options, measurement.learned["classes"].tolist())
     how = ExtractSpec(batch_size=options.batch_size, workers=options.workers, cache_dir=options.cache_dir)
     scores = Scores({}, {}, {})
     with open_runtime(options.ckpt, device=options.device, threads=options.threads) as runtime:
-        for kind, path in extras.items():
-            extra = open_set(kind, path, classes, splits.val)
-            with progress_bar(f"imagenet-{kind}") as progress:
+        for extra in extras:
+            with progress_bar(f"imagenet-{extra.kind}") as progress:
                 view = extra.view(runtime.manifest.preprocess)
                 table = extract(runtime, extra.dataset, replace(how, view=view), progress)
             made = wide([table], [name])
@@ -217,7 +244,10 @@ def measure_sets(extras: Mapping[Kind, Path], options: NetworkOptions, measureme
             logits = [made.take(some)[:, made.slices[name]] @ weight_CD.T + bias_C for some in rows]
             one = score(extra, torch.cat(logits).numpy(), table.rows)
             scores = Scores(
-                scores.metrics | one.metrics, scores.errors | one.errors, scores.predictions | one.predictions
+                scores.metrics | one.metrics,
+                scores.errors | one.errors,
+                scores.predictions | one.predictions,
+                scores.notes + one.notes,
             )
     return scores
 

@@ -73,6 +73,14 @@ def test_answers_on_a_and_r_are_taken_among_their_classes(tmp_path: Path) -> Non
         open_set("a", tmp_path, WNIDS, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["a", "r", "sketch", "v2"])
+def test_the_folder_that_an_archive_unpacks_to_is_found_in_its_parent(tmp_path: Path, kind: str) -> None:
+    folder = {"v2": "imagenetv2-matched-frequency-format-val", "sketch": "sketch"}.get(kind, f"imagenet-{kind}")
+    picture(tmp_path / folder / ("1" if kind == "v2" else WNIDS[1]) / "a.jpg")
+    outside, within = (open_set(kind, path, WNIDS, None) for path in (tmp_path, tmp_path / folder))  # type: ignore[arg-type]
+    assert outside.answers == within.answers == (frozenset([1]),)
+
+
 def test_corruption_errors_are_averaged_over_severities_and_divided_by_alexnets(tmp_path: Path) -> None:
     for severity in range(1, 6):
         for wnid in WNIDS[:2]:
@@ -87,6 +95,9 @@ def test_corruption_errors_are_averaged_over_severities_and_divided_by_alexnets(
     ]
     found = score(extra, right_logits(guesses), range(20))
     assert found.errors == {"shot_noise": 0.0, "fog": 0.5}
+    assert found.notes == (
+        "imagenet-c: c_mce is over 10 of the 75 corruptions and severities (shot_noise, fog); published figures are over all",
+    )
     mce = found.metrics["c_mce"]
     assert mce.value == pytest.approx(0.5 / ALEXNET_ERROR["fog"] / 2)
     assert mce.lower_is_better
@@ -158,6 +169,7 @@ def test_a_probe_is_tested_on_all_of_them_in_one_run(tmp_path: Path) -> None:
     assert list(result["settings"]["corruption_errors"]) == ["snow"]
     assert json.loads((tmp_path / "out.json").read_text())["metrics"]["v2_top1"]["n"] == 3
     assert result["metrics"]["c_mce"]["ci95"] is not None
+    assert any("c_mce is over 1 of the 75" in note for note in result["notes"])
     scored = load_scored(tmp_path / "out.json")
     for kind in ("v2", "real", "a", "r", "sketch", "c"):
         n = 9 if kind == "real" else 3
@@ -167,3 +179,18 @@ def test_a_probe_is_tested_on_all_of_them_in_one_run(tmp_path: Path) -> None:
     assert {name: one["n"] for name, one in pairs.items() if name != "top5"} == {
         "score": 9, "v2_top1": 3, "real_top1": 9, "a_top1": 3, "r_top1": 3, "sketch_top1": 3, "c_top1": 3,
     }  # fmt: skip
+
+
+def test_a_further_set_that_cannot_be_read_is_told_before_anything_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train/{}/0.jpg", "train/{}/1.jpg", "val/{}/0.jpg"):
+        for number, wnid in enumerate(WNIDS[:2]):
+            picture(tmp_path / "data" / name.format(wnid), 60 * number)
+    (tmp_path / "sketch").mkdir()
+    monkeypatch.setattr("evaluators.linear.evaluate", lambda *_: pytest.fail("it was fitted"))
+    options = ClassificationRun(
+        ckpt=str(small_checkpoint(tmp_path / "a.safetensors")), data=str(tmp_path / "data"), cache_dir=None, threads=1
+    )
+    with pytest.raises(InputError, match="no class folders in it"):
+        run(options, test_data=[f"imagenet-sketch:{tmp_path / 'sketch'}"])
