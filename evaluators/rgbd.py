@@ -23,6 +23,7 @@ from data.listings import IMAGE, Record, scan_folder
 from data.members import Member
 from evaluators.depth_benchmarks import BENCHMARKS, ScoredPart
 from evaluators.depth_cuts import DEPTH, DEPTH_256, DISPARITY, CutDataset
+from evaluators.image_sizes import upright_hw
 from evaluators.nyud_mat import LabelledDataset
 from evaluators.splits import Splits, split_dataset
 
@@ -166,5 +167,17 @@ def read_depth_m(dataset: Dataset, row: int) -> np.ndarray:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name}: its depth map cannot be decoded ({error})") from error
+    _check_shape(steps.shape, upright_hw(dataset.read(row), name), name)
     depth_HW = steps.astype(np.float32) / STEPS[kind]
     return dataset.depth(depth_HW, row) if isinstance(dataset, CutDataset) else depth_HW
+
+
+def _check_shape(depth_hw: tuple[int, ...], image_hw: tuple[int, int], name: str) -> None:
+    """Raise InputError where a depth map cannot be the image's: of another shape, though it may be smaller or larger."""
+    (height, width), (image_height, image_width) = depth_hw, image_hw
+    off_px = min(abs(width - height * image_width / image_height), abs(height - width * image_height / image_width))
+    if off_px > 1:
+        raise InputError(
+            f"{name}: its depth map has {width} x {height} pixels, the image {image_width} x {image_height}; wanted one shape "
+            "(the size may differ), and the image without a rotation noted in its EXIF"
+        )

@@ -25,6 +25,7 @@ from data.decode import DEFAULT_LIMITS
 from data.errors import InputError
 from data.listings import IMAGE, Item, Record, images_under, scan_folder
 from data.members import Member
+from evaluators.image_sizes import upright_hw
 
 Purpose = Literal["objects", "classes"]
 """`objects`: each thing its own number. `classes`: numbers that mean the same in every image."""
@@ -37,7 +38,6 @@ NUMBERED = ("sem", "instances")
 VOID = -1
 """In a mask that was read: belongs to nothing that is scored."""
 VOID_VALUE = 255
-EXIF_ORIENTATION = 274
 FOREGROUND_FROM = 128
 """Of an alpha mask of 0 to 255."""
 ROOM_CLASSES = (
@@ -105,13 +105,7 @@ class MaskedImages:
 
     def image_hw(self, row: int) -> tuple[int, int]:
         """Height and width of an image as it is decoded, told by its header. Raises InputError."""
-        try:
-            with Image.open(io.BytesIO(self.dataset.read(row))) as image:
-                width, height = image.size
-                turned = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.dataset.items[row].name}: its header cannot be read ({error})") from error
-        return (width, height) if turned else (height, width)
+        return upright_hw(self.dataset.read(row), self.dataset.items[row].name)
 
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes; where the set has none, as many numbers as its masks hold (which are all read)."""

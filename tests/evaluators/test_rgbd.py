@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
 from data.datasets import Dataset
@@ -13,8 +14,8 @@ from data.errors import InputError
 from evaluators.rgbd import MeasuredDepth, open_depth, open_rgbd, read_depth_m
 
 
-def write_pair(root: Path, name: str, depth: np.ndarray) -> None:
-    for kind, array in (("images", np.zeros((8, 8, 3), np.uint8)), ("depth_mm", depth)):
+def write_pair(root: Path, name: str, depth: np.ndarray, image_hw: tuple[int, int] = (8, 8)) -> None:
+    for kind, array in (("images", np.zeros((*image_hw, 3), np.uint8)), ("depth_mm", depth)):
         path = root / kind / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), array)
@@ -22,7 +23,7 @@ def write_pair(root: Path, name: str, depth: np.ndarray) -> None:
 
 def test_two_folders_with_the_same_names_are_a_set_in_metres(tmp_path: Path) -> None:
     for name, millimetres in (("train/a", 1500), ("train/b", 0), ("val/c", 65535)):
-        write_pair(tmp_path, name, np.full((4, 6), millimetres, np.uint16))
+        write_pair(tmp_path, name, np.full((4, 6), millimetres, np.uint16), image_hw=(8, 12))
     splits = open_rgbd(tmp_path)
     assert [item.name for item in splits.train.items] == ["train/a.png", "train/b.png"]
     np.testing.assert_allclose(read_depth_m(splits.train, 0), np.full((4, 6), 1.5))
@@ -51,6 +52,37 @@ def test_a_depth_file_that_is_none_is_one_clear_error(tmp_path: Path, depth: np.
     if depth is None:
         (tmp_path / "depth_mm" / "train" / "a.png").write_bytes(b"no png")
     with pytest.raises(InputError, match="depth map"):
+        read_depth_m(open_rgbd(tmp_path).train, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"), [((8, 8), True), ((5, 5), True), ((16, 17), True), ((8, 6), False), ((4, 8), False)]
+)
+def test_depth_of_another_shape_than_its_image_is_refused_of_another_size_is_not(
+    tmp_path: Path, shape: tuple[int, int], fits: bool
+) -> None:
+    write_pair(tmp_path, "train/a", np.full(shape, 2000, np.uint16))
+    write_pair(tmp_path, "val/b", np.full(shape, 2000, np.uint16))
+    train = open_rgbd(tmp_path).train
+    if fits:
+        assert read_depth_m(train, 0).shape == shape
+    else:
+        with pytest.raises(
+            InputError, match=f"its depth map has {shape[1]} x {shape[0]} pixels, the image 8 x 8; wanted one shape"
+        ):
+            read_depth_m(train, 0)
+
+
+def test_depth_of_a_photograph_that_is_shown_turned_is_refused(tmp_path: Path) -> None:
+    write_pair(tmp_path, "train/a", np.full((8, 16), 2000, np.uint16))
+    write_pair(tmp_path, "val/b", np.full((8, 8), 2000, np.uint16))
+    photograph = Image.new("RGB", (16, 8))
+    exif = photograph.getexif()
+    photograph.save(tmp_path / "images" / "train" / "a.png", exif=exif)
+    assert read_depth_m(open_rgbd(tmp_path).train, 0).shape == (8, 16)
+    exif[0x0112] = 6
+    photograph.save(tmp_path / "images" / "train" / "a.png", exif=exif)
+    with pytest.raises(InputError, match="the image 8 x 16; wanted one shape"):
         read_depth_m(open_rgbd(tmp_path).train, 0)
 
 
