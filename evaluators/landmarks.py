@@ -10,6 +10,7 @@ Read in this order: landmarks_at, open_landmarks, load_plain_pickle.
 
 import hashlib
 import io
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ def _rows(values: Any, n: int) -> tuple[int, ...]:
 
 def _box(values: Any) -> tuple[float, float, float, float]:
     left, top, right, bottom = (float(value) for value in values)
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        raise ValueError(f"a box is {left:g} {top:g} {right:g} {bottom:g}")
     return left, top, right, bottom
 
 

@@ -138,7 +138,11 @@ def open_davis(root: Path) -> Dataset:
         frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
         if not frames.is_dir():
             raise InputError(f"{frames}: nothing there, though {listed} lists {name}; unpack the set again")
-        records += [_frame(path, name, masks / f"{path.stem}.png", root) for path in images_under(frames)]
+        for path in images_under(frames):
+            mask = masks / f"{path.stem}.png"
+            if not mask.is_file():  # frames without one are not scored, and the figure would be of fewer
+                raise InputError(f"{mask}: nothing there, though DAVIS has a mask for every frame; unpack the set again")
+            records.append(_frame(path, name, mask, root))
     if not records:
         raise InputError(f"{listed}: it lists no videos; wanted DAVIS-2017 as distributed")
     return Dataset(records, name=str(root))

@@ -159,6 +159,7 @@ def test_numbers_in_arrays_of_any_kind_are_read(tmp_path: Path) -> None:
         (lambda d: d.pop("qimlist"), "wanted imlist, qimlist and gnd"),
         (lambda d: d["gnd"].pop(), "2 queries but ground truth for 1"),
         (lambda d: d["gnd"][0].update(easy=[99]), "image 99 of 6"),
+        (lambda d: d["gnd"][0].update(bbx=[0, float("nan"), 9, 9]), "a box is 0 nan 9 9; wanted imlist"),
         (lambda d: d["imlist"].__setitem__(0, "../../etc/passwd"), "no plain file name"),
         (lambda d: d["imlist"].__setitem__(0, "gone"), r"gone\.jpg: missing"),
     ],

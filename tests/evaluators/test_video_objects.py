@@ -227,6 +227,11 @@ class TestBadInput:
         data = clip_folder(tmp_path / "d")
         assert "no videos with masks (kinds: image)" in self.refusal(tmp_path, data / "images")
 
+    def test_a_mask_that_davis_has_and_the_folder_has_not(self, tmp_path: Path) -> None:
+        davis = davis_folder(tmp_path)
+        (davis / "Annotations/480p/bear/00002.png").unlink()
+        assert "bear/00002.png: nothing there, though DAVIS has a mask for every frame" in self.refusal(tmp_path, davis)
+
     def test_a_list_that_climbs_out(self, tmp_path: Path) -> None:
         davis = davis_folder(tmp_path)
         (davis / "ImageSets/2017/val.txt").write_text("../../secret\n")
