@@ -4,15 +4,18 @@ An entry is a folder `<root>/<key>/` with one `<column>.npy` a column. `progress
 extraction got (a killed one goes on there); `meta.json` appears last, by rename, and makes the entry complete. The key
 is a hash of everything the features depend on, so nothing is ever out of date. A lock file beside the entry keeps a
 second process waiting until the first has finished, and then hands it the result.
+
+Disk space is taken before anything is written: a map of a file with holes is killed (SIGBUS) where a full disk cannot fill them.
 """
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,10 @@ class FeatureStore:
         return self.next_item - len(self.skipped)
 
     def append(self, columns: Mapping[str, np.ndarray], n_items: int, skipped: Mapping[int, str]) -> None:
-        """Add the features of the next `n_items` rows of the data set, of which `skipped` could not be read."""
+        """Add the features of the next `n_items` rows of the data set, of which `skipped` could not be read.
+
+        Raises InputError where the disk has no room for all the columns; nothing of them is left then.
+        """
         rows = n_items - len(skipped)
         for name, values in columns.items():
             if name not in self._arrays:
@@ -94,7 +100,14 @@ class FeatureStore:
         shape = (self.n_items, *tail)
         if self.folder is None:
             return np.empty(shape, dtype=np.float32)
-        return np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
+        path = self.folder / f"{name}.npy"
+        try:
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            _take_space(path)
+        except OSError as error:
+            self.discard()
+            raise _not_written(self.folder.parent, error, 4 * math.prod(shape)) from error
+        return array
 
     def _write(self, name: str) -> None:
         assert self.folder is not None
@@ -105,11 +118,16 @@ class FeatureStore:
             "columns": {column: list(array.shape) for column, array in self._arrays.items()},
         }
         temporary = self.folder / f".{name}.tmp"
-        with temporary.open("w") as file:
-            json.dump(body, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
+        try:
+            with temporary.open("w") as file:
+                json.dump(body, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / name)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise _not_written(self.folder.parent, error) from error
 
     def _resume(self) -> None:
         """Take up what an earlier process left; files that do not fit their own note are thrown away."""
@@ -121,6 +139,8 @@ class FeatureStore:
                 return
             except FileNotFoundError:
                 continue
+            except InputError:  # no room to go on: what is there stays
+                raise
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 break
         shutil.rmtree(self.folder)
@@ -135,11 +155,30 @@ class FeatureStore:
             array = np.load(self.folder / f"{name}.npy", mmap_mode="r" if finished else "r+", allow_pickle=False)
             if list(array.shape) != shape or array.dtype != np.float32:
                 raise ValueError(f"{name}.npy is of another shape")
+            if not finished:
+                try:
+                    _take_space(self.folder / f"{name}.npy")
+                except OSError as error:
+                    raise _not_written(self.folder.parent, error, array.nbytes) from error
             arrays[name] = array
         self._arrays = arrays
         self.next_item = int(body["next_item"])
         self.skipped = {int(row): str(reason) for row, reason in body["skipped"].items()}
         self.complete = finished
+
+
+def _take_space(path: Path) -> None:
+    """Fill the holes of a file, as far as its length goes. Raises OSError where the disk is full."""
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _not_written(root: Path, error: OSError, wanted_bytes: int = 0) -> InputError:
+    size = f" to a file of {wanted_bytes:,} bytes" if wanted_bytes else ""
+    return InputError(
+        f"--cache-dir {root}: cannot write there{size} ({error.strerror}); name another folder or use --cache-dir None"
+    )
 
 
 @contextmanager
@@ -152,12 +191,13 @@ def open_store(root: Path | None, key: str, n_items: int) -> Iterator[FeatureSto
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f"{key}.lock").open("w")
     except OSError as error:
-        raise InputError(
-            f"--cache-dir {root}: cannot write there ({error.strerror}); name another folder or use --cache-dir None"
-        ) from error
+        raise _not_written(root, error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        store = FeatureStore(n_items, root / key)
+        try:
+            store = FeatureStore(n_items, root / key)
+        except OSError as error:
+            raise _not_written(root, error) from error
         try:
             yield store
         finally:

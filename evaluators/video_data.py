@@ -141,7 +141,9 @@ def open_davis(root: Path) -> Dataset:
         for path in images_under(frames):
             mask = masks / f"{path.stem}.png"
             if not mask.is_file():  # frames without one are not scored, and the figure would be of fewer
-                raise InputError(f"{mask}: nothing there, though DAVIS has a mask for every frame; unpack the set again")
+                raise InputError(
+                    f"{mask}: nothing there, though DAVIS has a mask for every frame; unpack the set again"
+                )
             records.append(_frame(path, name, mask, root))
     if not records:
         raise InputError(f"{listed}: it lists no videos; wanted DAVIS-2017 as distributed")

@@ -1,5 +1,7 @@
 """The cache holds what was finished, goes on where a killed extraction stopped, and trusts nothing that is damaged."""
 
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -123,3 +125,49 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--cache-dir"), open_store(tmp_path / "file", KEY, 2):
         pass
+
+
+def test_disk_space_is_taken_before_a_row_is_written(tmp_path: Path) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("this system cannot take space ahead")
+    store = FeatureStore(100_000, tmp_path / KEY)
+    store.append(rows(0, 2), 2, {})
+    files = [(tmp_path / KEY / f"{name}.npy").stat() for name in ("embedding", "patch_mean")]
+    assert [file.st_blocks * 512 >= file.st_size > 400_000 for file in files] == [True, True]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, files_that_fit: int) -> None:
+    left = iter(range(files_that_fit))
+
+    def take(*_: object) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", take, raising=False)
+
+
+def test_a_full_disk_is_one_clear_error_and_takes_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_disk(monkeypatch, files_that_fit=1)
+    with pytest.raises(
+        InputError, match=r"cannot write there to a file of 40 bytes \(No space left on device\); name another"
+    ):
+        fill(tmp_path)
+    assert not (tmp_path / KEY).exists()
+
+
+def test_what_was_extracted_is_kept_when_the_disk_is_full_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, stop_after=4)
+    with monkeypatch.context() as patched:
+        full_disk(patched, files_that_fit=0)
+        with pytest.raises(InputError, match="No space left on device"):
+            fill(tmp_path)
+        patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        full_disk(patched, files_that_fit=9)
+        with pytest.raises(InputError, match="No space left on device"):
+            fill(tmp_path)
+    with open_store(tmp_path, KEY, 10) as store:
+        assert store.next_item == 4
+    assert not list((tmp_path / KEY).glob(".*")), "nothing half written is left"
