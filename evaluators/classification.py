@@ -198,7 +198,7 @@ def measure_parts(
     timing = {
         "extract_s": round(extracted - started, 3),
         "evaluate_s": round(time.perf_counter() - extracted, 3),
-        "features_from_cache": all(table.cached for table in tables),
+        "features_from_cache": all(one.cached for table in tables for one in (table, *table.augmented)),
     }
     counts: dict[str, Any] = {f"n_{what}": len(table) for what, table in zip(parts, tables, strict=True)}
     labels = {label for table in tables for label in table.labels}
@@ -216,7 +216,8 @@ def _extract(
     with progress_bar(bar) as progress:
         if options.processes > 1 and title not in get_args(BaselineName):
             helpers = Helpers(options.ckpt, options.device, options.threads, options.processes)
-            extract_by_processes(runtime, part, spec, helpers, progress)
+            was_there = extract_by_processes(runtime, part, spec, helpers, progress)
+            return replace(extract(runtime, part, spec, progress), cached=was_there)
         return extract(runtime, part, spec, progress)
 
 

@@ -43,15 +43,15 @@ def extract_by_processes(
     spec: ExtractSpec,
     helpers: Helpers,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Complete the cache entry of this extraction, unless it is complete already.
+) -> bool:
+    """Complete the cache entry of this extraction; returns whether it was complete already.
 
     Raises what a process raised, InputError where one was killed, and as `extract` does.
     """
     columns, n = available_columns(runtime, spec.columns), len(dataset.items)
     with open_store(spec.cache_dir, extraction_key(runtime, dataset, columns, spec), n) as store:
         if store.complete:
-            return
+            return True
         first = store.next_item
         edges = [first + (n - first) * number // helpers.processes for number in range(helpers.processes + 1)]
         stretches = [range(start, stop) for start, stop in pairwise(edges) if stop > start]
@@ -67,6 +67,7 @@ def extract_by_processes(
     for part in parts:
         with open_store(spec.cache_dir, extraction_key(runtime, part, columns, spec), len(part)) as made:
             made.discard()
+    return False
 
 
 def _run(parts: Sequence[Dataset], spec: ExtractSpec, helpers: Helpers, progress: Callable[[int], None] | None) -> None:

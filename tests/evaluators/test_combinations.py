@@ -1,5 +1,6 @@
 """Feature combinations: the official order, one wide matrix for all, what each preset asks for, and random views."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,5 @@ def test_the_published_grid_runs_on_a_checkpoint_and_says_what_an_export_lacks(t
     assert any("last 4 blocks are not to be had here" in note for note in last["notes"])
     assert {"top1", "top1_best_on_val"} <= set(full["metrics"])
     assert full["metrics"]["top1_best_on_val"]["value"] == max(entry["top1"] for entry in full["grid"])
+    more = [run(options, replace(spec, views=3))["timing"]["features_from_cache"] for _ in range(2)]
+    assert more == [False, True], "a third view had to be extracted"

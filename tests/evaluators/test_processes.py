@@ -8,6 +8,7 @@ import pytest
 
 from data.datasets import open_dataset
 from data.errors import InputError
+from evaluators import knn
 from evaluators.classification import ClassificationRun
 from evaluators.extract import ExtractSpec, available_columns, extract, extraction_key
 from evaluators.feature_cache import open_store
@@ -51,3 +52,13 @@ def test_processes_need_a_cache_to_meet_in() -> None:
         ClassificationRun(ckpt="a", data="b", processes=2, cache_dir=None)
     with pytest.raises(InputError, match="at least 1 of each"):
         ClassificationRun(ckpt="a", data="b", processes=0)
+
+
+def test_what_processes_extract_now_is_not_told_to_come_from_the_cache(tmp_path: Path) -> None:
+    ckpt = small_checkpoint(tmp_path / "a.safetensors")
+    data = str(colour_folder(tmp_path / "data", n_val=2))
+    options = ClassificationRun(
+        ckpt=str(ckpt), data=data, device="cpu", threads=1, processes=2, cache_dir=tmp_path / "cache"
+    )
+    told = [knn.run(options, knn.KnnSpec(k=(1,)))["timing"]["features_from_cache"] for _ in range(2)]
+    assert told == [False, True]
