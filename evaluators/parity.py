@@ -1,14 +1,14 @@
 """Two ways to run one network in, how far they differ out: feature by feature, and metric by metric.
 
-A checkpoint, its export and a server that serves it should say the same. Both see the same images; what both can give is compared image by
-image, and evaluators are run on both. Beyond the tolerances the command ends with status 3.
+A checkpoint, its export and a server that serves it should say the same. Both see the same images, each by its own preprocessing; what both
+can give is compared image by image, and evaluators are run on both. Beyond the tolerances the command ends with status 3.
 Read in this order: ParitySpec, difference, compare_features, run.
 Legend: n images, D numbers of one image's feature.
 """
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +16,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from data.datasets import Dataset
 from data.errors import CheckFailed, InputError, run_cli
 from evaluators.classification import RunOptions, progress_bar, summary
 from evaluators.compare import load_scored, metric_pair, paired
 from evaluators.results import check_writable, load_result, replacing
 from evaluators.splits import open_splits
 from evaluators.suite import Entry, available, evaluate
-from evaluators.view_batches import ViewSpec, decoded_batches
+from evaluators.view_batches import Batch, ViewSpec, decoded_batches
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime
 
@@ -61,8 +62,13 @@ class ParityRun(RunOptions):
 def difference(a_nX: np.ndarray, b_nX: np.ndarray) -> dict[str, Any]:
     """How far two outputs of the same n images are apart; row by row over all that belongs to an image.
 
-    `relative`: length of the difference over that of the first; `cosine`: between both; `largest`: of a single number.
+    `relative`: length of the difference over that of the first; `cosine`: between both; `largest`: of a single number. Outputs of
+    two shapes, or that are not finite, have no distance: they are told instead.
     """
+    finite = [np.isfinite(x.reshape(len(x), -1)).all(axis=1) for x in (a_nX, b_nX)]
+    if not np.logical_and(*finite).all():
+        counts = [int((~one).sum()) for one in finite]
+        return {"not_finite": counts, "n": len(a_nX), "worst_row": int(np.logical_and(*finite).argmin())}
     if a_nX.shape != b_nX.shape:
         return {"shapes": [list(a_nX.shape[1:]), list(b_nX.shape[1:])]}
     a_nD, b_nD = (x.reshape(len(x), -1).astype(np.float64) for x in (a_nX, b_nX))
@@ -88,11 +94,11 @@ def compare_features(a: Runtime, b: Runtime, options: RunOptions, spec: ParitySp
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(spec.images, len(dataset))).round().astype(int))
     shown, found, names = dataset.subset(rows), {name: ([], []) for name in outputs}, []  # type: ignore[var-annotated]
     with progress_bar("parity") as progress:
-        for batch in decoded_batches(shown, a.manifest.preprocess, ViewSpec(), options.batch_size, 0, options.workers):
+        for batch, batch_of_b in _seen_by_both(a, b, shown, options):
             names += [shown.items[row].name for row in batch.rows]
             if batch.views:
-                pixels = np.stack(batch.views)
-                for got, side in ((a.run(pixels, outputs), 0), (b.run(pixels, outputs), 1)):
+                for side, (runtime, seen) in enumerate(((a, batch), (b, batch_of_b))):
+                    got = runtime.run(np.stack(seen.views), outputs)
                     for name in outputs:
                         found[name][side].append(got[name])
             progress(batch.stop, len(rows))
@@ -103,6 +109,17 @@ def compare_features(a: Runtime, b: Runtime, options: RunOptions, spec: ParitySp
         if "worst_row" in one:
             one["worst_image"] = names[one.pop("worst_row")]
     return compared
+
+
+def _seen_by_both(a: Runtime, b: Runtime, shown: Dataset, options: RunOptions) -> Iterator[tuple[Batch, Batch]]:
+    """The same images as each is meant to see them; decoded once where that is the same."""
+    ours, theirs = (
+        decoded_batches(shown, one.manifest.preprocess, ViewSpec(), options.batch_size, 0, options.workers)
+        for one in (a, b)
+    )
+    if a.manifest.preprocess == b.manifest.preprocess:
+        return ((batch, batch) for batch in ours)
+    return zip(ours, theirs, strict=True)
 
 
 def compare_metrics(a: str, b: str, options: RunOptions, spec: ParitySpec) -> dict[str, Any]:
@@ -130,7 +147,16 @@ def complaints(found: Mapping[str, Any], spec: ParitySpec) -> list[str]:
     """What differs by more than its tolerance, in words."""
     lines = []
     for name, one in found["features"].items():
-        if "shapes" in one:
+        if "not_finite" in one:
+            bad = " and ".join(
+                f"{count} of {one['n']} images in {side}"
+                for side, count in zip("AB", one["not_finite"], strict=True)
+                if count
+            )
+            lines.append(
+                f"{name} is not finite for {bad}, first {one['worst_image']!r}: the weights are damaged or overflow"
+            )
+        elif "shapes" in one:
             lines.append(f"{name} is {one['shapes'][0]} in A and {one['shapes'][1]} in B")
         elif not one["relative_max"] <= spec.feature_tolerance:
             lines.append(
@@ -164,6 +190,7 @@ def run(a: str, b: str, options: ParityRun, spec: ParitySpec) -> dict[str, Any]:
         ]
         pre = [one.manifest.preprocess.to_json() for one in (first, second)]
         features = compare_features(first, second, options, spec)
+    damaged = any("not_finite" in one for one in features.values())  # evaluators would end at the first of them
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "a": models[0],
@@ -172,7 +199,7 @@ def run(a: str, b: str, options: ParityRun, spec: ParitySpec) -> dict[str, Any]:
         "same_weights": models[0]["weights_sha256"] == models[1]["weights_sha256"],
         "preprocess_differs": sorted(key for key in pre[0] if pre[0][key] != pre[1].get(key)),
         "features": features,
-        "metrics": compare_metrics(a, b, options, spec),
+        "metrics": {} if damaged else compare_metrics(a, b, options, spec),
         "tolerances": asdict(spec),
     }
     found["complaints"] = complaints(found, spec)
@@ -192,7 +219,11 @@ def table(found: Mapping[str, Any]) -> str:
     if not found["same_weights"]:
         lines.append("the two name different weights")
     for name, one in found["features"].items():
-        if "shapes" in one:
+        if "not_finite" in one:
+            lines.append(
+                f"{name:<10} not finite for {one['not_finite'][0]} and {one['not_finite'][1]} of {one['n']} images"
+            )
+        elif "shapes" in one:
             lines.append(f"{name:<10} shapes {one['shapes'][0]} and {one['shapes'][1]}")
         else:
             lines.append(

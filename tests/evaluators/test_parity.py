@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from backbones.checkpoints import Manifest, save_backbone
+from backbones.vit import ViT, ViTSpec
+from data.preprocess import Preprocess
 from evaluators.parity import SCHEMA, difference
 from exports.to_onnx import export_onnx
-from tests.evaluators.fakes import colour_folder, small_checkpoint
+from tests.evaluators.fakes import SMALL, colour_folder, small_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,36 @@ def test_differences_are_taken_image_by_image() -> None:
     assert found["cosine_min"] == pytest.approx(0)
     assert (found["largest"], found["worst_row"], found["n"]) == (1, 1, 2)
     assert difference(a, np.zeros((2, 3)))["shapes"] == [[2], [3]]
+
+
+def test_what_is_not_finite_is_told_of_the_network_that_it_is_of(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ViT(ViTSpec(patch_px=8, width=16, depth=2, heads=2, img_px=32))
+    with torch.no_grad():
+        model.norm.bias[3] = float("nan")
+    save_backbone(tmp_path / "nan.safetensors", model, Manifest(architecture={}, preprocess=SMALL, source="random"))
+    out = tmp_path / "parity.json"
+    assert command(place / "a.safetensors", tmp_path / "nan.safetensors", "--data", place / "data", "--out", out) == 3
+    assert "embedding is not finite for 12 of 12 images in B, first 'val/" in capsys.readouterr().err
+
+    def no_number(word: str) -> None:
+        pytest.fail(f"{word} is not JSON")
+
+    found = json.loads(out.read_text(), parse_constant=no_number)
+    assert found["features"]["embedding"]["not_finite"] == [0, 12]
+    assert found["metrics"] == {}
+
+
+def test_networks_of_two_patch_sizes_see_their_own_views_and_differ(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ViT(ViTSpec(patch_px=14, width=16, depth=2, heads=2, img_px=56))
+    preprocess = Preprocess(size_px=56, resize_px=64, whole_px=56)
+    save_backbone(tmp_path / "b.safetensors", model, Manifest(architecture={}, preprocess=preprocess, source="random"))
+    for pair in (
+        (place / "a.safetensors", tmp_path / "b.safetensors"),
+        (tmp_path / "b.safetensors", place / "a.safetensors"),
+    ):
+        assert command(*pair, "--data", place / "data") == 3
+        assert "preprocessing differs: resize_px, size_px, whole_px" in capsys.readouterr().err
