@@ -70,7 +70,7 @@ def provenance(one: Found) -> str:
     }
     text = json.dumps(shown, indent=1, ensure_ascii=False)
     return (
-        f"<details><summary>{html.escape(one.network)}: how this was measured</summary>"
+        f"<details><summary>{html.escape(one.label)}: how this was measured</summary>"
         f"<pre>{html.escape(text)}</pre></details>"
     )
 

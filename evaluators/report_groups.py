@@ -1,8 +1,8 @@
 """Result files in, groups that may be compared out: one evaluator, one version, the same data."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from evaluators.results import SCHEMA, load_result
 
 MAX_NAMED = 3
 """Files that an error names."""
+MAX_SETTING_CHARS = 40
+"""Longer settings are no name for a row."""
 OURS = "schema 'dinoscope."
 
 
@@ -22,14 +24,15 @@ class Found:
     path: Path
     result: dict[str, Any]
     scored: Scored | None
+    network: str = ""
+    """What tells its network from others, for people: the checkpoint's name, and the engine where it is not torch."""
+    apart: str = ""
+    """What tells it from other results of its network in one group: the settings that differ; else its file."""
 
     @property
-    def network(self) -> str:
-        """What tells it from others, for people: the checkpoint's name, and the engine where it is not torch."""
-        model = self.result["model"]
-        ckpt, engine = str(model.get("ckpt", self.path.stem)), str(model.get("runtime", ""))
-        name = ckpt if "://" in ckpt else Path(ckpt).name
-        return name if engine in ("", "torch") else f"{name} ({engine})"
+    def label(self) -> str:
+        """Its network, and what was set."""
+        return f"{self.network}, {self.apart}" if self.apart else self.network
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,57 @@ def load_results(places: Sequence[Path], note: Callable[[str], None] = lambda _:
         raise InputError(
             f"{', '.join(map(str, places))}: no result files{came}; wanted schema {SCHEMA!r}: run evaluators with --out, or the suite"
         )
+    names = name_networks([{"ckpt": one.path.stem} | one.result["model"] for one in found])
+    found = [replace(one, network=name) for one, name in zip(found, names, strict=True)]
     for path, kind in aliens.items():
         if not kind.startswith(OURS):
             note(f"{path} is no result of ours and was passed over: {kind}, wanted schema {SCHEMA!r}")
     return found
+
+
+def name_networks(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each network: its file's, with as many folders before it as tell it from networks of other weights.
+
+    Where one place held two networks, one after the other, the weights' hash tells them apart.
+    """
+    ckpts, weights = ([str(model.get(key, "")) for model in models] for key in ("ckpt", "weights_sha256"))
+    names = []
+    for model, ckpt, own in zip(models, ckpts, weights, strict=True):
+        others = {one for one, held in zip(ckpts, weights, strict=True) if held != own}
+        n_parts = len(Path(ckpt).parts)
+        tails = (_tail(ckpt, parts) for parts in range(1, n_parts + 1))
+        name = next(
+            (tail for parts, tail in enumerate(tails, start=1) if all(_tail(one, parts) != tail for one in others)),
+            f"{_tail(ckpt, n_parts)} {own[:8]}",
+        )
+        engine = str(model.get("runtime", ""))
+        names.append(name if engine in ("", "torch") else f"{name} ({engine})")
+    return names
+
+
+def _tail(ckpt: str, parts: int) -> str:
+    """The last parts of a path; addresses as they are."""
+    return ckpt if "://" in ckpt else "/".join(Path(ckpt).parts[-parts:])
+
+
+def tell_apart(members: Sequence[Found]) -> list[Found]:
+    """The same, those of one network with what sets them apart: as few settings as do, else their files."""
+    told = []
+    for one in members:
+        others = [other for other in members if other.network == one.network and other is not one]
+        words: list[str] = []
+        for key, value in one.result["settings"].items():
+            left = [other for other in others if other.result["settings"].get(key) == value]
+            if len(left) < len(others) and len(said := _in_words(key, value)) <= MAX_SETTING_CHARS:
+                words.append(said)
+                others = left
+        told.append(replace(one, apart=", ".join([*words, one.path.name] if others else words)))
+    return told
+
+
+def _in_words(key: str, value: Any) -> str:
+    shown = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"no {key}" if value is None else f"{key} {shown}"
 
 
 def _kind(path: Path) -> str:
@@ -106,7 +156,9 @@ def group_results(found: Sequence[Found]) -> list[Group]:
         headline = members[0].result["headline"]
         lower = bool(members[0].result["metrics"][headline].get("lower_is_better"))
         members.sort(key=lambda one: one.result["metrics"][headline]["value"] * (1 if lower else -1))
-        made.append(Group(evaluator, members[0].result["data"]["source"], tuple(members), f"part-{len(made) + 1}"))
+        made.append(
+            Group(evaluator, members[0].result["data"]["source"], tuple(tell_apart(members)), f"part-{len(made) + 1}")
+        )
     return made
 
 

@@ -80,9 +80,7 @@ def confusions(one: Found) -> str:
             f"<p><b>{html.escape(str(classes[truth]))}</b> taken for <b>{html.escape(str(classes[guess]))}</b>: {count} of {of}</p>"
             f'<div class="row">{shown}</div>'
         )
-    return (
-        f"<details open><summary>{html.escape(one.network)}: most confused classes</summary>{''.join(rows)}</details>"
-    )
+    return f"<details open><summary>{html.escape(one.label)}: most confused classes</summary>{''.join(rows)}</details>"
 
 
 def retrievals(one: Found) -> str:
@@ -103,7 +101,7 @@ def retrievals(one: Found) -> str:
                 strip.append(thumbnails.figure(str(database[number]), kind))
         rows.append(f'<div class="row">{"".join(strip)}</div>')
     return (
-        f"<details open><summary>{html.escape(one.network)}: what queries find, from the worst to the best (green: what they should)"
+        f"<details open><summary>{html.escape(one.label)}: what queries find, from the worst to the best (green: what they should)"
         f"</summary>{''.join(rows)}</details>"
     )
 
@@ -114,7 +112,7 @@ def file_picture(one: Found) -> str:
     found = cv2.imread(str(one.path.parent / Path(name).name)) if isinstance(name, str) else None
     if found is None:
         return ""
-    shown = picture(found, f"{one.result['evaluator']} of {one.network}", PICTURE_PX)
+    shown = picture(found, f"{one.result['evaluator']} of {one.label}", PICTURE_PX)
     columns = COLUMNS.get(one.result["evaluator"])
-    words = f"{one.network}: {columns}" if columns else f"{one.network}: pictures"
+    words = f"{one.label}: {columns}" if columns else f"{one.label}: pictures"
     return f'<figure style="margin-top:10px"><figcaption>{html.escape(words)}</figcaption>{shown}</figure>'

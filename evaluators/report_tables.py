@@ -65,8 +65,9 @@ def leaderboard(group: Group, compared: Mapping[Path, Mapping[str, Any]]) -> str
     for one in group.found:
         cells = "".join(f"<td>{with_interval(one.result['metrics'].get(name))}</td>" for name in names)
         cells += f"<td>{published_cell(one.result)}</td>" if published else ""
+        gain = paired_cell(compared.get(one.path))
         rows.append(
-            f"<tr><td>{html.escape(one.network)}</td>{cells}<td class='paired'>{paired_cell(compared.get(one.path))}</td></tr>"
+            f"<tr><td>{html.escape(one.network)}{small(one.apart)}</td>{cells}<td class='paired'>{gain}</td></tr>"
         )
         for name, baseline in one.result["baselines"].items():
             cells = "".join(f"<td>{figure(baseline['metrics'].get(name))}</td>" for name in names)
@@ -86,6 +87,11 @@ def leaderboard(group: Group, compared: Mapping[Path, Mapping[str, Any]]) -> str
         f"<thead><tr><th>network</th>{head}{extra}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def small(words: str) -> str:
+    """Words below a name."""
+    return f"<br><small>{html.escape(words)}</small>" if words else ""
 
 
 def arrow(result: Mapping[str, Any], name: str) -> str:
@@ -142,11 +148,11 @@ def curves(group: Group) -> str:
         lines: dict[str, list[tuple[float, float]]] = {}
         for one in group.found:
             lines |= {
-                f"{one.network}{suffix}": points
+                f"{one.label}{suffix}": points
                 for suffix, points in grid_lines(one.result["grid"], key, headline).items()
             }
         if any(len(points) > 1 for points in lines.values()):
-            ends = {one.network: float(one.result["metrics"][headline]["value"]) for one in group.found}
+            ends = {one.label: float(one.result["metrics"][headline]["value"]) for one in group.found}
             parts.append(chart(f"{headline} over {words}", lines, ends, log_x))
     return "".join(parts)
 
@@ -201,7 +207,7 @@ def heat_map(one: Found) -> str:
         rows.append(f"<tr><th>{html.escape(str(name))}</th>{''.join(cells)}</tr>")
     head = "".join(f"<th>{short(rate)}</th>" for rate in rates)
     return (
-        f'<figure style="grid-column:1/-1"><figcaption>{html.escape(one.network)}: top-1 in percent by features and learning '
+        f'<figure style="grid-column:1/-1"><figcaption>{html.escape(one.label)}: top-1 in percent by features and learning '
         f"rate (for a batch of 256); the frame marks the chosen head</figcaption>"
         f'<div class="scroll"><table class="heat"><thead><tr><th></th>{head}</tr>'
         f"</thead><tbody>{''.join(rows)}</tbody></table></div></figure>"

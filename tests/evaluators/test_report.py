@@ -12,7 +12,7 @@ import pytest
 
 from data.errors import InputError
 from evaluators.report import make_page
-from evaluators.report_groups import group_results, load_results
+from evaluators.report_groups import Found, group_results, load_results, name_networks
 from evaluators.report_tables import grid_lines
 from evaluators.suite import SuiteRun, run
 from tests.evaluators.fakes import colour_folder, small_checkpoint
@@ -179,3 +179,56 @@ def test_results_of_another_schema_are_named_with_what_was_wanted(
     said = capsys.readouterr().err
     assert f"note: {folder / 'a.json'} is no result of ours and was passed over" in said
     assert "suite.json" not in said
+
+
+def two_results(root: Path, *changes: dict[str, dict[str, object]]) -> list[Found]:
+    """Results on the same images, each with parts of it changed."""
+    for number, change in enumerate(changes):
+        path = make_result(root / f"{number}.json", np.arange(20) % (number + 2) == 0)
+        result = json.loads(path.read_text())
+        for part, values in change.items():
+            result[part] |= values
+        path.write_text(json.dumps(result))
+    return load_results([root])
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        ([("run1/teacher.safetensors", "a"), ("run2/teacher.safetensors", "b")], ["run1/teacher.safetensors", "run2/teacher.safetensors"]),
+        ([("x/net.safetensors", "a"), ("/far/x/net.safetensors", "a")], ["net.safetensors", "net.safetensors"]),
+        ([("net.safetensors", "aaaaaaaaaa"), ("net.safetensors", "bbbbbbbbbb")], ["net.safetensors aaaaaaaa", "net.safetensors bbbbbbbb"]),
+        ([("grpc://h:1", "a"), ("a/b.safetensors", "b")], ["grpc://h:1", "b.safetensors"]),
+    ],
+)  # fmt: skip
+def test_networks_are_named_by_as_much_of_their_path_as_tells_them_apart(
+    models: list[tuple[str, str]], names: list[str]
+) -> None:
+    assert name_networks([{"ckpt": ckpt, "weights_sha256": weights} for ckpt, weights in models]) == names
+
+
+def test_two_networks_of_one_file_name_both_stand_in_the_overview(tmp_path: Path) -> None:
+    found = two_results(
+        tmp_path,
+        {"model": {"ckpt": "run1/last.safetensors", "weights_sha256": "a" * 64}},
+        {"model": {"ckpt": "run2/last.safetensors", "weights_sha256": "b" * 64}},
+    )
+    overview_table = make_page(found, "t").split("</table>")[0]
+    assert ("run1/last.safetensors" in overview_table, "run2/last.safetensors" in overview_table) == (True, True)
+
+
+def test_results_of_one_network_are_told_apart_by_what_was_set(tmp_path: Path) -> None:
+    found = two_results(
+        tmp_path,
+        *(
+            {"settings": {"preset": preset, "size_px": size_px, "group": "g"}, "model": {"ckpt": "net.safetensors"}}
+            for preset, size_px in (("dino", 320), (None, 128), (None, 128))
+        ),
+    )
+    (group,) = group_results(found)
+    assert {one.path.name: one.apart for one in group.found} == {
+        "0.json": "preset dino",
+        "1.json": "no preset, 1.json",
+        "2.json": "no preset, 2.json",
+    }
+    assert "<small>preset dino</small>" in make_page(found, "t")
