@@ -191,9 +191,10 @@ def evaluate_copydays(
     keys_n = np.array([Path(name).name[:PREFIX] for name in originals.names] + [""] * sum(map(len, extra)))
     metrics: dict[str, Metric] = {}
     found: dict[str, np.ndarray] = {}
+    rankings: dict[str, np.ndarray] = {}
     for (block, table), queries_qD in zip(blocks.items(), described[1:], strict=False):
         ranking = np.concatenate([rows.numpy() for _, rows in nearest(bank_nD, queries_qD, SEARCHED)])
-        precisions = []
+        rankings[block], precisions = ranking, []
         for name, row in zip(table.names, ranking, strict=True):
             key = Path(name).name[:PREFIX]
             n_positive = int((keys_n == key).sum())
@@ -206,6 +207,7 @@ def evaluate_copydays(
         )
     headline = "map_strong" if "strong" in blocks else next(iter(metrics))
     block = headline.removeprefix("map_")
+    keys_q = np.array([Path(name).name[:PREFIX] for name in blocks[block].names])
     return Measurement(
         evaluator="copies",
         protocol=f"Copydays, first {SEARCHED} results, CLS ++ GeM patches{', whitened' if whitening else ''}, "
@@ -220,7 +222,10 @@ def evaluate_copydays(
         predictions={
             "names": np.array(blocks[block].names),
             "score": found[block],
-            "groups": np.unique([Path(name).name[:PREFIX] for name in blocks[block].names], return_inverse=True)[1],
+            "groups": np.unique(keys_q, return_inverse=True)[1],
+            "neighbours": rankings[block],
+            "database": np.array([*originals.names, *(distractors.names if distractors is not None else ())]),
+            "relevant": keys_n[rankings[block]] == keys_q[:, None],
         },
     )
 

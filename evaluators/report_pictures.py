@@ -2,13 +2,17 @@
 
 import html
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from data.datasets import Dataset, open_dataset
 from data.errors import InputError
+from evaluators.copies import copydays_at, open_copydays
+from evaluators.landmarks import landmarks_at, open_landmarks
 from evaluators.page import picture
 from evaluators.report_groups import Found
 
@@ -28,23 +32,20 @@ COLUMNS = {
 class Thumbnails:
     """Small pictures of a result's images by name, as long as the data is where it was; names alone otherwise."""
 
-    def __init__(self, source: str) -> None:
-        self.dataset: Dataset | None = None
-        self.rows: dict[str, int] = {}
-        data = source if not source.startswith(("copydays:", "roxford5k:", "rparis6k:")) else source.split(":", 1)[1]
+    def __init__(self, result: Mapping[str, Any]) -> None:
         try:
-            opened = open_dataset(data)
+            sets = images_behind(result)
         except InputError:
-            return
-        if isinstance(opened, Dataset):
-            self.dataset, self.rows = opened, {item.name: row for row, item in enumerate(opened.items)}
+            sets = ()
+        self.places = [{item.name: (one, row) for row, item in enumerate(one.items)} for one in sets]
 
     def figure(self, name: str, kind: str, words: str = "") -> str:
-        """A thumbnail with its caption; `kind` is the class of its frame."""
-        image = ""
-        if self.dataset is not None and name in self.rows:
+        """A thumbnail with its caption; `kind` is the class of its frame, `query` where an image searched others."""
+        image, places = "", self.places[-1 if kind == "query" else 0] if self.places else {}
+        if name in places:
+            dataset, row = places[name]
             try:
-                pixels = self.dataset.image(self.rows[name])
+                pixels = dataset.image(row)
                 height, width = pixels.shape[:2]
                 side = min(height, width)
                 top, left = (height - side) // 2, (width - side) // 2
@@ -56,6 +57,18 @@ class Thumbnails:
                 image = ""
         caption = html.escape(words or Path(name).name)
         return f'<figure class="{kind}" title="{html.escape(name)}">{image}<figcaption>{caption}</figcaption></figure>'
+
+
+def images_behind(result: Mapping[str, Any]) -> tuple[Dataset, ...]:
+    """The images of a result, those that are searched before those that search them. Raises InputError."""
+    source = result["data"]["source"]
+    if (benchmark := landmarks_at(source)) is not None:
+        return open_landmarks(benchmark, bool(result["settings"].get("queries_cropped")))[1:]
+    if (root := copydays_at(source)) is not None:
+        blocks = open_copydays(root)
+        return tuple(blocks[name] for name in ("original", result["headline"].removeprefix("map_")) if name in blocks)
+    opened = open_dataset(source)
+    return (opened,) if isinstance(opened, Dataset) else ()
 
 
 def confusions(one: Found) -> str:
@@ -71,7 +84,7 @@ def confusions(one: Found) -> str:
     )
     if not pairs:
         return '<p class="soft">no test image was misclassified</p>'
-    thumbnails, rows = Thumbnails(one.result["data"]["source"]), []
+    thumbnails, rows = Thumbnails(one.result), []
     for (truth, guess), count in pairs.most_common(CONFUSED_PAIRS):
         wrong = np.flatnonzero((labels == truth) & (predicted == guess))[:EXAMPLES]
         shown = "".join(thumbnails.figure(str(predictions["names"][row]), "miss") for row in wrong)
@@ -91,7 +104,7 @@ def retrievals(one: Found) -> str:
     names, database, neighbours = (predictions[key] for key in ("names", "database", "neighbours"))
     order = np.argsort(predictions["score"], kind="stable")
     picked = dict.fromkeys(int(order[round(i * (len(order) - 1) / max(QUERIES - 1, 1))]) for i in range(QUERIES))
-    thumbnails, rows = Thumbnails(one.result["data"]["source"]), []
+    thumbnails, rows = Thumbnails(one.result), []
     for row in picked:
         strip = [thumbnails.figure(str(names[row]), "query", f"query, {predictions['score'][row]:.2f}")]
         for place, number in enumerate(neighbours[row][:NEIGHBOURS]):

@@ -138,6 +138,7 @@ def evaluate_landmarks(
     position[np.array(database.rows)] = np.arange(len(database))
     per_query: list[dict[str, float]] = []
     shown: list[np.ndarray] = []
+    relevant: list[np.ndarray] = []
     for start, similarity_cn in similarity_chunks(bank_nD, queries.features):
         for at, ranking_n in enumerate(top_rows(similarity_cn, len(database))[1].numpy()):
             marks = {
@@ -149,7 +150,8 @@ def evaluate_landmarks(
                 found = revisited_figures(ranking_n, marks, setting) or {}
                 figures |= {f"{name}_{setting}": value for name, value in found.items()}
             per_query.append(figures)
-            shown.append(ranking_n[:SHOWN])
+            shown.append(_beside_junk(ranking_n, marks["junk"]))
+            relevant.append(np.isin(shown[-1], [*marks["easy"], *marks["hard"]]))
     names = sorted({name for figures in per_query for name in figures})
     if "map_medium" not in names:
         raise InputError("no query has a positive in the ground truth; is it the one of this benchmark?")
@@ -172,9 +174,16 @@ def evaluate_landmarks(
             "groups": np.arange(len(queries)),
             "neighbours": np.array(shown),
             "database": np.array(database.names),
+            "relevant": np.array(relevant),
             **{name: values for name, values in columns.items() if name.startswith("map")},
         },
     )
+
+
+def _beside_junk(ranking_n: np.ndarray, junk: Sequence[int]) -> np.ndarray:
+    """The first `SHOWN` rows that count, -1 where there are no more: junk is passed over, as in scoring."""
+    kept = ranking_n[~np.isin(ranking_n, junk)][:SHOWN]
+    return np.pad(kept, (0, SHOWN - len(kept)), constant_values=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

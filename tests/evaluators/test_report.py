@@ -1,6 +1,7 @@
 """The page of results: everything on it is in the files, nothing is fetched, and names stay text."""
 
 import json
+import pickle
 import re
 import runpy
 import sys
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
+from evaluators import copies, retrieval
 from evaluators.report import make_page
 from evaluators.report_groups import Found, group_results, load_results, name_networks
 from evaluators.report_tables import grid_lines
 from evaluators.suite import SuiteRun, run
 from tests.evaluators.fakes import colour_folder, small_checkpoint
 from tests.evaluators.test_compare import make_result
+from tests.evaluators.test_copies import copydays
+from tests.evaluators.test_retrieval import oxford_folder
 
 
 class Seen(HTMLParser):
@@ -232,3 +236,44 @@ def test_results_of_one_network_are_told_apart_by_what_was_set(tmp_path: Path) -
         "2.json": "no preset, 2.json",
     }
     assert "<small>preset dino</small>" in make_page(found, "t")
+
+
+def strips(page: str) -> list[tuple[str, str, bool]]:
+    """Of every thumbnail the class of its frame, its image's name, and whether it shows the image."""
+    found = re.findall(r'<figure class="(query|hit|miss)" title="([^"]*)">(<img)?', page)
+    return [(kind, name, bool(image)) for kind, name, image in found]
+
+
+def test_strips_of_copydays_show_queries_and_what_they_find(tmp_path: Path) -> None:
+    root, ckpt = copydays(tmp_path / "copydays"), small_checkpoint(tmp_path / "a.safetensors")
+    copies.run(
+        copies.CopiesRun(
+            ckpt=str(ckpt), data=f"copydays:{root}", cache_dir=None, threads=1, out=tmp_path / "r" / "c.json"
+        )
+    )
+    seen = strips(make_page(load_results([tmp_path / "r"]), "t"))
+    assert len(seen) == 6 * (1 + 5), "six altered images, which search five originals"
+    assert all(shown for _, _, shown in seen)
+    for start in range(0, len(seen), 6):
+        (_, query, _), *found = seen[start : start + 6]
+        assert [name for kind, name, _ in found if kind == "hit"] == [f"{query[:4]}00.jpg"]
+
+
+def test_strips_of_landmarks_pass_over_junk_and_mark_what_is_relevant(tmp_path: Path) -> None:
+    oxford = oxford_folder(tmp_path)
+    path = oxford / "roxford5k" / "gnd_roxford5k.pkl"
+    truth = pickle.loads(path.read_bytes())
+    truth["gnd"][0] |= {"easy": [0], "hard": [2], "junk": [4]}
+    path.write_bytes(pickle.dumps(truth))
+    options = retrieval.RetrievalRun(
+        ckpt=str(small_checkpoint(tmp_path / "a.safetensors")), data=f"roxford5k:{oxford}", cache_dir=None, threads=1,
+        out=tmp_path / "r" / "o.json",
+    )  # fmt: skip
+    retrieval.run(options, retrieval.RetrievalSpec(size_px=64, scales=(1.0,)))
+    seen = strips(make_page(load_results([tmp_path / "r"]), "t"))
+    assert all(shown for _, _, shown in seen)
+    first = seen.index(("query", "qa", True))
+    own = [kind for kind, *_ in seen[first + 1 :]]
+    of_qa = seen[first + 1 : first + 1 + (own.index("query") if "query" in own else len(own))]
+    assert {name for kind, name, _ in of_qa if kind == "hit"} == {"a0", "a1"}
+    assert {name for _, name, _ in of_qa} == {"a0", "b0", "a1", "b1", "b2"}, "a2 is junk"
