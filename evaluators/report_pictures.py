@@ -15,6 +15,7 @@ from evaluators.copies import copydays_at, open_copydays
 from evaluators.landmarks import landmarks_at, open_landmarks
 from evaluators.page import picture
 from evaluators.report_groups import Found
+from evaluators.video_frames import CLIP, VideoFrames, open_actions
 
 THUMB_PX = 78
 CONFUSED_PAIRS, EXAMPLES = 8, 5
@@ -37,7 +38,7 @@ class Thumbnails:
             sets = images_behind(result)
         except InputError:
             sets = ()
-        self.places = [{item.name: (one, row) for row, item in enumerate(one.items)} for one in sets]
+        self.places = [{_shown_name(one, row): (one, row) for row in range(len(one))} for one in sets]
 
     def figure(self, name: str, kind: str, words: str = "") -> str:
         """A thumbnail with its caption; `kind` is the class of its frame, `query` where an image searched others."""
@@ -59,6 +60,12 @@ class Thumbnails:
         return f'<figure class="{kind}" title="{html.escape(name)}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
+def _shown_name(dataset: Dataset, row: int) -> str:
+    """A result speaks of videos, whose middle frame stands for them here."""
+    item = dataset.items[row]
+    return item.row[CLIP] if isinstance(dataset, VideoFrames) else item.name
+
+
 def images_behind(result: Mapping[str, Any]) -> tuple[Dataset, ...]:
     """The images of a result, those that are searched before those that search them. Raises InputError."""
     source = result["data"]["source"]
@@ -67,6 +74,8 @@ def images_behind(result: Mapping[str, Any]) -> tuple[Dataset, ...]:
     if (root := copydays_at(source)) is not None:
         blocks = open_copydays(root)
         return tuple(blocks[name] for name in ("original", result["headline"].removeprefix("map_")) if name in blocks)
+    if result["evaluator"] == "video_actions":
+        return (open_actions(source, n_frames=1),)
     opened = open_dataset(source)
     return (opened,) if isinstance(opened, Dataset) else ()
 

@@ -37,7 +37,7 @@ from evaluators.results import (
     save_result,
 )
 from evaluators.splits import labelled, split_dataset
-from evaluators.video_frames import CLIP, open_actions
+from evaluators.video_frames import CLIP, has_lists, open_actions
 from runtimes.open import open_runtime
 
 VERSION = 3
@@ -170,7 +170,9 @@ def run(options: VideoActionsRun, spec: VideoActionsSpec = VideoActionsSpec()) -
         measurement, timing, counts = measure(runtime.name, runtime, splits, options, fitted, FEATURES)
         context = Context(
             model=describe_model(options.ckpt, runtime),
-            data=describe_data(options.data, splits, counts | videos) | {"counted": "videos"},
+            data=describe_data(options.data, splits, counts | videos)
+            | {"counted": "videos"}
+            | ({"split_list": options.split_list} if has_lists(options.data) else {}),
             preprocess=manifest.preprocess.to_json() | FEATURES.view.to_json(),
             timing=timing,
             environment=describe_environment(runtime.device, options.threads),

@@ -26,6 +26,7 @@ from data.members import Member, content_mark, read_bytes
 from evaluators.segmentation_data import read_names
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg")
+LISTS = "ucfTrainTestlist"
 CLIP = "clip"
 """Column that ties the frames of a video together."""
 
@@ -160,11 +161,16 @@ def _count_frames(path: Path) -> int:
     return count
 
 
+def has_lists(data: str | Path) -> bool:
+    """Whether this is UCF-101 with its lists of three splits."""
+    return (Path(str(data).removeprefix("ucf101:")) / LISTS).is_dir()
+
+
 def open_actions(data: str | Path, n_frames: int, split_list: int = 1) -> VideoFrames:
     """Open a set of videos with classes; see the head of this file. Raises InputError."""
     name, _, rest = str(data).partition(":")
     root = Path(rest) if name == "ucf101" and rest else Path(data)
-    if (root / "ucfTrainTestlist").is_dir():
+    if has_lists(data):
         return VideoFrames.of(_ucf(root, split_list), n_frames, str(data))
     if name == "ucf101" and rest:
         raise InputError(f"{data}: no ucfTrainTestlist there; wanted UCF-101/ and ucfTrainTestlist/ as distributed")
@@ -180,7 +186,7 @@ def open_actions(data: str | Path, n_frames: int, split_list: int = 1) -> VideoF
 
 def _ucf(root: Path, number: int) -> list[Video]:
     """One of the three splits; training lines carry a number behind the name, test lines do not."""
-    lists = root / "ucfTrainTestlist"
+    lists = root / LISTS
     classes = {line.split()[1] for line in _lines(lists / "classInd.txt") if len(line.split()) > 1}
     videos = []
     for split, listed in (("train", f"trainlist{number:02d}.txt"), ("val", f"testlist{number:02d}.txt")):

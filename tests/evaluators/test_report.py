@@ -15,12 +15,14 @@ from data.errors import InputError
 from evaluators import copies, retrieval
 from evaluators.report import make_page
 from evaluators.report_groups import Found, group_results, load_results, name_networks
+from evaluators.report_pictures import Thumbnails
 from evaluators.report_tables import grid_lines
 from evaluators.suite import SuiteRun, run
 from tests.evaluators.fakes import colour_folder, small_checkpoint
 from tests.evaluators.test_compare import make_result
 from tests.evaluators.test_copies import copydays
 from tests.evaluators.test_retrieval import oxford_folder
+from tests.evaluators.test_video_actions import action_folder
 
 
 class Seen(HTMLParser):
@@ -277,3 +279,11 @@ def test_strips_of_landmarks_pass_over_junk_and_mark_what_is_relevant(tmp_path: 
     of_qa = seen[first + 1 : first + 1 + (own.index("query") if "query" in own else len(own))]
     assert {name for kind, name, _ in of_qa if kind == "hit"} == {"a0", "a1"}
     assert {name for _, name, _ in of_qa} == {"a0", "b0", "a1", "b1", "b2"}, "a2 is junk"
+
+
+def test_a_video_is_shown_by_its_middle_frame(tmp_path: Path) -> None:
+    source = str(action_folder(tmp_path / "data", n_train=1, n_val=1))
+    thumbnails = Thumbnails({"evaluator": "video_actions", "data": {"source": source}})
+    for name in ("val/Run/as_frames", "val/Swim/clip0.avi"):
+        assert "<img" in thumbnails.figure(name, "miss")
+    assert "<img" not in thumbnails.figure("val/Run/gone.avi", "miss")

@@ -120,6 +120,7 @@ def test_ucf101_is_read_as_distributed_and_fitted_linearly(tmp_path: Path) -> No
     result = run(VideoActionsRun(ckpt=str(ckpt), data=str(root), cache_dir=None, threads=1), VideoActionsSpec(frames=2))
     assert result["metrics"]["top1"]["n"] == 4
     assert "2 evenly spaced frames a video" in result["protocol"]
+    assert result["data"]["split_list"] == 1
 
 
 def test_another_film_under_the_same_name_is_another_set(tmp_path: Path) -> None:
