@@ -37,13 +37,19 @@ def rank_classes(scores_NC: np.ndarray, labels_N: np.ndarray, guessable_NC: np.n
     """
     rows = np.arange(len(labels_N))
     own_N1 = scores_NC[rows, labels_N][:, None]
-    rank_N = np.count_nonzero(scores_NC > own_N1, axis=1).astype(np.int64)
-    tied = np.flatnonzero(np.count_nonzero(scores_NC == own_N1, axis=1) > 1)
+    guessed_N = np.ones(len(rows), bool) if guessable_NC is None else guessable_NC[rows, labels_N]
+    rank_N = _counts(scores_NC > own_N1)
+    tied = np.flatnonzero((_counts(scores_NC == own_N1) > 1) & guessed_N)
     before = np.arange(scores_NC.shape[1])[None, :] < labels_N[tied, None]
-    rank_N[tied] += np.count_nonzero((scores_NC[tied] == own_N1[tied]) & before, axis=1)
-    if guessable_NC is not None:
-        rank_N = np.where(guessable_NC[rows, labels_N], rank_N, NOT_GUESSED)
+    rank_N[tied] += _counts((scores_NC[tied] == own_N1[tied]) & before)
+    rank_N[~guessed_N] = NOT_GUESSED
     return Guesses(scores_NC.argmax(axis=1).astype(np.int64), rank_N)
+
+
+def _counts(flags_NC: np.ndarray) -> np.ndarray:
+    """int64 [N]: flags that are set in each row; eight at a time, as adding them up by one takes longer than comparing did."""
+    counts: np.ndarray = np.bitwise_count(np.packbits(flags_NC, axis=1)).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def mean_per_class(correct_N: np.ndarray, labels_N: np.ndarray) -> float:

@@ -96,7 +96,7 @@ def _hits(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Places, counted through all rows, and values of the entries that reach their row's bound; places rise."""
     c, n = values_cn.shape
     rows = min(c, max(1, BLOCK_BYTES // (4 * n)))
-    reached = np.zeros(-(-rows * n // 64) * 64, bool)
+    reached = np.zeros(-(-rows * n // 512) * 512, bool)
     places, values = [], []
     for start in range(0, c, rows):
         block_rn = values_cn[start : start + rows]
