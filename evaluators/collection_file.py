@@ -22,6 +22,8 @@ import numpy as np
 from data.errors import InputError
 
 FORMATS = ("npz", "parquet")
+PARQUET = b"PAR1"
+"""What a Parquet file begins with."""
 MIN_BOUND_BYTES, MAX_GROWTH = 512 << 20, 8
 """A file that unpacks to more than the larger of so many bytes and so many times its own is refused before they are there."""
 ROW_BYTES = 512
@@ -102,7 +104,7 @@ def write_collection(collection: CollectionFile, form: str) -> bytes:
 def read_collection(content: bytes) -> CollectionFile:
     """A collection from the bytes of a file, of either form. Raises InputError for anything else."""
     try:
-        if content[:4] == b"PAR1":
+        if content.startswith(PARQUET):
             check_form("parquet")
             return _from_parquet(content)
         return _from_npz(content)

@@ -16,8 +16,9 @@ from starlette.responses import JSONResponse, Response
 
 from data.decode import decode_image
 from data.errors import InputError
-from evaluators.collection_file import check_form, read_collection, write_collection
+from evaluators.collection_file import check_form, write_collection
 from server.collection_items import Item, NewItem, check_name
+from server.file_process import read_apart
 from server.http_body import Upload, read_body
 from server.json_text import check_json, parse_json, write_json
 from server.openapi import (
@@ -152,7 +153,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def take_in(name: CollectionName, request: Request) -> Any:
         check_name(name)
         content = await read_body(request, rest.max_body_bytes)
-        return {"ids": await service.convert(lambda: service.collections.imported(name, read_collection(content)))}
+        return {"ids": await service.convert(lambda: service.collections.imported(name, read_apart(content)))}
 
     @router.post(
         "/{name}/search",
