@@ -10,7 +10,7 @@ import numpy as np
 
 from data.errors import InputError
 from server.errors import Conflict
-from server.json_text import check_json, parse_json
+from server.json_text import check_json, parse_kept
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,6 +40,7 @@ class NewItem:
     id: str | None = None
     """None: one is made up."""
     label: str | None = None
+    """Empty is none: so files have it, and so searches show it."""
     metadata: dict[str, Any] | None = None
     thumbnail: bytes | None = None
     """A small JPEG."""
@@ -88,7 +89,7 @@ def item_row(collection: str, item: NewItem, dimension: int) -> dict[str, Any]:
     return {
         "collection": collection,
         "id": item.id if item.id is not None else uuid.uuid4().hex,
-        "label": item.label,
+        "label": item.label or None,
         "metadata": item.metadata or {},
         "vector": vector.tobytes(),
         "thumbnail": item.thumbnail,
@@ -116,7 +117,7 @@ def check_label(label: str) -> str:
 def metadata_of(text: str) -> dict[str, Any]:
     """A file's metadata column. Raises InputError."""
     try:
-        value = parse_json(text.encode())
+        value = parse_kept(text.encode())
     except InputError as error:
         raise InputError(f"metadata {text!r:.80} is no JSON") from error
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@ Whoever reads or writes JSON holds the interpreter's lock, in whatever thread. o
 Python's own module takes ten times as long, and what is written here is written in pieces between which other threads get their turn.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -37,13 +38,37 @@ def parse_json(body: bytes) -> Any:
         raise InputError(f"the request is not JSON: {what}") from error
 
 
+def parse_kept(body: bytes) -> Any:
+    """The same for what is stored: whole numbers beyond 64 bits, which orjson reads as the nearest double, come back as they were sent."""
+    value = parse_json(body)
+    return exactly(body) if may_be_rounded(value) else value
+
+
+def exactly(body: bytes) -> Any:
+    """What `parse_json` has read once, by Python's reader: slow, and exact. Raises InputError for nesting that it does not follow."""
+    try:
+        return json.loads(body.removeprefix(_BYTE_ORDER_MARK))
+    except RecursionError as error:
+        raise InputError("the request is nested too deep; send it flatter") from error
+
+
+def may_be_rounded(value: Any) -> bool:
+    """Whether a number in it is so large that it may have been sent as a whole one, and was not read as one."""
+    return any(isinstance(one, float) and abs(one) >= 1 << 63 for level in _levels(value) for one in level)
+
+
 def check_json(value: Any, what: str) -> None:
     """Raise InputError for JSON that is nested too deep to be stored."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
+    for depth, _ in enumerate(_levels(value), start=1):
         if depth > MAX_NESTING:
             raise InputError(f"{what} is nested more than {MAX_NESTING} deep; send it flatter")
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The value, what is in it, what is in that, ...: without recursion, as the nesting is the client's."""
+    level = [value]
+    while level:
+        yield level
         boxes = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
         level = [inner for box in boxes for inner in box]
 
@@ -76,7 +101,14 @@ def _pieces(value: Any, level: int) -> Iterator[bytes]:
             before = b","
         yield b"]"
     else:
-        yield orjson.dumps(value)
+        yield _plain(value)
+
+
+def _plain(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:  # a whole number beyond 64 bits
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _rows(array: np.ndarray) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from evaluators.collection_file import check_form, write_collection
 from server.collection_items import Item, NewItem, check_name
 from server.file_process import read_apart
 from server.http_body import Upload, read_body
-from server.json_text import check_json, parse_json, write_json
+from server.json_text import check_json, exactly, may_be_rounded, parse_json, parse_kept, write_json
 from server.openapi import (
     BINARY,
     PROBLEMS,
@@ -235,6 +235,8 @@ async def _vector_items(rest: Rest, request: Request) -> list[NewItem]:
 
 def _read_items(body: bytes) -> list[NewItem]:
     given = VectorItems.model_validate(parse_json(body))
+    if any(may_be_rounded(one.metadata) for one in given.items):
+        given = VectorItems.model_validate(exactly(body))
     for one in given.items:
         check_json(one.metadata, "'metadata'")
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
@@ -283,7 +285,7 @@ def _spread(upload: Upload, name: str) -> Sequence[str | None]:
 def _metadata(text: str | None, file_name: str) -> dict[str, Any]:
     if text is None:
         return {"file": file_name}
-    value = parse_json(text.encode())
+    value = parse_kept(text.encode())
     if not isinstance(value, dict):
         raise InputError(f"field 'metadata' is a JSON {type(value).__name__}; wanted an object")
     check_json(value, "field 'metadata'")

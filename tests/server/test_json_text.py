@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from data.errors import InputError
 from server import json_text
-from server.json_text import check_json, parse_json, write_json
+from server.json_text import check_json, parse_json, parse_kept, write_json
 from server.tensors import NUMPY_OF, PIECE, from_values
 
 plain = st.recursive(
@@ -24,6 +24,21 @@ def test_plain_values_are_read_back_by_python_and_by_ourselves(value):
     assert json.loads(write_json(value)) == value
     assert parse_json(write_json(value)) == value
     assert parse_json(json.dumps(value).encode()) == value
+
+
+whole = st.recursive(st.integers(-(10**300), 10**300) | st.floats(allow_nan=False, allow_infinity=False), st.lists)
+
+
+@given(whole)
+def test_whole_numbers_of_any_length_are_kept_exactly(value):
+    kept = parse_kept(json.dumps({"a": value}).encode())["a"]
+    assert kept == value
+    assert json.loads(write_json({"items": [{"metadata": kept}]})) == {"items": [{"metadata": value}]}
+
+
+def test_what_is_nested_too_deep_to_be_read_exactly_is_refused():
+    with pytest.raises(InputError, match="nested too deep"):
+        parse_kept(b"[" * 1000 + b"1" * 40 + b"]" * 1000)
 
 
 FINITE = {"allow_nan": False, "allow_infinity": False}

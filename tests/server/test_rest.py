@@ -245,6 +245,24 @@ def test_a_collection_is_exported_and_imported_as_one_file(http, form):
     assert http.post(f"/v1/collections/{name}-copy/import", content=b"nonsense").status_code == 400
 
 
+def test_what_is_kept_comes_back_as_it_was_sent_however_long_its_numbers(http):
+    kept = {"id": 2**70, "list": [-(2**63) - 1, 2**64, 1e300, 0.5]}
+    vectors = [{"id": name, "embedding": [1.0] * 48, "metadata": kept, "label": ""} for name in ("one", "two")]
+    http.post("/v1/collections/long/items", json={"items": vectors}).raise_for_status()
+    http.post(
+        "/v1/collections/long/items", files=upload(png(0)), data={"metadata": json.dumps(kept)}
+    ).raise_for_status()
+    for form in ("npz", "parquet"):
+        exported = http.get(f"/v1/collections/long/export?format={form}")
+        http.post(f"/v1/collections/long-{form}/import", content=exported.content).raise_for_status()
+        items = http.get(f"/v1/collections/long-{form}/items").json()["items"]
+        assert [one["metadata"] for one in items] == [kept] * 3
+        assert items == [
+            {**one, "thumbnail": one["thumbnail"] and one["thumbnail"].replace("/long/", f"/long-{form}/")}
+            for one in http.get("/v1/collections/long/items").json()["items"]
+        ]
+
+
 def test_search_and_classify_among_one_label_only(http):
     http.post(
         "/v1/collections/two/items", files=upload(png(0), png(1), png(2)), data={"label": ["a", "b", "b"]}
