@@ -35,7 +35,9 @@ def read_apart(content: bytes) -> CollectionFile:
         raise InputError(told.removeprefix("error: "))
     if done.returncode < 0:
         ended = signal.Signals(-done.returncode).name
-        raise InputError(f"the file is no collection (its reader ended by {ended}); wanted .npz or .parquet as exported")
+        raise InputError(
+            f"the file is no collection (its reader ended by {ended}); wanted .npz or .parquet as exported"
+        )
     raise RuntimeError(f"the reader of Parquet files ended with status {done.returncode}: {told[-4000:]}")
 
 

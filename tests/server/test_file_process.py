@@ -13,7 +13,7 @@ from server import file_process
 from server.file_process import read_apart
 
 OPTIONAL, REQUIRED = b"\x25\x02\x18\x07element", b"\x25\x00\x18\x07element"
-"""What a Parquet schema says of a vector's numbers: its footer counts levels for the first, and pyarrow ends the process over the second."""
+"""What a Parquet schema says of a vector's numbers: its footer counts levels for the first only."""
 
 
 def parquet() -> bytes:
