@@ -12,19 +12,21 @@ from evaluators.presets import check_words, settled_by, was_given
 from evaluators.splits import FOLDS
 
 Head = Literal["linear1", "linear4", "dpt"]
-Preset = Literal["dinov2", "dinov2-nyu", "dinov2-kitti"]
+Preset = Literal["dino", "dinov2", "dinov2-nyu", "dinov2-kitti"]
 LINEAR_LR = (1e-3, 3e-3, 1e-2, 3e-2)
 """Tried for a linear head."""
 DPT_LR = (1e-4, 5e-4)
 """Tried for the DPT head, whose convolutions want smaller steps than a linear layer."""
 PUBLISHED: dict[str, Any] = {"lr": (1e-4,), "steps": 38_400, "mirror": True}
 PRESETS: dict[str, dict[str, Any]] = {
+    "dino": PUBLISHED,
     "dinov2": PUBLISHED,
     "dinov2-nyu": {**PUBLISHED, "max_depth": 10.0},
     "dinov2-kitti": {**PUBLISHED, "max_depth": 80.0},
 }
 """Learning rate, steps, batch, range and mirrored test of the published heads (ViT-S/14, RMSE with linear1, linear4, dpt: NYUd 0.449
-0.417 0.356, KITTI 3.10 2.86 2.34); images are squashed to squares here and not rotated or recoloured in training."""
+0.417 0.356, KITTI 3.10 2.86 2.34); DINO was measured the same way by
+DINOv2's authors; images are squashed to squares here and not rotated or recoloured in training."""
 
 
 @settled_by(PRESETS, lambda given: {"lr": DPT_LR} if given.get("head") == "dpt" else {})
@@ -34,7 +36,8 @@ class DepthSpec:
 
     preset: Preset | None = None
     """dinov2: learning rate, steps and mirrored test of the published heads (choose one with --head), the range following from
-    the set; dinov2-nyu and dinov2-kitti: with the range of that set, on any. Settings given beside it win."""
+    the set; dino: the same, by which DINOv2's authors measured DINO; dinov2-nyu and dinov2-kitti: with the range of that set, on
+    any. Settings given beside it win."""
     head: Head = "linear1"
     """linear1: the last layer; linear4: four layers; dpt: four layers through convolutions (both on torch only)."""
     lr: tuple[float, ...] = LINEAR_LR

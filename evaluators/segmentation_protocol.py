@@ -11,11 +11,13 @@ from evaluators.splits import FOLDS
 
 Layers = Literal["last", "last4"]
 Seen = Literal["whole", "crops"]
-Preset = Literal["dinov2", "dinov2-ms"]
+Preset = Literal["dino", "dinov2", "dinov2-ms"]
 
 
+LINEAR: dict[str, Any] = {"lr": (1e-3,), "steps": 40_000, "seen": "crops"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "dinov2": {"lr": (1e-3,), "steps": 40_000, "seen": "crops", "size": 518},
+    "dino": {**LINEAR, "size": 512},
+    "dinov2": {**LINEAR, "size": 518},
     "dinov2-ms": {
         "lr": (1e-3,),
         "steps": 40_000,
@@ -29,7 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """As the published heads on ADE20K: crops and windows of 512 px (a window every 341) and 640 px (every 320), here in whole patches of
-14 px; three of the five published scales. How much the first head's images are enlarged is not published; DINOv3's range is taken."""
+14 px (DINO's networks, which DINOv2's authors measured the same way, need no rounding); three of the five published scales. How much the
+first head's images are enlarged is not published; DINOv3's range is taken."""
 
 
 @settled_by(PRESETS)
@@ -38,8 +41,8 @@ class SegmentationSpec:
     """The segmentation protocol."""
 
     preset: Preset | None = None
-    """dinov2: crops and a sliding window of 518 px, one layer, 40,000 steps; dinov2-ms: of 644 px, four layers, three scales and a
-    mirror. Settings given beside it win."""
+    """dinov2: crops and a sliding window of 518 px, one layer, 40,000 steps; dino: of 512 px, as DINOv2's authors measured DINO;
+    dinov2-ms: of 644 px, four layers, three scales and a mirror. Settings given beside it win."""
     lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates tried (AdamW, warm-up, then a straight fall to 0)."""
     weight_decay: float = 1e-4

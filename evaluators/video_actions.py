@@ -44,8 +44,9 @@ VERSION = 3
 FEATURES = ExtractSpec(columns=("embedding", "patch_mean"))
 Pool = Literal["mean", "concat"]
 Classifier = Literal["linear", "knn"]
-PRESETS: dict[str, dict[str, Any]] = {"dinov2": {"frames": 8, "pool": "mean", "classifier": "linear"}}
-"""As published for UCF-101 and Kinetics."""
+PUBLISHED: dict[str, Any] = {"frames": 8, "pool": "mean", "classifier": "linear"}
+PRESETS: dict[str, dict[str, Any]] = {"dino": PUBLISHED, "dinov2": PUBLISHED}
+"""As published for UCF-101 and Kinetics by DINOv2's authors, who measured DINO the same way."""
 
 
 @settled_by(PRESETS)
@@ -53,8 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {"dinov2": {"frames": 8, "pool": "mean", "c
 class VideoActionsSpec:
     """The protocol."""
 
-    preset: Literal["dinov2"] | None = None
-    """dinov2: 8 frames, averaged, and the linear grid, as published for UCF-101 and Kinetics; settings given beside it win."""
+    preset: Literal["dino", "dinov2"] | None = None
+    """dinov2: 8 frames, averaged, and the linear grid, as published for UCF-101 and Kinetics; dino, whose networks DINOv2's authors
+    measured: the same. Settings given beside it win."""
     frames: int = 8
     """Frames of each video, evenly spaced."""
     pool: Pool = "mean"

@@ -57,12 +57,12 @@ SIDE_STEP_PX = 64
 """The published script rounds the long side down to multiples of this."""
 DINO_STD = (0.228, 0.224, 0.225)
 """The published script divides red by 0.228, where everything else divides by 0.229."""
-Preset = Literal["dino"]
+Preset = Literal["dino", "dinov2"]
 VideoBaseline = Literal["copy", "colour", "untrained"]
 
 
-PRESETS: dict[str, dict[str, Any]] = {"dino": {"std": DINO_STD}}
-"""The authors' script divides red by 0.228, where its other evaluations divide by 0.229."""
+PRESETS: dict[str, dict[str, Any]] = {"dino": {"std": DINO_STD}, "dinov2": {"size": 476}}
+"""DINO's script divides red by 0.228, where its other evaluations divide by 0.229. DINOv2 has no such evaluation: whole patches of 14."""
 
 
 @settled_by(PRESETS)
@@ -71,7 +71,8 @@ class VideoObjectsSpec(PropagationSpec):
     """The protocol of Caron et al. 2021."""
 
     preset: Preset | None = None
-    """dino: red is divided by 0.228, as in the published script; settings given beside it win."""
+    """dino: red is divided by 0.228, as in the published script; dinov2, which has no such evaluation: a short side of 476 (a multiple
+    of its patch). Settings given beside it win."""
     size: int = 480
     """Short side in pixels that frames are resized to; the long side follows, down to a multiple of 64."""
     std: tuple[float, float, float] | None = None
