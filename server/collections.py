@@ -52,7 +52,7 @@ class Collections:
         self.binding = binding
         self._database = database
         self._snapshots: dict[str, Snapshot] = {}
-        self._writing, self._following = threading.Lock(), threading.Lock()
+        self._writing, self._following = database.writing, threading.Lock()
         self._building: set[str] = set()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ class Database:
 
     def __init__(self, engine: Engine, shared: bool, lock_file: int | None = None) -> None:
         self.engine, self.shared = engine, shared
+        self.writing = threading.Lock()
+        """Held by whoever writes: SQLite locks nothing for one who has only read what it is about to change."""
         self._lock_file = lock_file
 
     def close(self) -> None:

@@ -289,6 +289,15 @@ def test_a_large_collection_is_searched_through_a_graph_that_follows_writes(stor
     assert {label for row in snapshot.search(queries, 5, "3").labels for label in row} == {"3"}
 
 
+def test_writes_by_the_network_before_and_after_a_reload_are_numbered_one_by_one(store):
+    """Two writes of one number, and a search that follows by number would miss the second."""
+    stores = (store, store.bound_to(store.binding))
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda one: [one.add("birds", [item(1, 0, 0, 0)]) for _ in range(30)], stores):
+            assert len(done) == 30
+    assert store.snapshot("birds").version == 60
+
+
 def test_a_collection_goes_to_a_file_and_comes_back(store):
     store.add(
         "birds",
