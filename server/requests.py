@@ -11,6 +11,7 @@ import numpy as np
 
 from data.decode import DEFAULT_LIMITS
 from data.errors import InputError
+from server.engine import Engine
 from server.formats import FORMAT, check_format
 from server.models import ServedModel
 from server.shared_memory import Place
@@ -48,6 +49,8 @@ class InferReply:
     version: str
     id: str
     outputs: tuple[tuple[TensorSpec, np.ndarray], ...]
+    engine: Engine
+    """The network that answered; another may be served by now."""
     scales: Mapping[str, str] = field(default_factory=dict)
     """Of outputs whose shades stand for values: which (see `formats`)."""
 

@@ -107,7 +107,7 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         upload = await rest.upload(request)
         reply = await rest.run(request, "embedding", upload.images, {"normalize": normalize})
         items = [{"name": n, "embedding": vector} for n, vector in zip(upload.names, reply["embedding"], strict=True)]
-        return await _json(reply, {"dimension": rest.service.engine.width, "normalized": normalize, "items": items})
+        return await _json(reply, {"dimension": reply.engine.width, "normalized": normalize, "items": items})
 
     @router.post(
         "/classification",
@@ -119,10 +119,10 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         request: Request, k: Annotated[int, Query(ge=1, description="So many classes, likeliest first")] = 5
     ) -> Response:
         rest.service.model("classification")
-        upload = await rest.upload(request)
+        upload, labels = await rest.upload(request), rest.service.labels
         reply = await rest.run(request, "classification", upload.images, {})
         items = [
-            {"name": name, "classes": likeliest(logits, rest.service.labels, k)}
+            {"name": name, "classes": likeliest(logits, labels, k)}
             for name, logits in zip(upload.names, reply["logits"], strict=True)
         ]
         return await _json(reply, {"items": items})
@@ -170,14 +170,14 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         rest.service.model("depth")
         upload = await rest.upload(request)
         png = wants_png(request, format)
-        images = upload.images[:1] if png else upload.images
+        images, unit = upload.images[:1] if png else upload.images, rest.service.depth_unit
         reply = await rest.run(request, "depth", images, {"size": size})
         if png:
             picture = await rest.service.engine.off_loop(_depth_png, rest.service, images[0], reply["depth"][0])
             return Response(picture, media_type="image/png")
         maps = reply["depth"]
         items = [{"name": name, "depth": one} for name, one in zip(upload.names, maps, strict=True)]
-        return await _json(reply, {"unit": rest.service.depth_unit, "size": list(maps.shape[1:]), "items": items})
+        return await _json(reply, {"unit": unit, "size": list(maps.shape[1:]), "items": items})
 
     @router.post(
         "/segmentation", openapi_extra=UPLOAD_BODY, responses=answers(Segmentations), summary="Class of every pixel"
@@ -186,10 +186,10 @@ def make_rest_routes(rest: Rest) -> APIRouter:
         request: Request, size: Annotated[int | None, Query(description="Side the image is squashed to")] = None
     ) -> Response:
         rest.service.model("segmentation")
-        upload = await rest.upload(request)
+        upload, classes = await rest.upload(request), rest.service.classes
         reply = await rest.run(request, "segmentation", upload.images, {"size": size})
         items = [{"name": n, "classes": c} for n, c in zip(upload.names, reply["classes"], strict=True)]
-        return await _json(reply, {"classes": list(rest.service.classes), "items": items})
+        return await _json(reply, {"classes": list(classes), "items": items})
 
     return router
 

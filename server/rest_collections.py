@@ -18,6 +18,7 @@ from data.decode import decode_image
 from data.errors import InputError
 from evaluators.collection_file import check_form, write_collection
 from server.collection_items import Item, NewItem, check_name
+from server.collections import Collections
 from server.file_process import read_apart
 from server.http_body import Upload, read_body
 from server.json_text import check_json, exactly, may_be_rounded, parse_json, parse_kept, write_json
@@ -32,6 +33,7 @@ from server.openapi import (
     answers,
 )
 from server.pictures import thumbnail
+from server.repository import binding_of
 from server.rest import UPLOAD_BODY, Rest
 from server.service import off_loop_if_large
 
@@ -95,8 +97,8 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def add(name: CollectionName, request: Request) -> Any:
         check_name(name)
         is_json = request.headers.get("content-type", "").startswith(JSON)
-        new = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
-        return {"ids": await service.write(lambda: service.collections.add(name, new))}
+        new, store = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
+        return {"ids": await service.write(lambda: store.add(name, new))}
 
     @router.get("/{name}/items", responses=answers(ItemPage), summary="List items in the order of adding")
     async def items(
@@ -228,9 +230,9 @@ def vote(neighbours: Sequence[tuple[str | None, float]]) -> list[dict[str, Any]]
     return [{"label": label, "share": weight / total} for label, weight in ranked]
 
 
-async def _vector_items(rest: Rest, request: Request) -> list[NewItem]:
+async def _vector_items(rest: Rest, request: Request) -> tuple[list[NewItem], Collections]:
     body = await read_body(request, rest.max_body_bytes)
-    return await off_loop_if_large(len(body), _read_items, body)
+    return await off_loop_if_large(len(body), _read_items, body), rest.service.collections
 
 
 def _read_items(body: bytes) -> list[NewItem]:
@@ -247,12 +249,14 @@ def _read_items(body: bytes) -> list[NewItem]:
     ]
 
 
-async def _image_items(rest: Rest, request: Request) -> list[NewItem]:
+async def _image_items(rest: Rest, request: Request) -> tuple[list[NewItem], Collections]:
+    """The items, and the collections as the network sees them that made their vectors: another may be served by now."""
     upload = await rest.upload(request)
     ids, labels, metadata = (_spread(upload, name) for name in ("id", "label", "metadata"))
     reply = await rest.run(request, "embedding", upload.images, {})
+    store = rest.service.collections.bound_to(binding_of(reply.engine))
     pictures = await rest.service.engine.off_loop(_thumbnails, rest, upload.images)
-    return [
+    items = [
         NewItem(
             vector=reply["embedding"][row],
             id=ids[row],
@@ -262,6 +266,7 @@ async def _image_items(rest: Rest, request: Request) -> list[NewItem]:
         )
         for row in range(len(upload.images))
     ]
+    return items, store
 
 
 def _thumbnails(rest: Rest, images: Sequence[bytes]) -> list[bytes]:

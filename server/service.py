@@ -192,9 +192,8 @@ class Service:
         outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
         answers = await self.engine.run(inputs["pixels"], outputs, Times(), None, patience_s)
         specs = model.output_specs
-        return InferReply(
-            model.name, self.model_version, request.id, tuple((specs[name], answers[name]) for name in outputs)
-        )
+        ordered = tuple((specs[name], answers[name]) for name in outputs)
+        return InferReply(model.name, self.model_version, request.id, ordered, model.engine)
 
     async def _infer(
         self,
@@ -209,6 +208,7 @@ class Service:
     ) -> T:
         if self.state == "closed":
             raise Draining("the server is shutting down")
+        version = self.model_version  # of this model: while it answers, another may take its place
         options = model.options(request.parameters)
         specs = model.output_specs
         forms = chosen_formats(request, [specs[name] for name in outputs])
@@ -224,7 +224,7 @@ class Service:
                     answers = await model.infer(inputs, outputs, options, times, deadline_s)
                     made = [(specs[name], answers[name]) for name in outputs]
                     ready = await _formatted(model, made, forms, times) if forms else [Formatted(*one) for one in made]
-                written = await write(self._reply(model, request, ready))
+                written = await write(self._reply(model, version, request, ready))
             except TimeoutError as error:
                 if limit is None or not limit.expired():
                     raise EngineFailed("a part of the server timed out") from error
@@ -240,7 +240,7 @@ class Service:
         self.metrics.observe(model.name, total_ns, times)
         return written
 
-    def _reply(self, model: ServedModel, request: InferRequest, ready: Sequence[Formatted]) -> InferReply:
+    def _reply(self, model: ServedModel, version: str, request: InferRequest, ready: Sequence[Formatted]) -> InferReply:
         """The outputs as a reply. Raises TooLarge."""
         nbytes = sum(size_bytes(one.array) for one in ready if one.spec.name not in request.places)
         most = self.admission.spec.max_reply_bytes
@@ -251,7 +251,7 @@ class Service:
             )
         scales = {one.spec.name: one.scale for one in ready if one.scale is not None}
         ordered = tuple((one.spec, one.array) for one in ready)
-        return InferReply(model.name, self.model_version, request.id, ordered, scales)
+        return InferReply(model.name, version, request.id, ordered, model.engine, scales)
 
     def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> str:
         """Count and log; gives the code that the client gets."""

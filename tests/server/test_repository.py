@@ -1,9 +1,12 @@
 """Versions, load and unload, and changing the network under way."""
 
+import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,12 @@ from data.decode import decode_image
 from data.preprocess import center_view
 from exports.to_onnx import export_onnx
 from runtimes.open import open_runtime
+from server.artifacts import Loaded
+from server.collections import Collections
+from server.config import ServerConfig
 from server.run import Running
 from tests.server.conftest import PREPROCESS, config_of
+from tests.server.gate import GatedRuntime, Held, wait_for
 from tests.server.images import png
 
 
@@ -98,6 +105,56 @@ def test_samples_follow_the_network_and_other_collections_stay_with_theirs(
         assert refused.status_code == 409
         http.post("/v2/repository/models/backbone/load", json={"parameters": {"version": "1"}}).raise_for_status()
         assert http.post("/v1/collections/mine/search", files=file).status_code == 200
+
+
+def test_what_one_network_made_is_never_kept_as_anothers(
+    running: Running, models: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images wait to be written, behind another write, while a new network takes the place of theirs."""
+    add_version(models, "2", files["2"])
+    held = Held(Collections.add)
+    monkeypatch.setattr(Collections, "add", lambda *args: held(*args))
+    image = {"file": ("a.png", png(0), "image/png")}
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http, ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(http.post, f"/v1/collections/{name}/items", files=image) for name in "ab")
+        statistics = "/v2/models/embedding/stats"
+        wait_for(lambda: http.get(statistics).json()["model_stats"][0]["inference_stats"]["success"]["count"] == 2)
+        assert held.begun.wait(60)
+        http.post("/v2/repository/models/backbone/load").raise_for_status()
+        held.go.set()
+        assert first.result().status_code == second.result().status_code == 201
+        found = {one["name"]: one["usable"] for one in http.get("/v1/collections").json()["collections"]}
+        assert (found["a"], found["b"]) == (False, False)
+        http.post("/v2/repository/models/backbone/load", json={"parameters": {"version": "1"}}).raise_for_status()
+        for name in "ab":
+            (nearest,) = http.post(f"/v1/collections/{name}/search?k=1", files=image).json()["results"][0]["neighbours"]
+            assert nearest["score"] > 0.999
+
+
+def test_a_reply_names_the_version_that_made_it(tmp_path: Path) -> None:
+    """One that was begun before a load, and is answered after it."""
+    runtimes = {"1": GatedRuntime(), "2": GatedRuntime()}
+    versions = iter("12")
+
+    def load(config: ServerConfig) -> Loaded:
+        version = next(versions)
+        return Loaded((runtimes[version],), version=version)
+
+    with Running(config_of(tmp_path, tmp_path / "state"), load) as running, ThreadPoolExecutor(1) as pool:
+        client = httpx.Client(base_url=running.addresses.http, timeout=60)
+        image = {"content": png(0), "headers": {"inference-header-content-length": "0"}}
+        runtimes["1"].batches.clear()
+        runtimes["1"].gate.clear()
+        asked = pool.submit(client.post, "/v2/models/embedding/infer", **image)
+        wait_for(lambda: bool(runtimes["1"].batches))
+        runtimes["2"].manifest = replace(runtimes["2"].manifest, weights_sha256="h")
+        client.post("/v2/repository/models/backbone/load").raise_for_status()
+        assert client.get("/v2/models/embedding").json()["versions"] == ["2"]
+        runtimes["1"].gate.set()
+        reply = asked.result()
+        header = json.loads(reply.content[: int(reply.headers["inference-header-content-length"])])
+        assert header["model_version"] == "1"
+        client.close()
 
 
 def test_no_accepted_request_fails_while_networks_change(
