@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,8 +79,11 @@ def available() -> list[str]:
     return [name for name in NAMES if importlib.util.find_spec(f"evaluators.{name}") is not None]
 
 
-def plan(options: SuiteRun) -> list[Entry]:
-    """The evaluators in order, each with its data and the name of its result. Raises InputError."""
+def plan(options: SuiteRun, before: Mapping[str, Any] = {}) -> list[Entry]:
+    """The evaluators in order, each with its data and the name of its result: the one that it has in `before`, an earlier suite.json.
+
+    Raises InputError.
+    """
     pairs: list[tuple[str, str]] = []
     for word in options.evaluators:
         name, _, own = word.partition("=")
@@ -93,11 +96,14 @@ def plan(options: SuiteRun) -> list[Entry]:
         raise InputError(f"--evaluators: name at least one of {', '.join(available())}")
     if len(set(pairs)) < len(pairs):
         raise InputError("--evaluators: one is named twice on the same data; name each once")
-    often, used, entries = Counter(name for name, _ in pairs), Counter[str](), []
+    known = {(one.get("evaluator"), one.get("data")): file for file, one in before.get("entries", {}).items()}
+    often, used, entries = Counter(name for name, _ in pairs), {known[pair] for pair in pairs if pair in known}, []
     for name, data in pairs:
         stem = name if often[name] == 1 else f"{name}.{Path(data.split(',')[0]).stem or 'data'}"
-        used[stem] += 1
-        entries.append(Entry(name, data, f"{stem}{'' if used[stem] == 1 else f'.{used[stem]}'}.json"))
+        names = (f"{stem}.json", *(f"{stem}.{number}.json" for number in range(2, len(pairs) + 2)))
+        file = known.get((name, data)) or next(one for one in names if one not in used)
+        used.add(file)
+        entries.append(Entry(name, data, file))
     return entries
 
 
@@ -204,7 +210,7 @@ def run(options: SuiteRun) -> dict[str, Any]:
 
     Raises, after all have had their turn, CheckFailed where a check failed, and InputError where an input was bad.
     """
-    entries = plan(options)
+    plan(options)  # what is wrong with it is told before the network is opened
     check_writable(options.out / "suite.json", "--out", ".json")
     before = read_suite(options.out / "suite.json")
     network = describe_network(options)
@@ -212,6 +218,7 @@ def run(options: SuiteRun) -> dict[str, Any]:
     # What other runs of the suite left in this folder stays listed as long as it belongs to the same network.
     if before.get("network") == network:
         suite["entries"] |= before["entries"]
+    entries = plan(options, suite)
     failures: list[tuple[Entry, InputError | CheckFailed]] = []
     for number, entry in enumerate(entries, start=1):
         title, stamp = f"[{number}/{len(entries)}] {entry.title}", stamp_of(entry, network, options)

@@ -111,6 +111,20 @@ def test_evaluators_may_read_data_of_their_own() -> None:
     ]
 
 
+def test_a_result_keeps_its_name_when_the_list_grows(base: SuiteRun, tmp_path: Path, ran: list[str]) -> None:
+    other = colour_folder(tmp_path / "other", n_train=6, n_val=4)
+    options = replace(base, out=tmp_path / "out", evaluators=("knn",))
+    run(options)
+    entries = run(replace(options, evaluators=("knn", f"knn={other}")))["entries"]
+    assert ran == ["knn", "knn"], "the first was made before"
+    assert {file: entry["data"] for file, entry in entries.items()} == {
+        "knn.json": base.data,
+        "knn.other.json": str(other),
+    }
+    run(replace(options, data=str(other)))
+    assert ran == ["knn", "knn"], "so was the second, under its name"
+
+
 @pytest.mark.parametrize(
     ("evaluators", "data", "said"),
     [
