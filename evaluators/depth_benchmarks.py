@@ -1,7 +1,7 @@
 """NYU Depth V2 and KITTI as distributed in, images with depth out, cut and scored as published.
 
-    nyud:ROOT    nyu_depth_v2_labeled.mat and splits.mat as distributed by its authors (`nyud_mat`); or, as most use it,
-                 nyu_train.txt and nyu_test.txt (or BTS' names), lines `image depth focal`, 16-bit PNG in millimetres
+    nyud:ROOT    as most use it, nyu_train.txt and nyu_test.txt (or BTS' names), lines `image depth focal`, 16-bit PNG in
+                 millimetres; or, where they are not, nyu_depth_v2_labeled.mat and splits.mat as distributed by its authors (`nyud_mat`)
     kitti:ROOT   kitti_eigen_train.txt and kitti_eigen_test.txt (or BTS' names), raw drives and the annotated depth, 16-bit
                  PNG in 1/256 metres; lines whose depth is None (no measurement exists) are left out
 
@@ -52,13 +52,14 @@ def garg_kitti(height: int, width: int) -> tuple[slice, slice]:
 
 def open_nyud(root: Path) -> Benchmark:
     """NYU Depth V2: 24,231 training images by lists, or the labelled part's 795, and its 654 test images."""
-    if (root / MAT).is_file():
-        note = "trained on the 795 images of the labelled part; published figures come from 24,231 frames"
-        return Benchmark(open_labelled(root, {"train": "nyu"}), 10.0, eigen_nyu, [note])
     lists = {
         "train": ("nyu_train.txt", "nyudepthv2_train_files_with_gt.txt"),
         "val": ("nyu_test.txt", "nyudepthv2_test_files_with_gt.txt"),
     }
+    # who made the lists' images cut those of the test out of the labelled part, and may have left it there
+    if (root / MAT).is_file() and not all(_list_of(root, names) for names in lists.values()):
+        note = "trained on the 795 images of the labelled part; published figures come from 24,231 frames"
+        return Benchmark(open_labelled(root, {"train": "nyu"}), 10.0, eigen_nyu, [note])
     places = (
         "",
         "train",
@@ -105,10 +106,7 @@ def _listed(
     records: list[Record] = []
     missing = 0
     for split, names in lists.items():
-        listed = next(
-            (root / folder / name for folder in ("", "splits") for name in names if (root / folder / name).is_file()),
-            None,
-        )
+        listed = _list_of(root, names)
         if listed is None:
             raise InputError(f"{root}: no {' or '.join(names)} there; wanted the list that the set is used by")
         for number, line in enumerate(_lines(listed), start=1):
@@ -127,6 +125,12 @@ def _listed(
             row = {"scene": str(Path(name).parent)}
             records.append(Record(Item(f"{split}/{name}", None, split, row), {IMAGE: image, kind: depth}))
     return records, missing
+
+
+def _list_of(root: Path, names: Sequence[str]) -> Path | None:
+    """The list of one of these names, if it is there."""
+    paths = (root / folder / name for folder in ("", "splits") for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,7 +5,8 @@
     NAME.csv beside NAME.zip, a CSV, tars     with a further file an image: `masks`, `sem` or `instances`
     voc2012:ROOT                              VOCdevkit/VOC2012 (or ROOT itself): JPEGImages, SegmentationClass, -Object
     ade20k:ROOT                               ADEChallengeData2016 (or ROOT itself): images, annotations
-    cityscapes:ROOT                           leftImg8bit and gtFine, both unpacked in ROOT
+    cityscapes:ROOT                           leftImg8bit and gtFine, both unpacked in ROOT; masks of labelIds, or, where they are
+                                              not, of labelTrainIds (as its authors' tool makes them)
 
 The benchmarks are also known by their folders, without the prefix. Nothing is decoded before it is asked for.
 """
@@ -293,16 +294,19 @@ def open_cityscapes(root: Path, purpose: Purpose) -> MaskedImages:
     if purpose == "objects":
         raise InputError(f"{root}: Cityscapes is read as classes, and has classes, no objects; wanted object masks")
     records = []
+    kinds = [kind for kind in ("labelIds", "labelTrainIds") if any((root / "gtFine").glob(f"*/*/*_gtFine_{kind}.png"))]
+    suffix = kinds[0] if kinds else "labelIds"
     for split in ("train", "val"):
         for image in images_under(root / "leftImg8bit" / split) if (root / "leftImg8bit" / split).is_dir() else []:
             name = image.relative_to(root / "leftImg8bit").as_posix()
-            mask = root / "gtFine" / name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+            mask = root / "gtFine" / name.replace("_leftImg8bit.png", f"_gtFine_{suffix}.png")
             record = listed_record(name, split, image, "masks", mask, root / "leftImg8bit")
             # a city is a scene: images of one film must not be on both sides of a choice
             records.append(Record(Item(name, None, split, {"scene": image.parent.name}), record.members))
     dataset = Dataset(records, name=str(root))
+    ids = tuple(range(len(CITYSCAPES))) if suffix == "labelTrainIds" else tuple(CITYSCAPES)
     return MaskedImages(
-        dataset, "masks", True, ids=tuple(CITYSCAPES), classes=tuple(CITYSCAPES.values()), source="Cityscapes, gtFine"
+        dataset, "masks", True, ids=ids, classes=tuple(CITYSCAPES.values()), source=f"Cityscapes, gtFine, {suffix}"
     )
 
 

@@ -129,6 +129,20 @@ def test_cityscapes_ids_become_its_nineteen_classes(tmp_path: Path) -> None:
         open_masks(tmp_path, "classes")
 
 
+def test_cityscapes_with_training_ids_alone_has_the_same_classes(tmp_path: Path) -> None:
+    annotated = open_masks(cityscapes_folder(tmp_path / "ids"), "classes")
+    root = cityscapes_folder(tmp_path / "trained")
+    for row, path in enumerate(sorted((root / "gtFine").rglob("*.png"))):
+        trained = np.where(annotated.mask(row) < 0, 255, annotated.mask(row)).astype(np.uint8)
+        cv2.imwrite(str(path).replace("labelIds", "labelTrainIds"), trained)
+    for path in (root / "gtFine").rglob("*labelIds.png"):
+        path.unlink()
+    images = open_masks(root, "classes")
+    assert images.classes == annotated.classes
+    for row in range(len(images.dataset)):
+        np.testing.assert_array_equal(images.mask(row), annotated.mask(row))
+
+
 def test_a_probe_of_imagenet_is_tested_on_every_further_set(tmp_path: Path) -> None:
     root, extra = imagenet_folder(tmp_path / "imagenet"), tmp_path / "extra"
     wnids = sorted(set(NAMED.values()))

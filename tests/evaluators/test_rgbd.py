@@ -163,6 +163,13 @@ def test_nyud_is_trained_without_its_border_and_scored_in_eigens_crop(tmp_path: 
     assert train.fingerprint() != Dataset(train._records).fingerprint()
 
 
+def test_the_lists_of_nyud_win_over_the_file_that_their_test_images_were_cut_from(tmp_path: Path) -> None:
+    root = nyud_mat_folder(nyud_folder(tmp_path))
+    assert len(open_depth(f"nyud:{root}").splits.train) == 2
+    (root / "nyu_train.txt").unlink()
+    assert len(open_depth(f"nyud:{root}").splits.train) == 4
+
+
 def test_nyud_as_its_authors_distribute_it(tmp_path: Path) -> None:
     opened = open_depth(f"nyud:{nyud_mat_folder(tmp_path)}")
     train, val = opened.splits.train, opened.splits.val
