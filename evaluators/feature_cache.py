@@ -14,10 +14,11 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -174,6 +175,19 @@ def _take_space(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
+def _take(lock: IO[str], root: Path) -> None:
+    """Hold a lock file until it is closed; where another process holds it, say so and wait. Raises InputError."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("another process extracts these features; waiting for it", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise InputError(
+            f"--cache-dir {root}: its disk takes no locks ({error.strerror}); name a folder on a local disk, or use --cache-dir None"
+        ) from error
+
+
 def _not_written(root: Path, error: OSError, wanted_bytes: int = 0) -> InputError:
     size = f" to a file of {wanted_bytes:,} bytes" if wanted_bytes else ""
     return InputError(
@@ -193,7 +207,7 @@ def open_store(root: Path | None, key: str, n_items: int) -> Iterator[FeatureSto
     except OSError as error:
         raise _not_written(root, error) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, root)
         try:
             store = FeatureStore(n_items, root / key)
         except OSError as error:

@@ -94,7 +94,9 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
         np.testing.assert_array_equal(store.columns()["embedding"], rows(0, 10)["embedding"])
 
 
-def test_a_second_process_waits_for_the_first_and_finds_its_work_done(tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_first_and_finds_its_work_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     entered = threading.Event()
 
     def slow() -> None:
@@ -110,6 +112,20 @@ def test_a_second_process_waits_for_the_first_and_finds_its_work_done(tmp_path: 
     with open_store(tmp_path, KEY, 10) as store:
         assert store.complete
     worker.join()
+    assert capsys.readouterr().err == "another process extracts these features; waiting for it\n"
+    with open_store(tmp_path, KEY, 10):
+        assert capsys.readouterr().err == ""
+
+
+def test_a_disk_that_takes_no_locks_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(
+        InputError, match=r"its disk takes no locks \(No locks available\); name a folder on a local disk"
+    ):
+        fill(tmp_path)
 
 
 def test_without_a_root_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
