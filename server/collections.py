@@ -6,15 +6,16 @@ collection belongs to the weights and the preprocessing that made its vectors, a
 `collection_items`. All methods block; call them off the event loop.
 """
 
+import asyncio
 import json
 import logging
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -40,6 +41,7 @@ from server.neighbours import Snapshot, build_graph
 from server.schema import collections, items, removals
 
 log = logging.getLogger("server")
+T = TypeVar("T")
 
 MAX_VARIABLES = 10_000
 """Values in one statement; SQLite's limit is 32,766."""
@@ -58,6 +60,14 @@ class Collections:
     def close(self) -> None:
         """Let go of the database."""
         self._database.close()
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Do what asks the database, in threads kept for that."""
+        return await asyncio.get_running_loop().run_in_executor(self._database.readers, work)
+
+    def give_up(self) -> None:
+        """Commit nothing any more; writes that are under way raise Draining, and are undone."""
+        self._database.give_up()
 
     def bound_to(self, binding: Binding) -> "Collections":
         """The same database as another network sees it; close one of the two."""
@@ -317,6 +327,7 @@ class Collections:
     def _begin(self) -> Iterator[Connection]:
         with storage_errors(), self._database.engine.begin() as db:
             yield db
+            self._database.check_open()
 
 
 def _check_findable(name: str, item_id: str) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from data.errors import InputError
-from server.errors import StorageFailed
+from server.errors import Draining, StorageFailed
 from server.schema import metadata
 
 POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 CONNECT_S = 10
 """How long a database may take to answer a connection."""
+LOCK_S = 20
+"""How long a write waits for that of another server; SQLite's connections wait as long for each other."""
+LINE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+"""libpq's words for: a database whose machine is gone is given up after a minute, not after hours."""
+READERS = 4
+"""Threads that ask a database: a store that stalls may keep these waiting, and nobody's images."""
 
 
 class Database:
@@ -29,10 +36,22 @@ class Database:
         self.engine, self.shared = engine, shared
         self.writing = threading.Lock()
         """Held by whoever writes: SQLite locks nothing for one who has only read what it is about to change."""
+        self.readers = ThreadPoolExecutor(READERS, "reads")
+        self._given_up = False
         self._lock_file = lock_file
+
+    def give_up(self) -> None:
+        """Commit nothing any more: whoever is not answered by now is told that it was not done."""
+        self._given_up = True
+
+    def check_open(self) -> None:
+        """Raise Draining once it was given up."""
+        if self._given_up:
+            raise Draining("the server is shutting down")
 
     def close(self) -> None:
         """Let go of it."""
+        self.readers.shutdown(wait=False, cancel_futures=True)
         self.engine.dispose()
         if self._lock_file is not None:
             os.close(self._lock_file)
@@ -46,7 +65,7 @@ def open_database(folder: Path, url: str | None) -> Database:
 def open_sqlite(folder: Path) -> Database:
     """The file of a folder, which no other server may have open; a write that returned survives a power cut (WAL, synchronous FULL)."""
     lock_file = _lock_folder(folder)
-    engine = create_engine(f"sqlite:///{folder / 'collections.sqlite'}", connect_args={"timeout": 30})
+    engine = create_engine(f"sqlite:///{folder / 'collections.sqlite'}", connect_args={"timeout": LOCK_S})
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
@@ -68,7 +87,14 @@ def open_postgres(text: str) -> Database:
         raise InputError(
             "--database: psycopg is not installed; run: .venv/bin/pip install -c constraints.txt -e '.[postgres]'"
         )
-    engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_S})
+    connecting = {"connect_timeout": CONNECT_S} | {name: n for name, n in LINE.items() if name not in url.query}
+    engine = create_engine(url, pool_pre_ping=True, connect_args=connecting)
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        connection.execute(f"SET lock_timeout = '{LOCK_S}s'")
+        connection.commit()
+
     try:
         _make_tables(engine)
     except StorageFailed as error:

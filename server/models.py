@@ -221,7 +221,7 @@ class KnnModel(ServedModel):
         return self._center_pixels() if "image" in inputs else 0
 
     async def infer(self, inputs, outputs, options, times, deadline_s):  # type: ignore[no-untyped-def]
-        snapshot = await self.engine.off_loop(self.collections.snapshot, options.collection)
+        snapshot = await self.collections.read(lambda: self.collections.snapshot(options.collection))
         label = options.label or None
         k = snapshot.check_k(options.k, label)
         queries_ND = inputs.get("embedding")

@@ -85,7 +85,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
 
     @router.get("", responses=answers(CollectionList), summary="All collections")
     async def listing() -> JSONResponse:
-        infos = await service.engine.off_loop(service.collections.infos)
+        infos = await service.collections.read(service.collections.infos)
         return JSONResponse({"collections": [vars(info) for info in infos]})
 
     @router.delete("/{name}", summary="Delete a collection", status_code=204)
@@ -112,7 +112,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
             following = found[-1].sequence if len(found) == limit else None
             return write_json({"items": [_item_json(name, item) for item in found], "next": following})
 
-        return Response(await service.engine.off_loop(page), media_type=JSON)
+        return Response(await service.collections.read(page), media_type=JSON)
 
     @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204)
     async def remove(name: CollectionName, item_id: str) -> Response:
@@ -126,9 +126,8 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         response_class=Response,
     )
     async def picture(name: CollectionName, item_id: str) -> Response:
-        return Response(
-            await service.engine.off_loop(service.collections.thumbnail, name, item_id), media_type="image/jpeg"
-        )
+        collections = service.collections
+        return Response(await collections.read(lambda: collections.thumbnail(name, item_id)), media_type="image/jpeg")
 
     @router.get(
         "/{name}/export",
@@ -174,7 +173,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
             ]
             return write_json({"results": found})
 
-        return Response(await service.engine.off_loop(results), media_type=JSON)
+        return Response(await service.collections.read(results), media_type=JSON)
 
     @router.post(
         "/{name}/classify",

@@ -188,6 +188,7 @@ async def _drain(config: ServerConfig, service: Service, grpc_server: GrpcServer
     refused_till_s = loop.time() + REFUSING_S
     while (service.in_flight or loop.time() < refused_till_s) and loop.time() < end_s:
         await asyncio.sleep(0.01)
+    service.collections.give_up()
     left_s = min(LAST_REPLIES_S, max(0.0, end_s - loop.time()))
     await asyncio.gather(grpc_server.stop(left_s), *(one.stop(left_s) for one in http))
     log.info("left", extra={"fields": {"unanswered": service.in_flight}})

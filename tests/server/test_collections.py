@@ -16,13 +16,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import server.databases
 import server.neighbours
 from data.errors import InputError
 from evaluators.collection_file import read_collection, write_collection
 from server.collection_items import Binding, NewItem
 from server.collections import Collections
 from server.databases import open_database, open_postgres, open_sqlite
-from server.errors import Conflict, NotFound
+from server.errors import Conflict, NotFound, StorageFailed
 
 BINDING = Binding("a" * 64, "{}", 4)
 
@@ -287,6 +288,22 @@ def test_a_large_collection_is_searched_through_a_graph_that_follows_writes(stor
     assert found.ids[7][:2] == ["7", "twin"]
     assert all("8" not in row for row in found.ids)
     assert {label for row in snapshot.search(queries, 5, "3").labels for label in row} == {"3"}
+
+
+def test_a_write_does_not_wait_forever_for_another_servers(database_url, monkeypatch):
+    import psycopg
+
+    monkeypatch.setattr(server.databases, "LOCK_S", 1)
+    database = open_postgres(database_url)
+    store = Collections(database, BINDING)
+    store.add("birds", [item(1, 0, 0, 0, id="first")])
+    with psycopg.connect(database_url) as other:
+        other.execute("SELECT * FROM collections FOR UPDATE")
+        with pytest.raises(StorageFailed, match="cannot be read or written: .*lock timeout"):
+            store.add("birds", [item(0, 1, 0, 0)])
+    store.add("birds", [item(0, 1, 0, 0, id="second")])
+    assert [one.id for one in store.page("birds", 0, 10, None)] == ["first", "second"]
+    store.close()
 
 
 def test_writes_by_the_network_before_and_after_a_reload_are_numbered_one_by_one(store):

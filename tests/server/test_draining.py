@@ -86,6 +86,21 @@ def test_whatever_was_accepted_is_finished_and_answered(what, gated, monkeypatch
         assert asked.result().status_code == status
 
 
+def test_what_is_not_done_in_time_is_not_done_afterwards(tmp_path, monkeypatch):
+    """A write that waits until the server no longer does: its client is told so, and nothing of it is kept."""
+    held = Held(Collections._check_new)
+    monkeypatch.setattr(Collections, "_check_new", lambda *args: held(*args))
+    config = config_of(tmp_path, tmp_path / "state", grace_s=0.1)
+    with Running(config, GatedRuntime().load) as running, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{running.addresses.http}/v1/collections/late/items", json=ITEMS, timeout=60)
+        assert held.begun.wait(60)
+        running.leave()
+        assert asked.result().status_code == 503
+        held.go.set()
+    with Running(config, GatedRuntime().load) as running:
+        assert httpx.get(f"{running.addresses.http}/v1/collections").json() == {"collections": []}
+
+
 def test_a_load_that_was_accepted_is_finished_and_answered(tmp_path):
     runtime = GatedRuntime()
     held = Held(runtime.load)

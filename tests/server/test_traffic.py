@@ -387,3 +387,23 @@ def test_a_storm_of_cancelled_calls_computes_nothing_and_leaves_nothing(gated):
         assert first.result() < 1e-6
     assert ask(running, 2) < 1e-6
     assert runtime.batches == [1, 1]
+
+
+def test_a_store_that_stalls_keeps_nobodys_images_waiting(gated, monkeypatch):
+    """More listings and searches than there are threads that decode."""
+    running, _ = gated
+    held = Held(lambda *_: [])
+    for name in ("infos", "snapshot"):
+        monkeypatch.setattr(Collections, name, lambda *args: held(*args))
+    at = running.addresses.http
+    image = {"content": png(0), "headers": {"content-type": "image/png"}, "timeout": 60}
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            pool.submit(httpx.get, f"{at}/v1/collections", timeout=60)
+            pool.submit(httpx.post, f"{at}/v1/collections/any/search", **image)
+        assert held.begun.wait(60)
+        wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 3)
+        try:
+            assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 200
+        finally:
+            held.go.set()
