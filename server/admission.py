@@ -5,6 +5,7 @@ there, as gRPC tells no size before; therefore its calls are counted as well.
 """
 
 import math
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from server.errors import Overloaded, OverloadedLikeTriton, TooLarge
@@ -25,6 +26,8 @@ class AdmissionSpec:
 
 
 LEAST_CALLS = 64
+accepted: ContextVar[bool] = ContextVar("accepted", default=False)
+"""Whether the request at hand had come whole while the server took work: then it is finished, even if the server leaves."""
 
 
 class Admission:
@@ -64,6 +67,7 @@ class Admission:
     def begin(self) -> bool:
         """Count a request in that has come whole, unless it came too late; `end` follows where this says that it did not."""
         self.working += self.open
+        accepted.set(self.open)
         return self.open
 
     def end(self) -> None:

@@ -174,13 +174,17 @@ class InferenceServicer(GRPCInferenceServiceServicer):
     async def _stream_answer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         if isinstance(request, InputError):
             return pb.ModelStreamInferResponse(error_message=str(request))
-        called = _called(request)
+        called, admission = _called(request), self.service.admission
+        counted = admission.begin()
         try:
             reply = await self._infer(request, called, context)
         except Exception as error:
             return pb.ModelStreamInferResponse(
                 error_message=message(error, called), infer_response=pb.ModelInferResponse(id=request.id)
             )
+        finally:
+            if counted:
+                admission.end()
         reply.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=reply)
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from data.errors import InputError
 from server import describe
 from server.errors import Draining
-from server.http_body import read_body, unless_disconnected
+from server.http_body import read_body, unless_disconnected, whole
 from server.http_messages import json_object, read_request, reply_response
 from server.json_text import parse_json
 from server.openapi import (
@@ -86,6 +86,7 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
         "/v2/repository/models/{name}/unload",
         summary="Answer no more requests for a model",
         response_class=Response,
+        dependencies=[Depends(whole)],
     )
     async def unload(name: str) -> Response:
         await repository.unload(name)

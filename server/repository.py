@@ -22,7 +22,7 @@ from server.artifacts import Loaded, versions_in
 from server.collection_items import Binding
 from server.config import ServerConfig
 from server.engine import Engine, EngineSpec
-from server.errors import Conflict, Draining, NotFound
+from server.errors import Conflict, NotFound
 from server.evaluations import Evaluations
 from server.samples import build_samples
 from server.service import Service
@@ -71,7 +71,7 @@ class Repository:
 
         Raises InputError and CheckFailed for what cannot be served, Conflict while an evaluation runs; the old network then stays.
         """
-        self._refuse_while_leaving()
+        self._service.check_open()
         self._known(name)
         unknown = sorted(parameters.keys() - {"version"})
         if unknown:
@@ -111,10 +111,6 @@ class Repository:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _refuse_while_leaving(self) -> None:
-        if self._service.state == "closed":
-            raise Draining("the server is shutting down")
-
     def _refuse_while_evaluating(self) -> None:
         if self._evaluations.running:
             raise Conflict("an evaluation of the served network is running; wait for it, or cancel it")
@@ -131,7 +127,7 @@ class Repository:
 
         Raises NotFound, and Conflict while an evaluation runs.
         """
-        self._refuse_while_leaving()
+        self._service.check_open()
         self._known(name)
         self._refuse_while_evaluating()
         self._service.unload(name)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import numpy as np
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,7 +20,7 @@ from evaluators.collection_file import check_form, write_collection
 from server.collection_items import Item, NewItem, check_name
 from server.collections import Collections
 from server.file_process import read_apart
-from server.http_body import Upload, read_body
+from server.http_body import Upload, read_body, whole
 from server.json_text import check_json, exactly, may_be_rounded, parse_json, parse_kept, write_json
 from server.openapi import (
     BINARY,
@@ -88,7 +88,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         infos = await service.collections.read(service.collections.infos)
         return JSONResponse({"collections": [vars(info) for info in infos]})
 
-    @router.delete("/{name}", summary="Delete a collection", status_code=204)
+    @router.delete("/{name}", summary="Delete a collection", status_code=204, dependencies=[Depends(whole)])
     async def drop(name: CollectionName) -> Response:
         await service.write(lambda: service.collections.delete(name))
         return Response(status_code=204)
@@ -114,7 +114,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
 
         return Response(await service.collections.read(page), media_type=JSON)
 
-    @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204)
+    @router.delete("/{name}/items/{item_id}", summary="Delete an item", status_code=204, dependencies=[Depends(whole)])
     async def remove(name: CollectionName, item_id: str) -> Response:
         await service.write(lambda: service.collections.delete_item(name, item_id))
         return Response(status_code=204)

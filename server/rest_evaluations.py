@@ -3,12 +3,13 @@
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 
 from server.evaluation_options import check_options
 from server.evaluations import Evaluation, Evaluations, EvaluatorName
+from server.http_body import whole
 from server.openapi import PROBLEMS, EvaluationList, answers
 
 PAGE_HEADERS = {
@@ -62,7 +63,11 @@ def make_evaluation_routes(evaluations: Evaluations) -> APIRouter:
         return FileResponse(evaluations.report(run_id), media_type="text/html", headers=PAGE_HEADERS)
 
     @router.delete(
-        "/{run_id}", responses=answers(Evaluation, 202), summary="Cancel a running evaluation", status_code=202
+        "/{run_id}",
+        responses=answers(Evaluation, 202),
+        summary="Cancel a running evaluation",
+        status_code=202,
+        dependencies=[Depends(whole)],
     )
     async def cancel(run_id: str) -> JSONResponse:
         return JSONResponse(evaluations.cancel(run_id).to_json(full=False), 202)

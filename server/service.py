@@ -17,7 +17,7 @@ import numpy as np
 
 from data.errors import InputError
 from server.access import Rates, client
-from server.admission import Admission, AdmissionSpec
+from server.admission import Admission, AdmissionSpec, accepted
 from server.collections import Collections
 from server.engine import Engine
 from server.errors import Draining, EngineFailed, Expired, NotFound, ServerError, TooLarge, outcome
@@ -125,6 +125,11 @@ class Service:
         """Take nothing new; what was accepted is finished."""
         self.state, self.admission.open = "closed", False
 
+    def check_open(self) -> None:
+        """Raise Draining for what came too late."""
+        if self.state == "closed" and not accepted.get():
+            raise Draining("the server is shutting down")
+
     async def write(self, work: Callable[[], T]) -> T:
         """Do a write to the collections, which waits for the one before it: apart from the decode pool, or images would wait too."""
         return await asyncio.get_running_loop().run_in_executor(self._writes, work)
@@ -206,8 +211,7 @@ class Service:
         times: Times,
         write: Callable[[InferReply], Awaitable[T]],
     ) -> T:
-        if self.state == "closed":
-            raise Draining("the server is shutting down")
+        self.check_open()
         version = self.model_version  # of this model: while it answers, another may take its place
         options = model.options(request.parameters)
         specs = model.output_specs

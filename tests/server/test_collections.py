@@ -299,7 +299,7 @@ def test_a_write_does_not_wait_forever_for_another_servers(database_url, monkeyp
     store.add("birds", [item(1, 0, 0, 0, id="first")])
     with psycopg.connect(database_url) as other:
         other.execute("SELECT * FROM collections FOR UPDATE")
-        with pytest.raises(StorageFailed, match="cannot be read or written: .*lock timeout"):
+        with pytest.raises(StorageFailed, match=r"cannot be read or written: .*lock timeout"):
             store.add("birds", [item(0, 1, 0, 0)])
     store.add("birds", [item(0, 1, 0, 0, id="second")])
     assert [one.id for one in store.page("birds", 0, 10, None)] == ["first", "second"]

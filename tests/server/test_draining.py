@@ -1,17 +1,21 @@
 """A server that leaves: what had come whole is answered, whatever it is, and nothing is done that a client is told was not."""
 
 import json
+import queue
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from server import grpc_api, http_v2
 from server.collections import Collections
 from server.run import Running
 from tests.server.conftest import config_of
@@ -65,6 +69,7 @@ WORK = {
     "export": ("exported", "GET", "/v1/collections/first/export", 200),
     "delete an item": ("delete_item", "DELETE", "/v1/collections/first/items/a", 204),
     "delete": ("delete", "DELETE", "/v1/collections/first", 204),
+    "delete with a body": ("delete", "DELETE", "/v1/collections/first", 204),
 }
 """What is asked for: the method of Collections that is held meanwhile, the request, and its status."""
 
@@ -73,7 +78,12 @@ WORK = {
 def test_whatever_was_accepted_is_finished_and_answered(what, gated, monkeypatch):
     running, _ = gated
     name, method, path, status = WORK[what]
-    body = {"add": {"json": ITEMS}, "import": {"content": file_of_one_item(running)}}.get(what, {})
+    bodies = {
+        "add": {"json": ITEMS},
+        "import": {"content": file_of_one_item(running)},
+        "delete with a body": {"content": b"{}"},
+    }
+    body = bodies.get(what, {})
     held = Held(getattr(Collections, name))
     monkeypatch.setattr(Collections, name, lambda *args: held(*args))
     with ThreadPoolExecutor(1) as pool:
@@ -84,6 +94,37 @@ def test_whatever_was_accepted_is_finished_and_answered(what, gated, monkeypatch
         assert not asked.done()
         held.go.set()
         assert asked.result().status_code == status
+
+
+@pytest.mark.parametrize("way", ["http", "grpc", "stream"])
+def test_a_large_request_is_accepted_once_it_has_come_not_once_it_was_read(way, gated, monkeypatch):
+    running, _ = gated
+    where, name = (http_v2, "read_request") if way == "http" else (grpc_api, "request_from")
+    held = Held(getattr(where, name))
+    monkeypatch.setattr(where, name, lambda *args: held(*args))
+    ask_so = ask_by_stream if way == "stream" else partial(ask, name=way)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_so, running, 0, 1, 512)
+        assert held.begun.wait(60)
+        running.leave()
+        wait_for(lambda: httpx.delete(f"{running.addresses.http}/v1/collections/nothing").status_code == 503)
+        held.go.set()
+        assert asked.result() < 1e-5
+
+
+def ask_by_stream(running, seed, rows, side):
+    """As `ask`."""
+    answers = queue.Queue()
+    sent = pixels(seed, rows, side)
+    tensor = grpc_client.InferInput("pixels", sent.shape, "FP32")
+    tensor.set_data_from_numpy(sent)
+    with grpc_client.InferenceServerClient(running.addresses.grpc) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer("backbone", [tensor])
+        result, error = answers.get(timeout=60)
+        client.stop_stream()
+    assert error is None
+    return float(np.abs(result.as_numpy("embedding") - sent.mean(axis=(2, 3))).max())
 
 
 def test_what_is_not_done_in_time_is_not_done_afterwards(tmp_path, monkeypatch):
