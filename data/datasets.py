@@ -180,11 +180,17 @@ def open_dataset(data: str | Path, split: str | None = None) -> Dataset:
     text = str(data)
     if not text.strip():
         raise InputError(f"no data was named; wanted {ACCEPTED_FORMS}")
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) > 1 and not _exists(Path(text)):
+    parts = named_sets(text)
+    if len(parts) > 1:
         return _joined(text, [part for part in parts if part], split)
     dataset = Dataset(_scan(Path(text)), name=text)
     return dataset if split is None else _take(dataset, split)
+
+
+def named_sets(text: str) -> list[str]:
+    """The sets that `--data` names: one where something lies at the whole of it, else those between commas."""
+    whole = _exists(Path(text)) or text.startswith(PREFIX) and _exists(Path(text.removeprefix(PREFIX)))
+    return [text] if whole else [part.strip() for part in text.split(",")]
 
 
 def _joined(text: str, parts: Sequence[str], split: str | None) -> Dataset:
@@ -254,7 +260,7 @@ def _scan(path: Path) -> list[Record]:
 def find_shards(data: str | Path) -> list[Path]:
     """The tar shards that a data set consists of, in all its parts; none where it is anything else."""
     text = str(data)
-    parts = [text] if "," not in text or _exists(Path(text)) else [part.strip() for part in text.split(",")]
+    parts = named_sets(text)
     found = [_shards_at(Path(part)) for part in parts if part]
     return [shard for shards in found for shard in shards] if all(found) else []
 

@@ -128,7 +128,7 @@ def versions_of(name: str) -> list[int]:
 def data_mark(data: str) -> str:
     """Hash of what git goes by (names, sizes, inodes, times) of the files that `data` names, and of all that its tables name."""
     digest = hashlib.sha256()
-    for part in [data] if _there(Path(data)) else data.split(","):
+    for part in _parts(data):
         path = Path(part.strip())
         if not _there(path) and ":" in part:
             path = Path(part.split(":", 1)[1].strip())
@@ -140,6 +140,12 @@ def data_mark(data: str) -> str:
                     with contextlib.suppress(OSError):
                         digest.update(os.fsencode(f"{file}\0{_mark(os.stat(file))}\n"))
     return digest.hexdigest()
+
+
+def _parts(data: str) -> list[str]:
+    """What lies between commas, unless the whole is a path, bare or behind a benchmark's name."""
+    whole = any(_there(Path(place)) for place in (data, data.partition(":")[2]) if place)
+    return [data] if whole else data.split(",")
 
 
 def _mark(about: os.stat_result) -> str:

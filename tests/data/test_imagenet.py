@@ -65,6 +65,14 @@ def test_flat_validation_images_get_the_development_kits_labels(tmp_path: Path) 
     assert open_dataset(data).fingerprint() == open_dataset(data).fingerprint()
 
 
+def test_a_comma_in_the_path_parts_no_sets(tmp_path: Path) -> None:
+    for name in ("train/n01440764/a.JPEG", "val/n01440764/b.JPEG"):
+        path = tmp_path / "here, there" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    assert len(open_dataset(f"imagenet:{tmp_path / 'here, there'}")) == 2
+
+
 def test_kaggles_layout(tmp_path: Path) -> None:
     base = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
     train_folders(base)

@@ -163,6 +163,10 @@ def test_the_mark_of_data_follows_its_files(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(b"12")
     assert data_mark(str(tmp_path / "set")) != first
     assert data_mark(str(tmp_path / "absent")) == data_mark(str(tmp_path / "absent"))
+    comma = f"imagenet:{colour_folder(tmp_path / 'here, there', n_train=1, n_val=1)}"
+    before = data_mark(comma)
+    (tmp_path / "here, there" / "new.png").write_bytes(b"x")
+    assert data_mark(comma) != before
 
 
 def test_the_mark_of_data_follows_links_and_ends_at_loops(tmp_path: Path) -> None:
