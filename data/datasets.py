@@ -189,7 +189,7 @@ def open_dataset(data: str | Path, split: str | None = None) -> Dataset:
 
 def named_sets(text: str) -> list[str]:
     """The sets that `--data` names: one where something lies at the whole of it, else those between commas."""
-    whole = _exists(Path(text)) or text.startswith(PREFIX) and _exists(Path(text.removeprefix(PREFIX)))
+    whole = _exists(Path(text)) or (text.startswith(PREFIX) and _exists(Path(text.removeprefix(PREFIX))))
     return [text] if whole else [part.strip() for part in text.split(",")]
 
 
