@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Connection, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.dialects import postgresql, sqlite
 
 from evaluators.collection_file import CollectionFile
 from server.collection_items import (
@@ -45,6 +45,9 @@ T = TypeVar("T")
 
 MAX_VARIABLES = 10_000
 """Values in one statement; SQLite's limit is 32,766."""
+ATTEMPTS = 5
+"""How often a collection that others make and delete at the same moment is looked for."""
+_INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 class Collections:
@@ -106,16 +109,7 @@ class Collections:
     def _add(self, name: str, new: Sequence[NewItem], source: str = "", replace: bool = False) -> list[str]:
         rows = numbered(new, lambda item: item_row(name, item, self.binding.dimension))
         with self._writing, self._begin() as db:
-            if replace:
-                self._locked(db, name)
-                _delete_rows(db, name)
-            row = self._locked(db, name)
-            if row is None:
-                self._make(db, name, source)
-                version = 1
-            else:
-                self._check_usable(row)
-                version = _raise_version(db, row)
+            version = self._opened(db, name, source, replace)
             if rows:
                 self._check_new(db, name, [row["id"] for row in rows])
                 db.execute(insert(items), [row | {"added": version} for row in rows])
@@ -125,12 +119,35 @@ class Collections:
         """The collection's row, kept from other writers until the transaction ends; None where it is not there."""
         return db.execute(select(collections).where(collections.c.name == name).with_for_update()).one_or_none()
 
-    def _make(self, db: Connection, name: str, source: str) -> None:
+    def _there(self, db: Connection, name: str) -> Any:
+        """The same. Raises NotFound where it is not there, Conflict where others make and delete it all the time."""
+        for _ in range(ATTEMPTS):
+            row = self._locked(db, name)
+            if row is not None:
+                return row
+            self._collection(db, name)
+        raise Conflict(f"collection {name!r} is being made and deleted by other servers just now; try again")
+
+    def _opened(self, db: Connection, name: str, source: str, replace: bool) -> int:
+        """The number of a write to the collection, which is made, or made anew, where that has to be. Raises Conflict."""
+        for _ in range(ATTEMPTS):
+            row = self._locked(db, name)
+            if row is not None and not replace:
+                self._check_usable(row)
+                return _raise_version(db, row)
+            if row is not None:
+                _delete_rows(db, name)
+            if self._make(db, name, source):
+                return 1
+        raise Conflict(f"collection {name!r} is being made by other servers just now; try again")
+
+    def _make(self, db: Connection, name: str, source: str) -> bool:
+        """Whether it was made; if not, another server has made it since it was looked for."""
         made = {"source": source, "created": _now(), "incarnation": uuid.uuid4().hex, "version": 1}
-        try:
-            db.execute(insert(collections).values(name=name, **made, **vars(self.binding)))
-        except IntegrityError as error:
-            raise Conflict(f"collection {name!r} is being made by another server just now; try again") from error
+        new = _INSERT[db.dialect.name](collections).values(name=name, **made, **vars(self.binding))
+        db.execute(new.on_conflict_do_nothing())
+        row = self._locked(db, name)
+        return row is not None and row.incarnation == made["incarnation"]
 
     def _check_new(self, db: Connection, name: str, ids: Sequence[str]) -> None:
         """Raise Conflict for an id that comes twice or is taken. Asked before anything is written: afterwards all are there."""
@@ -148,9 +165,7 @@ class Collections:
         check_writable(name)
         _check_findable(name, item_id)
         with self._writing, self._begin() as db:
-            row = self._locked(db, name)
-            if row is None:
-                self._collection(db, name)
+            row = self._there(db, name)
             here = (items.c.collection == name) & (items.c.id == item_id)
             if db.execute(delete(items).where(here)).rowcount == 0:
                 raise NotFound(f"collection {name!r} has no item {item_id!r:.80}")
@@ -160,8 +175,7 @@ class Collections:
         """Take a whole collection away, whichever network made it. Raises NotFound."""
         check_writable(name)
         with self._writing, self._begin() as db:
-            if self._locked(db, name) is None:
-                self._collection(db, name)
+            self._there(db, name)
             _delete_rows(db, name)
         self._forget(name)
 

@@ -31,6 +31,7 @@ from server.config import ServerConfig, is_loopback
 from server.cores import freeze_heap, keep_freed_memory, wake_without_preempting
 from server.databases import open_database
 from server.engine import Engine, EngineSpec
+from server.errors import ServerError
 from server.evaluation_wire import evaluation_wire
 from server.evaluations import Evaluations
 from server.grpc_api import GrpcServer
@@ -115,7 +116,10 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
         repository = Repository(config, load, spec, service, evaluations)
         stack.push_async_callback(repository.close)
         if config.sample_data is not None:
-            await build_samples(engine, store, config.sample_data)
+            try:
+                await build_samples(engine, store, config.sample_data)
+            except ServerError as error:
+                raise InputError(f"--samples {config.sample_data}: {error}") from error
         lag = asyncio.ensure_future(_watch_loop(service))
         stack.callback(lag.cancel)
         yield service, evaluations, repository

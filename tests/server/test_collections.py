@@ -335,6 +335,28 @@ def test_a_collection_goes_to_a_file_and_comes_back(store):
     assert "copy" not in [info.name for info in store.infos()]
 
 
+def test_a_collection_that_several_servers_make_at_once_is_one_with_all_their_items(database_url):
+    stores = [Collections(open_postgres(database_url), BINDING) for _ in range(4)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        for n in range(10):
+            added = pool.map(lambda store, n=n: store.add(f"new-{n}", [item(1, 0, 0, 0)]), stores)
+            assert len({one for ids in added for one in ids}) == len(stores)
+            assert len(stores[0].page(f"new-{n}", 0, 10, None)) == len(stores)
+    for store in stores:
+        store.close()
+
+
+def test_servers_that_start_at_once_build_the_same_samples(database_url):
+    stores = [Collections(open_postgres(database_url), BINDING) for _ in range(4)]
+    new = [item(1, n, 0, 0, id=str(n)) for n in range(50)]
+    with ThreadPoolExecutor(len(stores)) as pool:
+        for _ in range(5):
+            assert list(pool.map(lambda store: store.replace("samples", new, "of these"), stores)) == [None] * 4
+            assert stores[0].snapshot("samples").ids == tuple(map(str, range(50)))
+    for store in stores:
+        store.close()
+
+
 def test_a_collection_that_another_server_deleted_is_not_kept_in_memory(database_url):
     first, second = (Collections(open_postgres(database_url), BINDING) for _ in range(2))
     first.add("gone", [item(1, 0, 0, 0, id="a")])

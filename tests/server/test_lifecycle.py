@@ -16,6 +16,8 @@ import pytest
 from geventhttpclient.response import HTTPParseError
 
 from data.errors import InputError
+from server.collections import Collections
+from server.errors import StorageFailed
 from server.run import Running
 from tests.server.conftest import config_of
 from tests.server.gate import wait_for
@@ -252,6 +254,16 @@ def test_another_network_cannot_search_this_ones_collection(network, other_netwo
             wire.close()
     np.testing.assert_allclose(scores[0], scores[2], atol=1e-6)
     assert np.abs(scores[0] - scores[1]).max() > 1e-3
+
+
+def test_a_store_that_fails_while_samples_are_built_ends_the_start_in_one_line(network, colours, tmp_path, monkeypatch):
+    def full(*_):
+        raise StorageFailed("the collections cannot be read or written: disk I/O error")
+
+    monkeypatch.setattr(Collections, "replace", full)
+    config = config_of(network, tmp_path / "state", samples=str(colours / "val"))
+    with pytest.raises(InputError, match=r"^--samples .*: the collections cannot be read or written"), Running(config):
+        pass
 
 
 def test_samples_that_cannot_be_decoded_are_left_out(network, colours, tmp_path):
