@@ -153,7 +153,7 @@ class Dataset:
         return Dataset([self._records[int(i)] for i in indices], self.classes, self.name)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over each item's name, label, split, size in bytes and checksum; see `content_mark`. Read once a data set."""
+        """SHA-256 (hex) over each item's name, label, split, size in bytes and checksum; see `marks.mark_of`. Read once a data set."""
         if self._fingerprint is None:
             self._fingerprint = self._fingerprint_now()
         return self._fingerprint

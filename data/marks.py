@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import InputError
-from data.members import Member, content_mark
+from data.members import Member, content_mark, member_bytes
 
 REMEMBERED_FROM = 256
 """Fewer files are read each time: that takes no longer than asking."""
 SETTLED_S = 2.0
+UNREAD = -1
+"""In place of the checksum of a file that cannot be read; never remembered."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Notes:
 
 
 def content_marks(members: Sequence[Member]) -> list[str]:
-    """`members.content_mark` of each. Raises InputError where one cannot be read."""
+    """`mark_of` each. Raises InputError where one has gone."""
     unknown = [member for member in members if member.crc32 is None]
     if len(unknown) < REMEMBERED_FROM:
-        return [content_mark(member) for member in members]
+        return [mark_of(member) for member in members]
     paths = [member.path for member in unknown]
     common = os.path.commonpath([os.path.dirname(path) for path in (min(paths), max(paths))])
     file, now_ns = _notes_file(os.path.abspath(common)), time.time_ns()
@@ -50,12 +52,23 @@ def content_marks(members: Sequence[Member]) -> list[str]:
     states_n4, before = _states(paths), _read(file)
     marks_n2, known_n = _remembered(before, keys, states_n4)
     for row in np.flatnonzero(~known_n).tolist():
-        marks_n2[row] = [int(part) for part in content_mark(unknown[row]).split()]
-    settled_n = states_n4[:, 2:].max(axis=1) < now_ns - SETTLED_S * 1e9
+        marks_n2[row] = [int(part) for part in mark_of(unknown[row]).split()]
+    settled_n = (states_n4[:, 2:].max(axis=1) < now_ns - SETTLED_S * 1e9) & (marks_n2[:, 1] != UNREAD)
     if not known_n[settled_n].all():
         _write(file, _merged(before, keys, states_n4, marks_n2, settled_n))
     found = iter([f"{size} {crc}" for size, crc in marks_n2.tolist()])
-    return [next(found) if member.crc32 is None else content_mark(member) for member in members]
+    return [next(found) if member.crc32 is None else mark_of(member) for member in members]
+
+
+def mark_of(member: Member) -> str:
+    """`members.content_mark`; of a file that is there and cannot be read, or is too large to be, `SIZE UNREAD`.
+
+    Whoever wants its image is told then, and may do without it. Raises InputError where the file has gone.
+    """
+    try:
+        return content_mark(member)
+    except InputError:
+        return f"{member_bytes(member)} {UNREAD}"
 
 
 def _remembered(notes: Notes, keys: Sequence[str], states_n4: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

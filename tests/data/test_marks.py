@@ -118,3 +118,16 @@ def test_a_file_that_has_gone_is_named(tmp_path: Path, read: list[str]) -> None:
     paths[3].unlink()
     with pytest.raises(InputError, match=r"0003\.jpg: cannot be read"):
         dataset.fingerprint()
+
+
+@pytest.mark.parametrize("n", [3, N])
+def test_a_file_that_is_too_large_to_be_read_hinders_no_fingerprint(tmp_path: Path, read: list[str], n: int) -> None:
+    """One stray film among a million photographs is passed over when it is met; its size counts, and it is not remembered as read."""
+    paths = files(tmp_path / "set", n)
+    found = []
+    for size in (members.MAX_MEMBER_BYTES + 1, members.MAX_MEMBER_BYTES + 2, members.MAX_MEMBER_BYTES + 2):
+        os.truncate(paths[1], size)
+        read.clear()
+        found.append(open_dataset(tmp_path / "set").fingerprint())
+        assert str(paths[1]) in read
+    assert found[0] != found[1] == found[2]
