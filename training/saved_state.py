@@ -8,6 +8,7 @@ state/.part/            a state that is being written; renamed when it is comple
 Nothing in it is a pickle. A crash at any moment leaves the states that were complete.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -32,6 +33,10 @@ from training import parallel
 
 KEPT = 2
 CONTENTS = "state.json"
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "make the run folder and all in it writable"
+)
+"""What to do where the system refuses to write: a full disk; another's files, or a disk made read-only after an error."""
 
 
 class SavedStates:
@@ -170,16 +175,26 @@ class Saver:
         raise InputError(
             f"{self.states.folder}: the state of step {self.step} cannot be written ({reason_of(error)}); "
             + (f"{kept[-1].name} is kept. " if kept else "nothing was saved before. ")
-            + "Make room, and the same command goes on from there"
+            + f"{remedy_of(error).capitalize()}, and the same command goes on from there"
         ) from error
 
 
-def reason_of(error: BaseException) -> str:
+def system_error(error: BaseException) -> OSError | None:
     """What the system said, out of the layers that torch wraps it in."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else []
-    for inner in (error, *(failure[0] for failure in failures)):
-        if isinstance(inner, OSError):
-            return inner.strerror or str(inner)
+    return next((one for one in (error, *(failure[0] for failure in failures)) if isinstance(one, OSError)), None)
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do about an error of writing."""
+    inner = system_error(error)
+    return REMEDIES.get(inner.errno or 0, "see to the disk") if inner else "see to the disk"
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in few words."""
+    if inner := system_error(error):
+        return inner.strerror or str(inner)
     return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if str(error) else type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""How a run ends before its time: signals, which save first, and a disk without room."""
+"""How a run ends before its time: signals, which save first, and a disk that takes no more."""
 
 import errno
 import signal
@@ -11,32 +11,34 @@ from types import FrameType
 
 from data.errors import InputError
 from training.run_folder import RunFolder
+from training.saved_state import REMEDIES, remedy_of
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_WRITING = (*REMEDIES, errno.EIO, errno.ESTALE)
 
 
 @contextmanager
-def a_full_disk_named(out: Path) -> Iterator[None]:
-    """Within it a write for which there is no room ends in one line. What was saved before stays."""
+def failed_writes_named(out: Path) -> Iterator[None]:
+    """Within it a write for which there is no room, no permission or no sound disk ends in one line. What was saved before stays."""
     try:
         with _curves_thread_hushed():
             yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_WRITING:
             raise
+        where = error.filename if isinstance(error.filename, str) and error.filename.startswith(str(out)) else out
         raise InputError(
-            f"{out}: cannot be written ({error.strerror}); make room, and the same command goes on from what was saved"
+            f"{where}: cannot be written ({error.strerror}); {remedy_of(error)}, and the same command goes on from what was saved"
         ) from error
 
 
 @contextmanager
 def _curves_thread_hushed() -> Iterator[None]:
-    """Within it the thread that writes the curves prints nothing of a full disk: its error is raised again where it is next written to."""
+    """Within it the thread that writes the curves prints nothing of such a disk: its error is raised again where it is next written to."""
     before = threading.excepthook
 
     def hush(args: threading.ExceptHookArgs) -> None:
-        full = isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_ROOM
-        if not (full and _writes_curves(args.thread)):
+        known = isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_WRITING
+        if not (known and _writes_curves(args.thread)):
             before(args)
 
     threading.excepthook = hush

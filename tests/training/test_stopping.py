@@ -1,4 +1,4 @@
-"""A full disk under a run: one line, whichever thread was writing."""
+"""A disk under a run that is full or takes nothing: one line, whichever thread was writing."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from data.errors import InputError
-from training.stopping import a_full_disk_named
+from training.stopping import failed_writes_named
 
 
 @pytest.fixture
@@ -37,11 +37,21 @@ def write_curves(folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) 
     curves.close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_the_thread_of_the_curves_says_nothing_of_a_full_disk_and_the_run_ends_in_one_line(
-    number: int, told: list[type[BaseException]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        *((number, "make room") for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        *((number, "make the run folder and all in it writable") for number in (errno.EACCES, errno.EROFS)),
+        (errno.EIO, "see to the disk"),
+    ],
+)
+def test_the_thread_of_the_curves_says_nothing_of_such_a_disk_and_the_run_ends_in_one_line(
+    number: int, remedy: str, told: list[type[BaseException]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="make room"), a_full_disk_named(tmp_path):
+    with (
+        pytest.raises(InputError, match=f"cannot be written .*; {remedy}, and the same command"),
+        failed_writes_named(tmp_path),
+    ):
         write_curves(tmp_path, monkeypatch, fails(number))
     assert told == []
 
@@ -49,8 +59,8 @@ def test_the_thread_of_the_curves_says_nothing_of_a_full_disk_and_the_run_ends_i
 def test_other_errors_of_that_thread_are_told(
     told: list[type[BaseException]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)), a_full_disk_named(tmp_path):
-        write_curves(tmp_path, monkeypatch, fails(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)), failed_writes_named(tmp_path):
+        write_curves(tmp_path, monkeypatch, fails(errno.EINVAL))
     assert told == [OSError]
 
 
@@ -59,7 +69,7 @@ def test_errors_of_other_threads_are_told(error: Exception, told: list[type[Base
     def fail() -> None:
         raise error
 
-    with a_full_disk_named(tmp_path):
+    with failed_writes_named(tmp_path):
         thread = threading.Thread(target=fail)
         thread.start()
         thread.join()
@@ -71,7 +81,7 @@ def test_the_hook_is_the_one_before_again_however_it_ends(
     error: Exception | None, told: list[type[BaseException]], tmp_path: Path
 ) -> None:
     before = threading.excepthook
-    with suppress(ValueError), a_full_disk_named(tmp_path):
+    with suppress(ValueError), failed_writes_named(tmp_path):
         if error:
             raise error
     assert threading.excepthook is before
