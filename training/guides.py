@@ -22,16 +22,22 @@ def learn_from(
 ) -> tuple[list[Recipe], Any]:
     """The recipes as they learn from this teacher, and the teacher. Raises InputError where it does not fit one of them.
 
-    A run folder gives a teacher with heads, whose predictions DINOv2 recipes learn. Any other backbone has only features: a recipe keeps
-    its backbone, its crops (the global ones) and its optimiser, and learns those. Several students share what it says of a batch, which
-    may be taken in `n_parts`.
+    A run folder gives a teacher with heads, whose predictions DINOv2 recipes learn, without stochastic depth. Any other backbone has only
+    features: a recipe keeps its backbone, its crops (the global ones) and its optimiser, and learns those. Several students share what it
+    says of a batch, which may be taken in `n_parts`.
     """
     features = any(isinstance(recipe.step, FeatureSpec) for recipe in recipes)
     if RunFolder(Path(source)).recipe.is_file() and not features:
         guide = frozen_teacher(source, recipes[0], device, recipes[1:])
-        return list(recipes), guide if len(recipes) == 1 else Shared(guide, n_parts)
+        return [without_dropping(one) for one in recipes], guide if len(recipes) == 1 else Shared(guide, n_parts)
     teacher = FeatureTeacher(source, device)
     return [as_feature_student(recipe, teacher.width) for recipe in recipes], teacher
+
+
+def without_dropping(recipe: Recipe) -> Recipe:
+    """The recipe without stochastic depth, which no student of a frozen teacher has (Oquab et al. 2023, section 5)."""
+    backbone = recipe.backbone
+    return replace(recipe, backbone=replace(backbone, drop_path=0.0)) if isinstance(backbone, ViTSpec) else recipe
 
 
 class Shared(nn.Module):
@@ -75,10 +81,8 @@ def same(one: Any, other: Any) -> bool:
 def as_feature_student(recipe: Recipe, teacher_width: int) -> Recipe:
     """The recipe with feature distillation for its method: no masks, stochastic depth or local views, one learning rate for all layers."""
     step = recipe.step if isinstance(recipe.step, FeatureSpec) else FeatureSpec(precision=recipe.step.precision)
-    backbone = recipe.backbone
     return replace(
-        recipe,
-        backbone=replace(backbone, drop_path=0.0) if isinstance(backbone, ViTSpec) else backbone,
+        without_dropping(recipe),
         crops=replace(recipe.crops, n_local=0),
         optim=replace(recipe.optim, layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer_epochs=0),
         step=replace(step, teacher_width=teacher_width),

@@ -74,7 +74,9 @@ class RunFolder:
             raise InputError(f"{self.path}: holds a run of an older version; choose another --out")
         if self.has_state:
             found = read_object(recipe)
-            changed = [key for key in resolved if found.get(key) != json.loads(wanted)[key]]
+            came = json.loads(wanted)
+            # What only one of them has, a teacher for example, is a difference too.
+            changed = [key for key in {**resolved, **found} if found.get(key) != came.get(key)]
             if changed:
                 raise InputError(
                     f"{self.path}: holds a run with another {', '.join(changed)}; go on with the same ones or choose another --out"

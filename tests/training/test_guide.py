@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from backbones.checkpoints import load_backbone
+from backbones.vit import ViTSpec
 from data.datasets import open_dataset
 from data.errors import InputError
 from training import high_resolution
 from training.command import RunOptions
 from training.distillation import Schedule
+from training.guides import learn_from
 from training.loop import train
 from training.methods import make_state, take_step_
 from training.recipe import Recipe
@@ -75,6 +77,24 @@ def test_no_patch_is_hidden_and_every_patch_is_compared(large: Path) -> None:
         found.append(take_step_(state, views, at, recipe, np.random.default_rng(0)))
         assert state.student.backbone.mask_token.grad is None
     assert found[0] == found[1]
+
+
+def test_a_student_drops_no_paths_whatever_its_recipe_would_alone(large: Path) -> None:
+    (fitted,), _ = learn_from(str(large), [LARGE], CPU)
+    assert isinstance(fitted.backbone, ViTSpec)
+    assert LARGE.backbone.drop_path > 0 == fitted.backbone.drop_path
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_with_the_teacher_that_it_began_with_or_without_one(
+    first: bool, large: Path, images: Path, tmp_path: Path
+) -> None:
+    """The same recipe is another run without its teacher: its own targets would be learned in place of the teacher's."""
+    data, teachers = open_dataset(str(images)), [str(large), None]
+    before, after = teachers if first else teachers[::-1]
+    train(SMALL, data, tmp_path / "run", workers=0, stop_at_step=1, teacher=before, **WORDS)
+    with pytest.raises(InputError, match="holds a run with another teacher; go on with the same"):
+        train(SMALL, data, tmp_path / "run", workers=0, teacher=after, **WORDS)
 
 
 def test_a_distilled_run_resumes_exactly_and_its_result_is_small(large: Path, images: Path, tmp_path: Path) -> None:
