@@ -190,7 +190,7 @@ def read_preprocess(path: Path) -> Preprocess:
     """Our form of a preprocessor_config.json.
 
     Without a centre crop, transformers squashes the image to `size`; here its short side is resized to that and the middle cut out,
-    which is the same for square images. Raises CheckpointError for what cannot be expressed.
+    which is the same for square images. `whole_px` is a key of our own exports. Raises CheckpointError for what cannot be expressed.
     """
     config = read_json(path)
     crop = bool(config.get("do_center_crop"))
@@ -214,7 +214,7 @@ def read_preprocess(path: Path) -> Preprocess:
     return Preprocess(
         size_px=size_px,
         resize_px=resize_px,
-        whole_px=size_px,
+        whole_px=config.get("whole_px", size_px),
         mean=config.get("image_mean", IMAGENET_MEAN) if normalised else (0.0, 0.0, 0.0),
         std=config.get("image_std", IMAGENET_STD) if normalised else (1.0, 1.0, 1.0),
         interpolation=filters[resample],  # type: ignore[arg-type]

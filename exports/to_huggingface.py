@@ -162,7 +162,7 @@ def make_config(spec: ViTSpec, side_px: int) -> dict[str, Any]:
 
 
 def make_preprocessor_config(preprocess: Preprocess) -> dict[str, Any]:
-    """preprocessor_config.json, whose crop and filter are those of `center_view`."""
+    """preprocessor_config.json, whose crop and filter are those of `center_view`; `whole_px` is a key of ours, left alone by theirs."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -176,6 +176,7 @@ def make_preprocessor_config(preprocess: Preprocess) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
+        "whole_px": preprocess.whole_px,
     }
 
 

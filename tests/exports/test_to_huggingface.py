@@ -80,6 +80,19 @@ def test_transformers_gives_our_features_for_what_its_own_processor_prepares(tmp
     torch.testing.assert_close(found, tokens(backbone.model, ours), **FORWARD)
 
 
+@pytest.mark.parametrize("whole_px", [64, 96])
+def test_the_size_of_whole_views_comes_back_so_that_maps_are_measured_alike(tmp_path: Path, whole_px: int) -> None:
+    backbone = load_backbone(artifact("v1").ckpt)
+    preprocess = replace(backbone.manifest.preprocess, whole_px=whole_px)
+    save_backbone(tmp_path / "a.safetensors", backbone.model, replace(backbone.manifest, preprocess=preprocess))
+    export_huggingface(tmp_path / "a.safetensors", tmp_path / "x")
+    assert load_backbone(tmp_path / "x").manifest.preprocess == preprocess
+    config = tmp_path / "x" / "preprocessor_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"whole_px": "wide"}))
+    with pytest.raises(InputError, match="whole_px"):
+        load_backbone(tmp_path / "x")
+
+
 def test_with_registers_every_size_agrees_and_the_table_stays(tmp_path: Path) -> None:
     ckpt = artifact("v2").ckpt
     assert export_huggingface(ckpt, tmp_path / "x") == []
