@@ -9,6 +9,7 @@ File and environment are turned into flags, so that every value is read and refu
 
 import dataclasses
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from server.config import ServerConfig
 
 PREFIX = "DINOSCOPE_"
 _TYPES = get_type_hints(ServerConfig)
+_SERVICE_LINK = re.compile(r"\w*(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_\w+)")
+"""What Kubernetes puts into every pod beside a service of this name; DINOSCOPE_PORT=tcp://... too."""
 _FIELDS = {one.name: one for one in dataclasses.fields(ServerConfig)}
 
 
@@ -54,6 +57,8 @@ def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
     for key, text in environment.items():
         name = key.removeprefix(PREFIX).lower()
         if not key.startswith(PREFIX) or key in CLIENT_VARIABLES:
+            continue
+        if name not in _FIELDS and (_SERVICE_LINK.fullmatch(key) or (key.endswith("_PORT") and "://" in text)):
             continue
         if name not in _FIELDS:
             raise InputError(f"{key}: there is no such setting; python -m server --help lists them")

@@ -65,3 +65,13 @@ def test_the_service_selects_the_deployments_pods(manifests: dict[str, dict]) ->
     labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert manifests["Service"]["spec"]["selector"] == labels
     assert manifests["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+
+
+def test_pods_are_not_told_of_services_in_variables_that_look_like_settings(manifests: dict[str, dict]) -> None:
+    assert manifests["Service"]["metadata"]["name"] == "dinoscope"
+    assert manifests["Deployment"]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def test_the_image_reads_and_writes_every_form_of_collections() -> None:
+    (extras,) = re.findall(r'"\.\[(.+)\]"', (DEPLOY / "Dockerfile").read_text())
+    assert {"postgres", "parquet"} <= set(extras.split(","))

@@ -56,6 +56,22 @@ def test_a_file_that_cannot_be_meant_is_refused(text: str, message: str, tmp_pat
         read_settings(["--models", "m", "--config", str(tmp_path / "s.toml")], {})
 
 
+def test_what_kubernetes_tells_of_services_is_no_setting() -> None:
+    links = {
+        "DINOSCOPE_SERVICE_HOST": "10.0.0.1",
+        "DINOSCOPE_SERVICE_PORT": "8000",
+        "DINOSCOPE_SERVICE_PORT_HTTP": "8000",
+        "DINOSCOPE_PORT": "tcp://10.0.0.1:8000",
+        "DINOSCOPE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "DINOSCOPE_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "DINOSCOPE_CANARY_SERVICE_HOST": "10.0.0.2",
+        "DINOSCOPE_CANARY_PORT": "tcp://10.0.0.2:8000",
+    }
+    assert read_settings(["--models", "m"], links) == ServerConfig(models=Path("m"))
+    with pytest.raises(InputError, match="DINOSCOPE_GPRC_PORT: there is no such setting"):
+        read_settings(["--models", "m"], {"DINOSCOPE_GPRC_PORT": "9000"})
+
+
 def test_an_unknown_variable_is_refused() -> None:
     with pytest.raises(InputError, match="DINOSCOPE_PROT: there is no such setting"):
         read_settings(["--models", "m"], {"DINOSCOPE_PROT": "1"})
