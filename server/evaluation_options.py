@@ -37,12 +37,12 @@ def check_options(evaluator: str, options: Mapping[str, Any]) -> None:
         first = error.errors()[0]
         own = first.get("ctx", {}).get("error")
         if isinstance(own, InputError):
-            raise InputError(f"options: {_without_flags(str(own))}") from error
+            raise InputError(f"options: {without_flags(str(own))}") from error
         name = str(first["loc"][0]) if first["loc"] else evaluator
         raise InputError(f"options: {name} is {options.get(name)!r:.60}; {first['msg']}") from error
 
 
-def _without_flags(text: str) -> str:
+def without_flags(text: str) -> str:
     """`--n-per-class` as clients of the server know it."""
     return re.sub(r"--([A-Za-z][\w-]*)", lambda found: found[1].replace("-", "_"), text)
 

@@ -118,12 +118,13 @@ def main(words: str) -> None:
     threading.Thread(target=_end_with_the_server, daemon=True).start()
     os.nice(PRIORITY)
     from data.errors import CheckFailed, InputError
+    from server.evaluation_options import without_flags
 
     job = Job(**json.loads(words))
     try:
         run(job, reporter)
     except (InputError, CheckFailed) as error:
-        reporter.say(error=without_paths(job)(" ".join(str(error).split()))[:1000])
+        reporter.say(error=without_flags(without_paths(job)(" ".join(str(error).split())))[:1000])
     sys.stderr.flush()
     os._exit(0)  # everything is written; taking the interpreter apart can last long at this priority
 

@@ -106,6 +106,24 @@ class Announced:
         self.http, self.grpc = line["http"], line["grpc"]
 
 
+def test_every_line_of_the_log_is_json_whatever_the_libraries_would_say(network, colours, tmp_path):
+    """An evaluation is a process of its own: gRPC has a word to say of forks."""
+    flags = ("--samples", "none", "--evaluation-data", f"colours={colours}")
+    with process(network, tmp_path / "state", *flags) as (started, at), httpx.Client(base_url=at["http"]) as http:
+        with contextlib.ExitStack() as stack:
+            wire = open_wire("grpc", Announced(at))
+            stack.callback(wire.close)
+            wire.infer("embedding", images(png(0)))
+            run = http.post("/v1/evaluations", json={"evaluator": "knn", "data": "colours", "options": {"k": [99]}})
+            wait_for(lambda: http.get(run.headers["location"]).json()["state"] != "running")
+            assert http.get(run.headers["location"]).json()["error"].startswith("k 99: ")
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 0
+        lines = started.stderr.read().splitlines()
+        assert [line for line in lines if not line.startswith('{"time": ')] == []
+        assert "evaluation" in {json.loads(line)["event"] for line in lines}
+
+
 def test_help_lists_every_flag():
     status, out, _ = run("--help")
     assert status == 0
