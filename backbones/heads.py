@@ -251,12 +251,18 @@ HEAD_MANIFEST_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def save_head(path: str | Path, head: Head, manifest: HeadManifest) -> HeadManifest:
-    """Write a head atomically; kind, spec and content hash are taken from `head`. Returns the manifest as written."""
+    """Write a head atomically; kind, spec and content hash are taken from `head`. Returns the manifest as written.
+
+    Raises InputError where it cannot be written.
+    """
     state = head.state_dict()
     kind = next(name for name, (_, spec_type) in HEADS.items() if isinstance(head.spec, spec_type))
     spec = json.loads(json.dumps(dataclasses.asdict(head.spec)))  # as it will be read
     manifest = dataclasses.replace(manifest, kind=kind, spec=spec, weights_sha256=weights_sha256(state))
-    save_tensors(Path(path), state, manifest.to_json())
+    try:
+        save_tensors(Path(path), state, manifest.to_json())
+    except OSError as error:
+        raise InputError(f"{path}: the head cannot be written there ({error.strerror}); name another place") from error
     return manifest
 
 

@@ -241,8 +241,11 @@ def main(
     found = compare(load_scored(a), load_scored(b))
     print(table(found))
     if out is not None:
-        with replacing(out) as path:
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            with replacing(out) as path:
+                path.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot write there ({error.strerror}); name another place") from error
         print(f"written: {out}")
 
 

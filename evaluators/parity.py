@@ -206,8 +206,13 @@ def run(a: str, b: str, options: ParityRun, spec: ParitySpec) -> dict[str, Any]:
     if found["preprocess_differs"]:
         found["complaints"].append(f"preprocessing differs: {', '.join(found['preprocess_differs'])}")
     if options.out is not None:
-        with replacing(options.out) as path:
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            with replacing(options.out) as path:
+                path.write_text(json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"--out {options.out}: cannot write there ({error.strerror}); name another place"
+            ) from error
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data.errors import InputError
 from evaluators.results import replacing
 
 ROWS = 6
@@ -34,10 +35,13 @@ def save_sheet(path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> 
 
 
 def save_png(path: Path, picture_HWC: np.ndarray) -> None:
-    """Write a picture as OpenCV holds it (BGR), whole or not at all."""
+    """Write a picture as OpenCV holds it (BGR), whole or not at all. Raises InputError where it cannot be written."""
     encoded = cv2.imencode(".png", picture_HWC)[1]
-    with replacing(path) as scratch:
-        scratch.write_bytes(encoded.tobytes())
+    try:
+        with replacing(path) as scratch:
+            scratch.write_bytes(encoded.tobytes())
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path} ({error.strerror}); name another place") from error
 
 
 def strip(tiles: Sequence[np.ndarray]) -> np.ndarray:
