@@ -41,7 +41,8 @@ class Admission:
         self.max_calls = max(LEAST_CALLS, 2 * spec.max_rows)
         """Of gRPC, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
         self.body_bytes = 0
-        """Of requests that are not answered yet: HTTP bodies, as far as they have come, and gRPC messages that are whole."""
+        """Of requests that are not answered yet: HTTP bodies, as far as they have come, and gRPC messages that are whole; and of large HTTP
+        replies that are not taken yet."""
         self.working = 0
         """Requests of any kind that had come whole while the server took work, and are not answered yet."""
         self.open = True
@@ -100,7 +101,7 @@ class Admission:
         self.body_bytes -= nbytes
 
     def _too_many_bytes(self) -> Overloaded:
-        return self._overloaded(f"requests of {self.body_bytes >> 20} MB are being read")
+        return self._overloaded(f"requests and replies of {self.body_bytes >> 20} MB are being read")
 
     def _overloaded(self, why: str) -> Overloaded:
         self.rejected += 1

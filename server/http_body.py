@@ -30,6 +30,8 @@ READING = ("GET", "HEAD")
 MAX_FILES = 1024
 MAX_FIELDS = 4096
 MIN_COMPRESSED_BYTES = 512
+REPLY_BYTES = 1 << 18
+"""A larger reply goes out in parts of so many, each when its client has taken most of what was before it."""
 PART_BYTES, STEP_BYTES = 1 << 15, 1 << 20
 """A compressed body is read in parts of so many bytes, and unpacks to at most so many before they are counted."""
 
@@ -56,7 +58,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+            await (body.answer(send, message) if len(message.get("body", b"")) > REPLY_BYTES else send(message))
 
         try:
             if _has_no_body(scope):
@@ -104,12 +106,13 @@ class Guard:
 
 @dataclass
 class _Body:
-    """What one holds: as much as has come of it, and as much as that was unpacked to."""
+    """What one holds: as much as has come of it, as much as that was unpacked to, and a large reply until its client has taken it."""
 
     admission: Admission
     reads: bool
     """Whether the request changes nothing, so that it is answered to the last."""
     nbytes: int = 0
+    untaken: int = 0
     working: bool = False
 
     def receive(self, part: int) -> None:
@@ -123,9 +126,18 @@ class _Body:
         if not (self.working or self.reads):
             raise Draining("the server is shutting down")
 
+    async def answer(self, send: Send, message: Message) -> None:
+        """Send a large reply. It counts until it is gone; while such hold too much, nothing more is read."""
+        reply: bytes = message["body"]
+        self.untaken += len(reply)
+        self.admission.body_bytes += len(reply)
+        for start in range(0, len(reply), REPLY_BYTES):
+            more = message.get("more_body", False) or start + REPLY_BYTES < len(reply)
+            await send(message | {"body": reply[start : start + REPLY_BYTES], "more_body": more})
+
     def forget(self) -> None:
         """The request is answered, or given up."""
-        self.admission.forget(self.nbytes)
+        self.admission.forget(self.nbytes + self.untaken)
         if self.working:
             self.admission.end()
 

@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_S = 30.0
 """From a connection's first moment, or from a further request's first byte, to the end of its head."""
 BODY_S = 60.0
-"""Between two parts of a body."""
+"""Between two parts of a body, and for a client to take anything of a reply."""
 KEEP_ALIVE_S = 75
 """Between requests: longer than the minute of most proxies, so that it is they who close, and not we while a request is on its way."""
 
@@ -17,8 +17,9 @@ KEEP_ALIVE_S = 75
 class PatientProtocol(H11Protocol):
     """uvicorn's protocol, which itself only minds connections that idle between requests."""
 
-    head_s = HEAD_S
+    head_s, reply_s = HEAD_S, BODY_S
     _giving_up: asyncio.TimerHandle | None = None
+    _untaken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A head is due."""
@@ -39,7 +40,31 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is due any more."""
         self._stop_waiting()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More of a reply is there than the client has taken."""
+        super().pause_writing()
+        self._expect_taking()
+
+    def resume_writing(self) -> None:
+        """It has taken most of it."""
+        self._taken()
+        super().resume_writing()
+
+    def _expect_taking(self, left: int | None = None) -> None:
+        """Look every so often whether the client takes anything: `left` bytes were there the last time."""
+        there = self.transport.get_write_buffer_size()
+        if there == left:
+            self.transport.abort()
+        else:
+            self._untaken = self.loop.call_later(self.reply_s, self._expect_taking, there)
+
+    def _taken(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
 
     def _expect_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:

@@ -135,7 +135,11 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._writes, work)
 
     async def convert(self, work: Callable[[], T]) -> T:
-        """Read or write a collection's file, one at a time: each may take long, and much memory."""
+        """Read or write a collection's file, one at a time: each may take long, and much memory.
+
+        Raises Overloaded while requests and replies hold too much of it.
+        """
+        self.admission.receive(0, self.admission.spec.max_bytes)
         return await asyncio.get_running_loop().run_in_executor(self._files, work)
 
     async def close(self) -> None:
@@ -280,7 +284,7 @@ class Service:
         show("dinoscope_admitted_bytes", "Memory reckoned for these rows", lambda: admission.bytes)
         show(
             "dinoscope_body_bytes",
-            "Bytes that came of requests that are not answered yet",
+            "Bytes that came of requests that are not answered yet, and of large replies that are not taken yet",
             lambda: admission.body_bytes,
         )
         show("dinoscope_calls", "gRPC calls that are being answered", lambda: admission.calls)

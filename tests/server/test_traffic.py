@@ -1,9 +1,12 @@
 """Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails."""
 
 import asyncio
+import contextlib
 import gzip
+import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -407,3 +410,62 @@ def test_a_store_that_stalls_keeps_nobodys_images_waiting(gated, monkeypatch):
             assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 200
         finally:
             held.go.set()
+
+
+LONG = 16 << 20
+"""More of a reply than two sockets hold."""
+
+
+@pytest.fixture
+def long_reply(tmp_path, monkeypatch):
+    """A server that takes 4 MB at a time and lists 16 MB, and a client that has asked for them and reads nothing."""
+    config = config_of(tmp_path, tmp_path / "state", queue_mb=4)
+    with Running(config, GatedRuntime().load) as running:
+        at = running.addresses.http
+        items = [
+            {"id": str(n), "embedding": [1.0] * 3, "metadata": {"text": "x" * (1 << 20)}} for n in range(LONG >> 20)
+        ]
+        for one in items:
+            httpx.post(f"{at}/v1/collections/long/items", json={"items": [one]}, timeout=60).raise_for_status()
+        host, port = at.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 60) as silent:
+            silent.sendall(b"GET /v1/collections/long/items HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            wait_for(lambda: gauge(running, "dinoscope_body_bytes") > LONG)
+            yield running, silent
+
+
+def test_a_reply_that_its_client_does_not_take_counts_until_it_does(long_reply):
+    running, silent = long_reply
+    at = running.addresses.http
+    image = {"content": png(0), "headers": {"content-type": "image/png"}}
+    assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 429
+    assert httpx.get(f"{at}/v1/collections/long/export").status_code == 429
+    assert httpx.get(f"{at}/v2/health/ready").status_code == 200
+    with silent.makefile("rb") as stream:
+        head, _, body = stream.read().partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head
+    assert [len(one["metadata"]["text"]) for one in json.loads(body)["items"]] == [1 << 20] * 16
+    wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
+    assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 200
+
+
+def test_a_server_that_leaves_gives_a_slow_client_its_whole_reply(long_reply):
+    running, silent = long_reply
+    running.leave()
+    time.sleep(3)  # longer than replies have once nothing is at work
+    with silent.makefile("rb") as stream:
+        assert len(stream.read()) > LONG
+
+
+def test_a_client_that_takes_nothing_is_given_up(long_reply, monkeypatch, caplog):
+    running, silent = long_reply
+    monkeypatch.setattr(PatientProtocol, "reply_s", 2.0)
+    httpx.get(f"{running.addresses.http}/v2/health/live").raise_for_status()
+    another = socket.create_connection(silent.getpeername(), 60)
+    another.sendall(b"GET /v1/collections/long/items HTTP/1.1\r\nHost: x\r\n\r\n")
+    wait_for(lambda: gauge(running, "dinoscope_body_bytes") > 2 * LONG)
+    wait_for(lambda: gauge(running, "dinoscope_body_bytes") < 2 * LONG)
+    with another.makefile("rb") as stream, contextlib.suppress(ConnectionResetError):
+        assert len(stream.read()) < LONG
+    another.close()
+    assert "Traceback" not in caplog.text
