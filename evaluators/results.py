@@ -5,6 +5,8 @@ names a unit). Predictions, one row per test item, lie beside it as `NAME.predic
 so that intervals and paired comparisons can be computed later without the network.
 """
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -154,7 +156,10 @@ def check_writable(path: Path, flag: str, suffix: str) -> None:
 
 
 def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.ndarray]) -> None:
-    """Write `out` and, beside it, its predictions; each file appears whole or not at all. Raises InputError."""
+    """Write `out` and, beside it, its predictions; each file appears whole or not at all. Raises InputError.
+
+    The result holds the predictions' hash: stopped between the two, an older result does not pass for that of newer predictions.
+    """
     check_writable(out, "--out", ".json")
     body = dict(result)
     try:
@@ -163,6 +168,7 @@ def save_result(out: Path, result: dict[str, Any], predictions: Mapping[str, np.
             body["predictions_file"] = beside.name
             with replacing(beside) as path, path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **dict(predictions))
+            body["predictions_sha256"] = hashlib.sha256(beside.read_bytes()).hexdigest()
         with replacing(out) as path:
             text = json.dumps(body, indent=1, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
             path.write_bytes(
@@ -218,8 +224,13 @@ def load_predictions(path: Path, result: Mapping[str, Any]) -> dict[str, np.ndar
         raise InputError(f"{path}: holds no predictions; run the evaluator again with --out")
     beside = path.parent / Path(name).name
     try:
-        with np.load(beside, allow_pickle=False) as arrays:
+        data = beside.read_bytes()
+        if result.get("predictions_sha256") not in (None, hashlib.sha256(data).hexdigest()):
+            raise InputError(f"{beside}: its predictions are not those of {path.name}; run the evaluator again")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{beside}: predictions cannot be read ({type(error).__name__}); run the evaluator again"

@@ -141,9 +141,8 @@ def test_further_test_sets_are_paired_too_where_the_images_are_the_same(
 )
 def test_damaged_guesses_of_a_further_set_are_refused(tmp_path: Path, further: dict[str, list[Any]], said: str) -> None:
     path = make_result(tmp_path / "a.json", np.ones(4))
-    beside = tmp_path / "a.predictions.npz"
     kept = load_predictions(path, load_result(path))
-    np.savez(beside, **kept, **{key: np.array(values) for key, values in further.items()})  # type: ignore[arg-type]
+    save_result(path, load_result(path), kept | {key: np.array(values) for key, values in further.items()})
     with pytest.raises(InputError, match=said):
         load_scored(path)
 

@@ -13,6 +13,7 @@ from evaluators.results import (
     Context,
     Measurement,
     Metric,
+    load_predictions,
     load_result,
     metrics_json,
     result_json,
@@ -54,6 +55,23 @@ def test_a_result_is_written_and_read_back_with_its_predictions(tmp_path: Path) 
     with np.load(out.parent / result["predictions_file"], allow_pickle=False) as arrays:
         assert arrays["names"].tolist() == ["a", "ü"]
     assert sorted(path.name for path in out.parent.iterdir()) == ["r.json", "r.predictions.npz"]
+
+
+def test_a_result_that_stopped_half_way_leaves_none_that_mixes_old_and_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.json"
+    save_result(out, result_json(MEASUREMENT, CONTEXT), MEASUREMENT.predictions)
+    assert load_predictions(out, load_result(out)).keys() == MEASUREMENT.predictions.keys()
+    newer = {name: values[::-1] for name, values in MEASUREMENT.predictions.items()}
+    with monkeypatch.context() as patched:
+        patched.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            save_result(out, result_json(MEASUREMENT, CONTEXT), newer)
+    with pytest.raises(
+        InputError, match=r"r\.predictions\.npz: its predictions are not those of r\.json; run the evaluator"
+    ):
+        load_predictions(out, load_result(out))
 
 
 def test_a_result_holding_nan_or_an_object_is_never_half_written(tmp_path: Path) -> None:
