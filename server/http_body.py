@@ -133,7 +133,7 @@ class _Body:
         self.admission.body_bytes += len(reply)
         for start in range(0, len(reply), REPLY_BYTES):
             more = message.get("more_body", False) or start + REPLY_BYTES < len(reply)
-            await send(message | {"body": reply[start : start + REPLY_BYTES], "more_body": more})
+            await send({**message, "body": reply[start : start + REPLY_BYTES], "more_body": more})
 
     def forget(self) -> None:
         """The request is answered, or given up."""
