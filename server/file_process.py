@@ -43,8 +43,8 @@ def read_apart(content: bytes) -> CollectionFile:
 
 def main() -> None:
     """stdin to stdout."""
-    sys.stdout.buffer.write(write_collection(read_collection(sys.stdin.buffer.read()), "npz"))
+    run_cli(lambda: sys.stdout.buffer.write(write_collection(read_collection(sys.stdin.buffer.read()), "npz")))
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()
