@@ -233,7 +233,8 @@ def scan_csv(path: Path) -> list[Record]:
     """Rows of a CSV with a column `path` and, where known, `label` and `split`; any other column travels along.
 
     Paths are relative to the CSV's folder and may not climb out of it; an absolute path is taken as written, since
-    whoever wrote the list may read the file anyway. Columns in FILE_COLUMNS name further files of the row.
+    whoever wrote the list may read the file anyway. Backslashes separate folders, unless a file is named with them.
+    Columns in FILE_COLUMNS name further files of the row.
     """
     rows = read_csv_rows(path)
     columns = next(iter(rows.values()))
@@ -259,14 +260,18 @@ def scan_csv(path: Path) -> list[Record]:
 def _listed_file(folder: Path, text: str, where: str) -> Member:
     if not text or "\0" in text:
         raise InputError(f"{where}: the path is {'empty' if not text else 'no file name'}")
-    written = PurePosixPath(text.replace("\\", "/")) if os.name == "nt" else PurePosixPath(text)
+    from_windows = "\\" in text and (os.name == "nt" or not _is_file(folder / text))
+    written = PurePosixPath(text.replace("\\", "/") if from_windows else text)
     if ".." in written.parts or ".." in PureWindowsPath(text).parts:
         raise InputError(f"{where}: {text!r} climbs out of the folder of the list; write the full path instead")
     target = folder / written
-    try:
-        there = target.is_file()
-    except OSError:  # a name that is too long
-        there = False
-    if not there:
+    if not _is_file(target):
         raise InputError(f"{where}: {text!r:.200} is missing; paths are relative to {folder}")
     return Member(str(target))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

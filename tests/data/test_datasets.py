@@ -163,6 +163,18 @@ def test_a_list_of_paths_alone_is_enough(tmp_path: Path) -> None:
     assert rows(open_dataset(write_list(tmp_path, "\ufeffpath\r\na.png\r\n"))) == [("a.png", None, None)]
 
 
+def test_a_list_from_windows_names_the_same_files(tmp_path: Path) -> None:
+    """A file that has a backslash in its name, which other systems allow, is still found by it."""
+    put(tmp_path / "cat" / "a.png", 1)
+    put(tmp_path / "cat\\b.png", 2)
+    for text in ("path\r\ncat\\a.png\r\ncat\\b.png\r\n", "path\ncat/a.png\ncat\\b.png\n"):
+        dataset = open_dataset(write_list(tmp_path, text))
+        assert [item.name for item in dataset.items] == ["cat/a.png", "cat/b.png"]
+        assert [dataset.read(i) for i in (0, 1)] == [
+            (tmp_path / name).read_bytes() for name in ("cat/a.png", "cat\\b.png")
+        ]
+
+
 def test_a_full_path_in_a_list_is_taken_as_written(tmp_path: Path) -> None:
     image = put(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "lists").mkdir()
