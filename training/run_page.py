@@ -131,6 +131,7 @@ class RunPage:
 
 def inline(album: Album, step: int, kind: str, width_px: int) -> str | None:
     """A picture as an element that holds it, at most so wide; None where there is none."""
-    image = cv2.imread(str(album.path(step, kind)))
+    path = album.path(step, kind)
+    image = cv2.imread(str(path)) if path.is_file() else None  # OpenCV complains on stderr of one that is not there
     words = {"pca": "principal components of patches", "attention": "attention maps"}[kind]
     return None if image is None else picture(image, f"{words} at step {step}", width_px)

@@ -23,6 +23,7 @@ from training.picture import Album, principal_components
 from training.probe import EvalEvery
 from training.recipes import RECIPES
 from training.run_log import read_steps
+from training.run_page import inline
 
 WORDS = {"recipe_name": "smoke", "source": "a <b>folder</b>", "revision": "abc123", "workers": 0}
 
@@ -115,11 +116,16 @@ def test_training_images_are_not_called_held_out(images: Path, tmp_path: Path) -
     assert Album(tmp_path, other.subset([0, 1]), Preprocess(), data.subset([2, 3])).held_out
 
 
-def test_a_network_without_attention_is_drawn_by_its_patches(images: Path, tmp_path: Path) -> None:
+def test_a_network_without_attention_is_drawn_by_its_patches(
+    images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = open_dataset(str(images))
     album = Album(tmp_path, data, Preprocess(size_px=64, resize_px=64, whole_px=64), data)
     album.add(3, ResNet(ResNetSpec()))
     assert [path.name for path in sorted((tmp_path / "pictures").glob("*.png"))] == ["step_000003_pca.png"]
+    assert inline(album, 3, "attention", 100) is None
+    assert inline(album, 3, "pca", 100) is not None
+    assert capfd.readouterr().err == "", "the page passes over what there is not"
 
 
 def test_components_are_those_of_a_covariance_and_keep_their_sign() -> None:
