@@ -7,6 +7,7 @@ all parts together, so that the number of processes does not change what is lear
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 
 from data.errors import InputError, ToldElsewhere
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one another. Process 0 alone measures k-NN and writes, which on large sets takes longer than torch's ten
+minutes between GPUs; a process that has died is noticed by torchrun at once."""
 
 
 def rank() -> int:
@@ -38,7 +43,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield device
     finally:

@@ -124,7 +124,7 @@ class Saver:
         self.running: Future[Any] | None = None
         self.step: int | None = None
         # A group of its own: the thread's messages must not mix with the steps'.
-        self.group = dist.new_group(backend="gloo") if parallel.world_size() > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=parallel.PATIENCE) if parallel.world_size() > 1 else None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def __enter__(self) -> "Saver":

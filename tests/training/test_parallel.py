@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from backbones.checkpoints import load_backbone
@@ -318,6 +320,22 @@ def test_a_folder_that_only_the_first_process_opens_is_refused_by_both_and_told_
     assert len(told.strip().splitlines()) == 1, told
     assert said in told
     assert silent == ""
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
+def test_processes_wait_while_the_first_one_measures_for_hours(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k-NN on a million images takes process 0 longer than the half an hour, or ten minutes, after which torch gives up by itself."""
+    asked: list[tuple[str, timedelta]] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    with parallel.joined(torch.device(kind)):
+        pass
+    assert asked == [(backend, parallel.PATIENCE)]
+    assert timedelta(hours=6) <= parallel.PATIENCE
 
 
 def test_one_process_alone_talks_to_nobody() -> None:
