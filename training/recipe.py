@@ -1,6 +1,7 @@
 """Recipes: everything that decides what a run computes, as typed values with their sources."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -132,6 +133,8 @@ class Recipe:
             raise InputError("a ResNet has no position encodings to resize; train it with larger crops from the start")
         if px <= self.crops.global_px:
             raise InputError(f"--px {px}: want more than the {self.crops.global_px} px of the run's global crops")
+        if not 0 < lr_share < math.inf:
+            raise InputError(f"--lr-share {lr_share}: want a number above 0, such as {HIGH_RESOLUTION_LR}")
         larger, patch = px / self.crops.global_px, self.backbone.patch_px
         replace, seen, short = dataclasses.replace, self.preprocess, self.shortened(epochs)
         return replace(

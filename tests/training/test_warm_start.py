@@ -131,6 +131,12 @@ def test_sizes_that_do_not_fit_are_refused(px: int, said: str) -> None:
         RECIPES["smoke"].at_high_resolution(px, 1)
 
 
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_share_of_the_rate_that_would_not_descend_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match="want a number above 0"):
+        RECIPES["smoke"].at_high_resolution(64, 1, share)
+
+
 def test_the_command_goes_on_with_a_run_and_resumes(run: Path, images: Path, tmp_path: Path, repo_root: Path) -> None:
     words = ["--run", str(run), "--px", "64", "--epochs", "1", "--data", str(images), "--out", str(tmp_path / "large")]
     for _ in range(2):  # the second time there is nothing left to do
