@@ -19,6 +19,8 @@ from data.errors import InputError, run_cli
 
 MASK_TOKEN = "mask_token"
 """Only DINOv2 learns one; a network without it can still be averaged with one that has it."""
+OF_TRAINING = (MASK_TOKEN, "drop_path", "drop_path_uniform")
+"""Parts of an architecture that phases of one network may differ in: a finished one has the same weights with or without."""
 
 
 def main(ckpt: list[str], out: Path, weights: list[float] | None = None) -> None:
@@ -36,7 +38,10 @@ def main(ckpt: list[str], out: Path, weights: list[float] | None = None) -> None
     manifest = _manifest(ckpt, backbones, shares)
     model = make_backbone(manifest.architecture)
     model.load_state_dict(state)
-    written = save_backbone(out, model, manifest)
+    try:
+        written = save_backbone(out, model, manifest)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from error
     print(f"{out}: {written.source}")
 
 
@@ -66,7 +71,7 @@ def _check(backbones: Sequence[Backbone], weights: Sequence[float]) -> None:
         raise InputError(f"--weights {' '.join(map(str, weights))}: want numbers above 0 that sum to 1")
     first = backbones[0].manifest
     for other in backbones[1:]:
-        wanted, came = (_without_mask_token(one.architecture) for one in (first, other.manifest))
+        wanted, came = (_when_finished(one.architecture) for one in (first, other.manifest))
         differing = sorted(key for key in wanted.keys() | came.keys() if wanted.get(key) != came.get(key))
         if differing:
             raise InputError(
@@ -76,8 +81,8 @@ def _check(backbones: Sequence[Backbone], weights: Sequence[float]) -> None:
             raise InputError("--ckpt: preprocessing differs; only networks that see images alike can be averaged")
 
 
-def _without_mask_token(architecture: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in architecture.items() if key != MASK_TOKEN}
+def _when_finished(architecture: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in architecture.items() if key not in OF_TRAINING}
 
 
 def _manifest(names: Sequence[str], backbones: Sequence[Backbone], weights: Sequence[float]) -> Manifest:

@@ -21,11 +21,12 @@ SPEC = ViTSpec(patch_px=8, width=24, depth=1, heads=2, img_px=32)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a and b of one architecture; b learned a mask token; wide and other differ from them."""
+    """a and b of one architecture; b learned a mask token, dropped had stochastic depth; wide and other differ from them."""
     folder = tmp_path_factory.mktemp("average")
     made: dict[str, tuple[Any, dict[str, Any]]] = {
         "a": (ViT(SPEC), {}),
         "b": (ViT(replace(SPEC, mask_token=True)), {"step": 7, "recipe": {"name": "smoke"}}),
+        "dropped": (ViT(replace(SPEC, drop_path=0.3, drop_path_uniform=True)), {}),
         "wide": (ViT(replace(SPEC, width=48)), {}),
         "other": (ViT(SPEC), {"preprocess": Preprocess(size_px=64)}),
         "resnet": (ResNet(ResNetSpec()), {}),
@@ -61,6 +62,21 @@ def test_the_order_of_equal_shares_does_not_matter(saved: Path) -> None:
     forth, back = (average(opened(saved, *names), [0.5, 0.5]) for names in ("ab", "ba"))
     for name, value in forth.items():
         assert torch.equal(value, back[name]), name
+
+
+def test_phases_with_other_stochastic_depth_are_copies_of_one_network(saved: Path) -> None:
+    """As DINOv1 at 0.1 and the DINOv2 phase that went on from it at 0.3; a student of a teacher has none."""
+    a, dropped = opened(saved, "a", "dropped")
+    mean = average([a, dropped], [0.5, 0.5])["blocks.0.mlp.fc1.weight"]
+    parts = [one.model.state_dict()["blocks.0.mlp.fc1.weight"] for one in (a, dropped)]
+    torch.testing.assert_close(mean, sum(parts) / 2)
+
+
+def test_an_average_that_cannot_be_written_is_told_in_one_line(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"cannot be written .*; choose another place"):
+        main([str(saved / "a.safetensors"), str(saved / "b.safetensors")], tmp_path / "file" / "c.safetensors")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
