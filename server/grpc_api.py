@@ -36,6 +36,8 @@ STREAM_DEPTH = 16
 """Requests of one stream that are worked on at the same time."""
 FRAME_BYTES, WINDOW_BYTES = 1 << 20, 4 << 20
 """What clients may send of a message in one piece, and before they are told to go on; 16 and 64 KB unless something is said."""
+CLOSING_S = 1.0
+"""How long connections may take to close once all calls are ended."""
 Handler = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
@@ -245,5 +247,9 @@ class GrpcServer:
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, and give those that run `grace_s` to finish."""
-        await self._server.stop(grace_s)
+        """Take no new calls, and give those that run `grace_s` to finish.
+
+        Connections whose clients take nothing outlast that: gRPC itself waits until it misses their answer to a ping.
+        """
+        stopping = asyncio.ensure_future(self._server.stop(grace_s))
+        await asyncio.wait({stopping}, timeout=grace_s + CLOSING_S)

@@ -296,6 +296,11 @@ async def _main(config: ServerConfig, load: Load) -> None:
         print_ready(addresses)
 
     await serve(config, stop, ready, load)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(
+        0
+    )  # all is closed; a thread whose database stalls, or gRPC with a client that takes nothing, is not waited for
 
 
 def print_ready(addresses: Addresses) -> None:
@@ -326,8 +331,9 @@ class Running:
         self._thread.join()
 
     def leave(self) -> None:
-        """Begin to drain, as SIGTERM does."""
-        self._loop.call_soon_threadsafe(self._stop.set)
+        """Begin to drain, as SIGTERM does; one that has left stays so."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     def _live(self) -> None:
         try:

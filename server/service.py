@@ -40,6 +40,7 @@ from server.tracing import Tracing
 log = logging.getLogger("server")
 T = TypeVar("T")
 
+CLOSE_S = 5.0
 LARGE_BYTES = 1 << 20
 """From here on a request's numbers are read off the event loop."""
 
@@ -143,9 +144,9 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._files, work)
 
     async def close(self) -> None:
-        """Finish what is being written."""
-        for worker in (self._files, self._writes):
-            await asyncio.to_thread(worker.shutdown)
+        """Finish what is being written, unless the store stalls: nothing of it is committed any more."""
+        ending = [asyncio.to_thread(worker.shutdown) for worker in (self._files, self._writes)]
+        await asyncio.wait(map(asyncio.ensure_future, ending), timeout=CLOSE_S)
 
     def model(self, name: str, version: str = "") -> ServedModel:
         """The model of this name. Raises NotFound, saying what there is."""

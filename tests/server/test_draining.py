@@ -1,5 +1,6 @@
 """A server that leaves: what had come whole is answered, whatever it is, and nothing is done that a client is told was not."""
 
+import asyncio
 import json
 import queue
 import socket
@@ -200,3 +201,15 @@ def test_what_comes_too_late_is_refused_and_not_done(gated, tmp_path):
         assert [one["name"] for one in http.get("/v1/collections").json()["collections"]] == ["first"]
         runtime.gate.set()
         assert kept.result() < 1e-6
+
+
+def test_connections_that_do_not_close_do_not_keep_the_server(gated, monkeypatch):
+    """As those of clients that take nothing of their replies, which gRPC minds for half a minute and more."""
+    running, _ = gated
+
+    async def stop(*_):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(grpc.aio._server.Server, "stop", stop)
+    running.leave()
+    wait_for(lambda: not running._thread.is_alive())

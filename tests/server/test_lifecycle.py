@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -104,6 +105,30 @@ class Announced:
 
     def __init__(self, line):
         self.http, self.grpc = line["http"], line["grpc"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_database_that_stalls_does_not_keep_a_server_that_leaves(method, network, database_url, tmp_path):
+    import psycopg
+
+    flags = ("--samples", "none", "--grace-s", "0.5", "--database", database_url)
+    with process(network, tmp_path / "state", *flags) as (started, at), ThreadPoolExecutor(1) as pool:
+        path, item = f"{at['http']}/v1/collections/birds/items", {"items": [{"embedding": [1.0] * 48}]}
+        httpx.post(path, json=item).raise_for_status()
+        with psycopg.connect(database_url, autocommit=True) as other:
+            mine = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            backends = [pid for (pid,) in other.execute(mine)]
+        for pid in backends:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            asked = pool.submit(httpx.request, method, path, json=item, timeout=60)
+            time.sleep(0.5)  # on its way
+            started.send_signal(signal.SIGTERM)
+            assert started.wait(60) == 0
+            assert asked.exception() is not None or asked.result().status_code == 503
+        finally:
+            for pid in backends:
+                os.kill(pid, signal.SIGCONT)
 
 
 def test_every_line_of_the_log_is_json_whatever_the_libraries_would_say(network, colours, tmp_path):
