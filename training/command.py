@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from data.datasets import Dataset
 from data.errors import InputError
 from data.loader import Maker
 from data.streams import open_images
@@ -74,6 +75,8 @@ def start(
     keep_freed_memory()
     with parallel.joined(pick_device(options.device)) as device:
         dataset = open_images(options.data, options.split)
+        if isinstance(dataset, Dataset):
+            keep_apart(options.data, options.out)
         names = name.split(",")
         students = [
             Student(one, choose(one, len(dataset)), options.out / one if len(names) > 1 else options.out)
@@ -110,6 +113,20 @@ def start(
         if parallel.rank() == 0:
             for student in students:
                 print(RunFolder(student.out).checkpoint)
+
+
+def keep_apart(data: str, out: Path) -> None:
+    """Raise InputError for a run folder among the images, which would take the run's own pictures for data from then on."""
+    place = out.resolve()
+    for folder in (Path(part.strip()).resolve() for part in (data, *data.split(",")) if part.strip()):
+        if not folder.is_dir() or not place.is_relative_to(folder):
+            continue
+        if not any(
+            part.startswith(".") for part in place.relative_to(folder).parts
+        ):  # hidden folders are not looked into
+            raise InputError(
+                f"--out {out}: lies in the folder of --data, whose images would then hold the run's own pictures; choose another --out"
+            )
 
 
 def at_precision(recipe: Recipe, precision: Precision) -> Recipe:

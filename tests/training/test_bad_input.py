@@ -138,6 +138,24 @@ def test_a_file_where_the_run_folder_should_be_and_a_folder_of_other_things(
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "letter.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("where", ["", "run", "some/where/run"])
+def test_a_run_folder_among_the_images_is_refused(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its pictures would be images of the data, which would be another from then on: the run could never go on."""
+    data = tmp_path / "images"
+    data.mkdir()
+    write_images(data, 8)
+    before = contents(tmp_path)
+    for named in (str(data), f"{data},{data}"):
+        status, lines = run(capsys, "--recipe", "smoke", "--data", named, "--out", str(data / where))
+        assert (status, len(lines)) == (2, 1)
+        assert "lies in the folder of --data" in lines[0]
+    assert contents(tmp_path) == before
+    status, _ = run(capsys, "--recipe", "smoke", "--data", str(data), "--out", str(data / ".runs" / "mine"))
+    assert status == 0, "hidden folders are not looked into"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of file sizes are set as Linux does")
 def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_goes_on(
     images: Path, tmp_path: Path, repo_root: Path
