@@ -5,6 +5,7 @@ Axes: B images, N = h * w patches, D features, C = 3 principal components.
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -60,7 +61,7 @@ class Album:
         if maps_BNhw is not None:
             self._save(step, "attention", attention_picture(self.images, maps_BNhw))
         before, kept = None, self.folder / "pictures" / ".components.npy"
-        if kept.is_file():
+        with suppress(OSError, ValueError, EOFError):  # absent at first, damaged after a power cut: colours begin anew
             before = np.load(kept, allow_pickle=False)
         scores_BNC = principal_components(patches_BND, before)
         scratch = kept.with_name(".components.part.npy")

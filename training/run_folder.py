@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.errors import InputError
-from training.saved_state import SavedStates, read_all
+from training.saved_state import SavedStates, read_all, sync
 
 
 class RunFolder:
@@ -111,9 +111,10 @@ class RunFolder:
                 raise
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file atomically."""
+        """Write a small file atomically; when the power fails it is the one before or this one, and not empty."""
         scratch = self.path / f".{name}.part"
         scratch.write_text(text)
+        sync(scratch)
         os.replace(scratch, self.path / name)
 
     def listed(self) -> dict[str, str]:

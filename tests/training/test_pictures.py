@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from backbones.resnet import ResNet, ResNetSpec
+from backbones.vit import ViT, ViTSpec
 from data.datasets import open_dataset
 from data.errors import InputError
 from data.preprocess import Preprocess
@@ -126,6 +127,21 @@ def test_a_network_without_attention_is_drawn_by_its_patches(
     assert inline(album, 3, "attention", 100) is None
     assert inline(album, 3, "pca", 100) is not None
     assert capfd.readouterr().err == "", "the page passes over what there is not"
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", b"\x93NUMPY\x01\x00v\x00{'descr'"])
+def test_damaged_components_of_the_picture_before_cost_its_colours_only(
+    damage: bytes, images: Path, tmp_path: Path
+) -> None:
+    data = open_dataset(str(images))
+    album = Album(tmp_path, data, Preprocess(size_px=32, resize_px=32, whole_px=32), data)
+    backbone = ViT(ViTSpec(patch_px=8, width=24, depth=1, heads=3, img_px=32))
+    album.add(1, backbone)
+    sound = (tmp_path / "pictures" / ".components.npy").read_bytes()
+    (tmp_path / "pictures" / ".components.npy").write_bytes(damage)
+    album.add(2, backbone)
+    assert album.steps() == [1, 2]
+    assert (tmp_path / "pictures" / ".components.npy").read_bytes() == sound
 
 
 def test_components_are_those_of_a_covariance_and_keep_their_sign() -> None:
