@@ -91,6 +91,10 @@ async def _validation_problem(request: Request, error: Exception) -> Response:
     """The first complaint of the validator, as one line."""
     assert isinstance(error, RequestValidationError | ValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return JSONResponse(
+            {"error": f"the request is not JSON: {first['ctx']['error']}: char {first['loc'][-1]}"}, 400
+        )
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    came = "" if first["type"] in ("missing", "json_invalid") else f" (came: {first.get('input')!r:.60})"
+    came = "" if first["type"] == "missing" else f" (came: {first.get('input')!r:.60})"
     return JSONResponse({"error": f"{where or 'the request'}: {first['msg']}{came}"}, 400)

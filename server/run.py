@@ -298,9 +298,8 @@ async def _main(config: ServerConfig, load: Load) -> None:
     await serve(config, stop, ready, load)
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(
-        0
-    )  # all is closed; a thread whose database stalls, or gRPC with a client that takes nothing, is not waited for
+    # All is closed; a thread whose database stalls, or gRPC with a client that takes nothing, is not waited for.
+    os._exit(0)
 
 
 def print_ready(addresses: Addresses) -> None:

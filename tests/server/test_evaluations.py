@@ -150,6 +150,11 @@ def test_a_setting_that_the_evaluator_does_not_have_or_refuses_starts_nothing(
     assert len(http.get("/v1/evaluations").json()["evaluations"]) == before
 
 
+def test_a_start_that_is_no_json_is_refused_with_its_place(http: httpx.Client) -> None:
+    answer = http.post("/v1/evaluations", content=b'{"evaluator": ,}', headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]) == (400, "the request is not JSON: Expecting value: char 14")
+
+
 def test_a_setting_of_text_cannot_be_taken_for_a_flag(http: httpx.Client) -> None:
     run = finished(http, start(http, "retrieval", "colours", by="--out=/nowhere/x.json"))
     assert run["state"] == "failed"
