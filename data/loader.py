@@ -9,6 +9,7 @@ Workers either make the views (`workers`: OpenCV, uint8), or only decode, and th
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ from data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from data.streams import Stream, StreamDraws
 from data.views import carry_out, decode_and_plan, to_batch
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 Maker = Literal["workers", "device"]
 """Who makes the views."""
 
@@ -136,17 +138,17 @@ class ViewLoader:
         maker = _BatchMaker(draws, self.spec, self.batch_size, self.seed, epoch, self.views)
         if self.workers == 0:
             return (maker[task] for task in draws.tasks(start_batch))
-        return iter(
-            DataLoader(
-                maker,
-                batch_size=None,  # the maker makes whole batches
-                sampler=draws.tasks(start_batch),
-                collate_fn=_as_it_is,
-                num_workers=min(self.workers, max(1, len(self) - start_batch)),
-                worker_init_fn=_start_worker,
-                pin_memory=self.device.type == "cuda",
-            )
+        batches = DataLoader(
+            maker,
+            batch_size=None,  # the maker makes whole batches
+            sampler=draws.tasks(start_batch),
+            collate_fn=_as_it_is,
+            num_workers=min(self.workers, max(1, len(self) - start_batch)),
+            worker_init_fn=_start_worker,
+            pin_memory=self.device.type == "cuda",
         )
+        with _signals_held():
+            return iter(batches)
 
     def _normalised(self, sizes: list[torch.Tensor]) -> list[torch.Tensor]:
         views: list[torch.Tensor] = []
@@ -217,13 +219,24 @@ class _BatchMaker(TorchDataset):
         return None, bad
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Within it signals that stop a run wait, and for good in the workers that are started: they would end one that is not yet set up
+    to pass over them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _as_it_is(made: Any) -> Any:
     return made
 
 
 def _start_worker(_: int) -> None:
     # A terminal, `timeout`, systemd or SLURM signal the whole group: the trainer saves first, and needs its workers for that.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     # 0, not 1: in a forked process OpenCV would wait for the threads that its parent had (test_loader.py)
     cv2.setNumThreads(0)

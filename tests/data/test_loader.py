@@ -1,5 +1,7 @@
 """Batches of views: the same for any number of workers, from any batch on, whatever lies in the folder."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import data.draws
+from data import loader
 from data.crops import CropSpec, view_rng
 from data.datasets import open_dataset
 from data.draws import epoch_order
@@ -65,6 +68,23 @@ def test_an_epoch_can_be_resumed_at_any_batch(folder: Path, workers: int) -> Non
     whole = batches(ViewLoader(dataset, SPEC, 2, seed=1), epoch=1)
     for start in range(len(whole) + 1) if workers == 0 else (3,):
         assert_same(batches(ViewLoader(dataset, SPEC, 2, seed=1, workers=workers), 1, start), whole[start:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_spares_a_worker_that_is_just_starting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The trainer saves first, and needs its workers for that; this one is signalled before it has begun to pass signals over."""
+    set_up = loader._start_worker
+
+    def signalled(worker: int) -> None:
+        os.kill(os.getpid(), number)
+        set_up(worker)
+
+    monkeypatch.setattr(loader, "_start_worker", signalled)
+    dataset = open_dataset(folder)
+    assert_same(batches(ViewLoader(dataset, SPEC, 2, workers=1)), batches(ViewLoader(dataset, SPEC, 2)))
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "they reach the trainer as before"
 
 
 def test_a_batch_beyond_the_epoch_is_refused(folder: Path) -> None:
