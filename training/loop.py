@@ -38,7 +38,7 @@ from training.saved_state import Saver
 from training.scale import Scale, plain_backbone, spread_
 from training.speed import measure_speed
 from training.step import parts_of
-from training.stopping import failed_writes_named, leave, stop_signals
+from training.stopping import dead_workers_named, failed_writes_named, leave, stop_signals
 from training.warm_start import warm_start_, warming_heads
 from training.watch import Watch
 
@@ -108,6 +108,7 @@ def train(
     origin = {"source": source, "revision": revision}
     with ExitStack() as open_until_done:
         open_until_done.enter_context(failed_writes_named(out))
+        open_until_done.enter_context(dead_workers_named(out))
         runs: list[Run] = []
         for student in students:
             if init:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from data.errors import InputError
+from data.errors import CheckFailed, InputError
 from training.run_folder import RunFolder
 from training.saved_state import REMEDIES, remedy_of
 
@@ -28,6 +28,20 @@ def failed_writes_named(out: Path) -> Iterator[None]:
         where = error.filename if isinstance(error.filename, str) and error.filename.startswith(str(out)) else out
         raise InputError(
             f"{where}: cannot be written ({error.strerror}); {remedy_of(error)}, and the same command goes on from what was saved"
+        ) from error
+
+
+@contextmanager
+def dead_workers_named(out: Path) -> Iterator[None]:
+    """Within it a worker that something killed, the system for want of memory as a rule, ends the run in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CheckFailed(
+            f"{out}: {' '.join(str(error).split())} Memory may have run out: give fewer --workers; "
+            "the same command goes on from what was saved"
         ) from error
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from data.errors import InputError
-from training.stopping import failed_writes_named
+from data.errors import CheckFailed, InputError
+from training.stopping import dead_workers_named, failed_writes_named
 
 
 @pytest.fixture
@@ -62,6 +62,16 @@ def test_other_errors_of_that_thread_are_told(
     with pytest.raises(OSError, match=os.strerror(errno.EINVAL)), failed_writes_named(tmp_path):
         write_curves(tmp_path, monkeypatch, fails(errno.EINVAL))
     assert told == [OSError]
+
+
+def test_a_worker_that_was_killed_is_told_in_one_line_and_other_errors_are_as_they_were(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckFailed, match=r"is killed by signal: Killed.*fewer --workers"),
+        dead_workers_named(tmp_path),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match="mine"), dead_workers_named(tmp_path):
+        raise RuntimeError("mine")
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), fails(errno.ENOSPC)])
