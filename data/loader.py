@@ -7,9 +7,12 @@ is replaced by the next good one in the epoch's order and remembered in `skipped
 Workers either make the views (`workers`: OpenCV, uint8), or only decode, and the views are made where the network is (`device`).
 """
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -147,6 +150,7 @@ class ViewLoader:
             worker_init_fn=_start_worker,
             pin_memory=self.device.type == "cuda",
         )
+        _kill_left_workers_at_exit()
         with _signals_held():
             return iter(batches)
 
@@ -228,6 +232,19 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@cache
+def _kill_left_workers_at_exit() -> None:
+    """Python ends such processes by SIGTERM when it exits, and then waits for them: ours pass over it, and one whose queue broke when
+    another worker was killed would be waited for without end."""
+    atexit.register(_kill_left_workers)
+
+
+def _kill_left_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _as_it_is(made: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,27 @@ def test_a_signal_to_the_whole_group_spares_a_worker_that_is_just_starting(
     dataset = open_dataset(folder)
     assert_same(batches(ViewLoader(dataset, SPEC, 2, workers=1)), batches(ViewLoader(dataset, SPEC, 2)))
     assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "they reach the trainer as before"
+
+
+ENDS_AMID_AN_EPOCH = """
+import multiprocessing, os, signal, sys
+from data.crops import CropSpec
+from data.datasets import open_dataset
+from data.loader import ViewLoader
+
+dataset = open_dataset(sys.argv[1])
+epoch = ViewLoader(dataset, CropSpec(global_px=16, local_px=8, n_local=2), 2, workers=2).epoch(0, 0)
+next(epoch)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+sys.exit(3)
+"""
+
+
+def test_a_worker_that_hears_nothing_any_more_does_not_keep_the_process_that_ends(folder: Path) -> None:
+    """As one whose queue broke when another worker was killed."""
+    command = [sys.executable, "-c", ENDS_AMID_AN_EPOCH, str(folder)]
+    root = str(Path(loader.__file__).parents[1])
+    assert subprocess.run(command, cwd=root, timeout=120).returncode == 3
 
 
 def test_a_batch_beyond_the_epoch_is_refused(folder: Path) -> None:
