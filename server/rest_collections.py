@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -40,6 +40,7 @@ from server.service import off_loop_if_large
 VOTE_TEMPERATURE = 0.07
 """T of the vote exp(cosine / T) (Wu et al. 2018; DINO's k-NN protocol)."""
 MAX_PAGE = 1000
+STEP_ITEMS = 1000
 JSON = "application/json"
 K = Annotated[int | None, Query(description="Neighbours of each image; left out: 5")]
 Label = Annotated[str, Query(max_length=1024, description="Only among items with this label")]
@@ -98,7 +99,7 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         check_name(name)
         is_json = request.headers.get("content-type", "").startswith(JSON)
         new, store = await (_vector_items(rest, request) if is_json else _image_items(rest, request))
-        return {"ids": await service.write(lambda: store.add(name, new))}
+        return _added(await service.write(lambda: write_json({"ids": store.add(name, new)})))
 
     @router.get("/{name}/items", responses=answers(ItemPage), summary="List items in the order of adding")
     async def items(
@@ -154,7 +155,8 @@ def make_collection_routes(rest: Rest) -> APIRouter:
     async def take_in(name: CollectionName, request: Request) -> Any:
         check_name(name)
         content = await read_body(request, rest.max_body_bytes)
-        return {"ids": await service.convert(lambda: service.collections.imported(name, read_apart(content)))}
+        store = service.collections
+        return _added(await service.convert(lambda: write_json({"ids": store.imported(name, read_apart(content))})))
 
     @router.post(
         "/{name}/search",
@@ -190,6 +192,11 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         return JSONResponse({"results": results})
 
     return router
+
+
+def _added(ids: bytes) -> Response:
+    # Written where the items were: for a hundred thousand of them the framework would keep the event loop for half a second.
+    return Response(ids, 201, media_type=JSON)
 
 
 async def _neighbours(
@@ -234,17 +241,29 @@ async def _vector_items(rest: Rest, request: Request) -> tuple[list[NewItem], Co
     return await off_loop_if_large(len(body), _read_items, body), rest.service.collections
 
 
+def _validated(value: Any) -> list[VectorItem]:
+    """The items, looked at some at a time, between which other threads get their turn. Raises ValidationError."""
+    items = value.get("items") if isinstance(value, dict) else None
+    if not isinstance(items, list) or len(items) <= STEP_ITEMS:
+        return VectorItems.model_validate(value).items
+    steps = (items[start : start + STEP_ITEMS] for start in range(0, len(items), STEP_ITEMS))
+    try:
+        return [one for step in steps for one in VectorItems.model_validate({"items": step}).items]
+    except ValidationError:
+        return VectorItems.model_validate(value).items  # raises it with the item's number among all
+
+
 def _read_items(body: bytes) -> list[NewItem]:
-    given = VectorItems.model_validate(parse_json(body))
-    if any(may_be_rounded(one.metadata) for one in given.items):
-        given = VectorItems.model_validate(exactly(body))
-    for one in given.items:
+    given = _validated(parse_json(body))
+    if any(may_be_rounded(one.metadata) for one in given):
+        given = _validated(exactly(body))
+    for one in given:
         check_json(one.metadata, "'metadata'")
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
-        vectors = [np.array(one.embedding, np.float32) for one in given.items]
+        vectors = [np.array(one.embedding, np.float32) for one in given]
     return [
         NewItem(vector=vector, id=one.id, label=one.label, metadata=one.metadata)
-        for one, vector in zip(given.items, vectors, strict=True)
+        for one, vector in zip(given, vectors, strict=True)
     ]
 
 

@@ -215,6 +215,13 @@ ITEMS = {
 }
 
 
+def test_a_bad_item_far_into_a_long_list_is_named(http):
+    items = [{"embedding": [1.0] * 48}] * 2500
+    items[2345] = {"embedding": ["x"]}
+    answer = http.post("/v1/collections/bad-items/items", json={"items": items})
+    assert (answer.status_code, "items.2345.embedding" in answer.json()["error"]) == (400, True), answer.text
+
+
 @pytest.mark.parametrize("what", ITEMS)
 def test_a_bad_item_is_not_added(http, what):
     body, status, words = ITEMS[what]
