@@ -119,8 +119,8 @@ class Service:
 
     @property
     def in_flight(self) -> int:
-        """Requests that were accepted and are not answered yet: of models, also those of streams, or of anything that came whole."""
-        return max(sum(counts.pending for counts in self.counts.values()), self.admission.working)
+        """Requests of any kind that were accepted and are not answered yet, each of a stream too."""
+        return self.admission.working
 
     def refuse_work(self) -> None:
         """Take nothing new; what was accepted is finished."""
