@@ -2,7 +2,8 @@
 
     .venv/bin/python -m benchmarks.evaluators            (about 15 minutes on one core, most of it scikit-learn's)
 
-CPU seconds of one thread; cases take turns, so that a noisy machine disturbs all alike, and medians are printed.
+CPU seconds of one thread (with --threads, seconds on a clock); cases take turns, so that a noisy machine disturbs all alike,
+and medians are printed.
 - k-NN: all k of the protocol and the vote, beside the bare product (in our chunks, which are written over, and in one
   call, which needs 2 GB), faiss's flat index (search only), and scikit-learn's classifier (one k); memory beyond the
   database, in chunks of similarities.
@@ -60,23 +61,26 @@ class Sizes:
     batch: int = 1024
     steps: int = 60
     """Of the linear grid."""
+    threads: int = 1
+    """More than one: seconds on a clock instead of CPU seconds, as what one thread does alone holds the others up."""
     measure_memory: bool = False
     """Only print the memory of k-NN in this process, as JSON."""
 
 
-def cpu_s(case: Case) -> float:
-    """CPU seconds of one call."""
-    started = time.process_time()
+def seconds(case: Case, threads: int) -> float:
+    """CPU seconds of one call, or seconds on a clock where several threads share it."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    started = clock()
     case()
-    return time.process_time() - started
+    return clock() - started
 
 
-def compare(cases: dict[str, Case], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each case over interleaved rounds; one round goes uncounted before."""
+def compare(cases: dict[str, Case], sizes: Sizes) -> dict[str, float]:
+    """Median seconds of each case over interleaved rounds; one round goes uncounted before."""
     seen: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 1):
+    for number in range(sizes.rounds + 1):
         for name, case in cases.items():
-            taken = cpu_s(case)
+            taken = seconds(case, sizes.threads)
             seen[name] += [taken] if number else []
     return {name: statistics.median(times) for name, times in seen.items()}
 
@@ -106,7 +110,7 @@ def knn_cases(sizes: Sizes) -> dict[str, Case]:
     index = faiss.IndexFlatIP(sizes.width)
     index.add(bank.numpy())
     neighbours = KNeighborsClassifier(
-        20, algorithm="brute", weights=lambda d: np.exp(-d / 0.07), metric="cosine", n_jobs=1
+        20, algorithm="brute", weights=lambda d: np.exp(-d / 0.07), metric="cosine", n_jobs=sizes.threads
     )
     neighbours.fit(bank.numpy(), labels.numpy())
     out = torch.empty(CHUNK_QUERIES, sizes.database)
@@ -212,9 +216,9 @@ def objective(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, C: float)
 
 def main(sizes: Sizes) -> None:
     """Measure and print."""
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    threadpool_limits(1)  # of NumPy's and SciPy's products, in which scikit-learn spends its time
+    torch.set_num_threads(sizes.threads)
+    faiss.omp_set_num_threads(sizes.threads)
+    threadpool_limits(sizes.threads)  # of NumPy's and SciPy's products, in which scikit-learn spends its time
     if sizes.measure_memory:
         print_memory(sizes)
         return
@@ -223,14 +227,14 @@ def main(sizes: Sizes) -> None:
         show(title, start_times(sizes.database, sizes.classes, sizes.rounds), "all three")
     if "knn" in sizes.part:
         title = f"k-NN, {sizes.queries} x {sizes.database} x {sizes.width}"
-        show(title, compare(knn_cases(sizes), sizes.rounds), "product")
+        show(title, compare(knn_cases(sizes), sizes), "product")
         again = [sys.executable, "-m", "benchmarks.evaluators", "--measure-memory"]
         again += ["--database", str(sizes.database), "--width", str(sizes.width), "--classes", str(sizes.classes)]
         found = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout)
         chunk = 4 * CHUNK_QUERIES * sizes.database
         print(f"  memory beyond the database: {(found['peak'] - found['before']) / chunk:.2f} chunks of similarities")
     if "linear" in sizes.part:
-        show(f"linear grid, batch {sizes.batch}", compare(linear_cases(sizes), sizes.rounds), "products")
+        show(f"linear grid, batch {sizes.batch}", compare(linear_cases(sizes), sizes), "products")
     if "logistic" in sizes.part:
         logistic(sizes)
 

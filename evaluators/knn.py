@@ -9,6 +9,7 @@ Legend: n training images, q test images, c of a chunk, k neighbours, C classes,
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from evaluators.classification import (
     run_classification,
 )
 from evaluators.extract import FeatureTable
-from evaluators.neighbours import similarity_chunks, top_rows, unit_rows
+from evaluators.neighbours import in_parts, similarity_chunks, top_rows, unit_rows
 from evaluators.presets import check_words, evaluator_cli
 from evaluators.results import Measurement
 
@@ -128,18 +129,20 @@ def classify(
             values, rows = top_rows(seen_cn, some.ks[-1])
             labels_ck = train_labels_n[rows if some.rows is None else some.rows[rows]]
             weights = vote_weights(values, temperature, vote)
-            for part in _parts(len(truth), n_classes):
-                counted = votes(weights[part], labels_ck[part], some.ks, n_classes)
-                for k, votes_cC in zip(some.ks, counted, strict=True):
-                    tally = votes_cC.numpy()
-                    parts[k].append(rank_classes(tally, truth[part], guessable_NC=tally > 0))
+            count = partial(_guesses, weights, labels_ck, truth, some.ks, n_classes)
+            for guesses in in_parts(count, len(truth), max(1, VOTE_BYTES // (8 * n_classes))):
+                for k, guess in zip(some.ks, guesses, strict=True):
+                    parts[k].append(guess)
     return [{k: _joined(parts) for k, parts in by_k.items()} for by_k in chunks]
 
 
-def _parts(queries: int, n_classes: int) -> Iterator[slice]:
-    """So many queries at a time that their votes, which are read several times, stay in a core's cache."""
-    step = max(1, VOTE_BYTES // (8 * n_classes))
-    return (slice(start, start + step) for start in range(0, queries, step))
+def _guesses(
+    weights_ck: Tensor, labels_ck: Tensor, truth_c: np.ndarray, ks: tuple[int, ...], n_classes: int, part: slice
+) -> list[Guesses]:
+    """For each k, what a part of the queries elects: few at a time, so that their votes, read several times, stay in a core's cache."""
+    counted = votes(weights_ck[part], labels_ck[part], ks, n_classes)
+    tallies = (votes_cC.numpy() for votes_cC in counted)
+    return [rank_classes(tally, truth_c[part], guessable_NC=tally > 0) for tally in tallies]
 
 
 def _joined(parts: Sequence[Guesses]) -> Guesses:

@@ -4,23 +4,28 @@ Similarities are one matrix product a chunk of queries, in a buffer that is used
 two chunks. Selecting k of n must not cost as much as the product: the k-th largest of the maxima of n / GROUP groups is
 a lower bound of the k-th largest similarity, and only the few entries that reach it are sorted. Groups are strided, so
 that images of one class, which lie side by side in most sets, fall into different ones.
-Read in this order: unit_rows, similarity_chunks, top_rows, nearest.
+Read in this order: unit_rows, similarity_chunks, top_rows, in_parts, nearest.
 Legend: n database rows, q queries, c queries of a chunk, k neighbours, D feature size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part")
 
 CHUNK_QUERIES = 1024
 CHUNK_BYTES = 256 * 2**20
 """Largest block of similarities held at a time, unless half the database is more: products with few queries are slow."""
 GROUP = 32
 """Columns that share a maximum."""
-BLOCK_BYTES = 2**20
-"""Similarities that are searched at a time: what was read to bound them is still in a core's cache when they are compared."""
+BLOCK_BYTES = 2**22
+"""Similarities that are searched at a time: small enough for a cache to hold what was read to bound them when they are compared,
+large enough for threads not to wait for the interpreter between steps."""
 PART_ROWS = 128
 """Queries whose nearest are sorted at a time, in a core's cache."""
 MIN_GROUPS = 4
@@ -63,9 +68,22 @@ def top_rows(similarity_cn: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Exact, also where equals lie on both sides of the k-th place. The values are finite or -inf.
     """
     values_cn, k = similarity_cn.numpy(), min(k, similarity_cn.shape[1])
-    parts = np.split(values_cn, range(PART_ROWS, len(values_cn), PART_ROWS))
-    values, rows = (np.concatenate(part) for part in zip(*(_top_rows(part, k) for part in parts), strict=True))
+    parts = in_parts(lambda part: _top_rows(values_cn[part], k), len(values_cn), PART_ROWS)
+    values, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
     return torch.from_numpy(values), torch.from_numpy(rows)
+
+
+def in_parts(work: Callable[[slice], Part], rows: int, step: int) -> list[Part]:
+    """What `work` returns for each `step` of the rows, in order (one empty part where there are none).
+
+    As many at once as torch may use threads: what is done here is NumPy's, which lets go of the interpreter but keeps to one core.
+    """
+    parts = [slice(start, start + step) for start in range(0, max(1, rows), step)]
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads == 1:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads, thread_name_prefix="neighbours") as pool:
+        return list(pool.map(work, parts))
 
 
 def _top_rows(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,23 @@ def test_the_prefilter_gives_what_sorting_gives(name: str, n: int, k: int) -> No
     np.testing.assert_array_equal(found.numpy(), wanted)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_are_searched_in_parts_keep_their_order_whatever_the_threads(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    values = np.random.default_rng(1).normal(size=(5 * neighbours.PART_ROWS + 3, 3000)).astype(np.float32)
+    found, rows = top_rows(torch.from_numpy(values), 20)
+    np.testing.assert_array_equal(rows.numpy(), by_sorting(values, 20)[1])
+    np.testing.assert_array_equal(found.numpy(), by_sorting(values, 20)[0])
+
+
+def test_what_fails_in_a_part_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ZeroDivisionError):
+        neighbours.in_parts(lambda part: 1 // part.start, 4, 2)
+
+
 def test_only_few_entries_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     sorted_lengths: list[int] = []
     take = neighbours._take
