@@ -73,6 +73,7 @@ class _Entry:
     order: int
     future: asyncio.Future[Answer]
     taken: int = 0
+    answered: int = 0
     started_ns: int | None = None
     arrived_ns: int = field(default_factory=time.perf_counter_ns)
     parts: dict[int, tuple[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
@@ -348,7 +349,8 @@ def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int)
         entry.parts[piece.start] = (size, part)
         entry.executions.append(execution)
         offset += size
-        if sum(size for size, _ in entry.parts.values()) == len(entry.rows) and not entry.future.done():
+        entry.answered += size
+        if entry.answered == len(entry.rows) and not entry.future.done():
             entry.future.set_result(_join(entry))
 
 

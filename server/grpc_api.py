@@ -5,6 +5,7 @@ and log settings) answers UNIMPLEMENTED.
 """
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -191,9 +192,13 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         return pb.ModelStreamInferResponse(infer_response=reply)
 
 
+_OWN_IDS = itertools.count(random.getrandbits(47))
+"""Begun anywhere, so that those of several servers, or of one that was started again, do not meet in a log."""
+
+
 def _called(request: InferMessage) -> str:
     """What logs, and the reply to an internal error, call a request, even if its client gave it no name."""
-    return request.id or f"{random.getrandbits(48):012x}"
+    return request.id or f"{next(_OWN_IDS):012x}"
 
 
 class GrpcServer:

@@ -103,16 +103,16 @@ def _input(tensor: Any) -> _Input:
 
 def _tensors(inputs: Sequence[_Input], sent: InferMessage, shared: SharedMemory) -> list[Tensor]:
     """The inputs, each from shared memory, from the raw contents, or where there are none of these from its typed ones."""
-    inside = sum(one.place is None for one in inputs)
+    inside = [one.place for one in inputs].count(None)
     raw = iter(sent.raw)
     if sent.raw and len(sent.raw) != inside:
         raise InputError(f"{inside} inputs and {len(sent.raw)} raw_input_contents came; wanted one for each")
     tensors = []
-    for one, tensor in zip(inputs, sent.fields.inputs, strict=True):
+    for number, one in enumerate(inputs):
         if one.place is not None:
             tensors.append(from_raw(one.name, one.datatype, one.shape, shared.read(one.place)))
         elif not sent.raw:
-            tensors.append(_typed(tensor))
+            tensors.append(_typed(sent.fields.inputs[number]))
         elif one.typed:
             raise InputError(f"input {one.name!r} has typed contents beside raw_input_contents; wanted one of the two")
         else:

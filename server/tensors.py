@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from data.errors import InputError
 MAX_DIMENSIONS = 8
 MAX_SIZE = 1 << 31
 """Largest product of the sizes above 0: no message carries more, and numpy counts bytes in 64 bits even where a size is 0."""
+KEPT_SHAPES = 256
+"""Shapes whose size is remembered: most requests of a client have the same."""
 PIECE = 1 << 16
 """Numbers of a sequence that are read at a time: some milliseconds."""
 MAX_ELEMENTS = 1 << 16
@@ -174,18 +177,27 @@ def _dtype(name: str, datatype: str) -> np.dtype:
 
 
 def _element_count(name: str, shape: Sequence[int], datatype: str) -> int:
-    if len(shape) > MAX_DIMENSIONS:
-        raise InputError(f"input {name!r}: its shape has {len(shape)} dimensions; wanted at most {MAX_DIMENSIONS}")
-    if any(size < 0 for size in shape):
-        raise InputError(f"input {name!r}: shape {list(shape)} has a negative size")
-    if math.prod(size or 1 for size in shape) > MAX_SIZE:
-        raise InputError(f"input {name!r}: shape {list(shape)!s:.200} is for more than {MAX_SIZE} elements; send fewer")
-    count = math.prod(shape)
+    try:
+        count = _product(tuple(shape))
+    except ValueError as error:
+        raise InputError(f"input {name!r}: {error}") from error
     if datatype == "BYTES" and count > MAX_ELEMENTS:
         raise InputError(
             f"input {name!r}: shape {list(shape)} asks for {count} elements; wanted at most {MAX_ELEMENTS}"
         )
     return count
+
+
+@lru_cache(KEPT_SHAPES)
+def _product(shape: tuple[int, ...]) -> int:
+    """How many elements a shape has, remembered. Raises ValueError for no shape, which is not."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"its shape has {len(shape)} dimensions; wanted at most {MAX_DIMENSIONS}")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {list(shape)} has a negative size")
+    if math.prod(size or 1 for size in shape) > MAX_SIZE:
+        raise ValueError(f"shape {list(shape)!s:.200} is for more than {MAX_SIZE} elements; send fewer")
+    return math.prod(shape)
 
 
 def _split_elements(name: str, raw: bytes, most: int) -> list[bytes]:
