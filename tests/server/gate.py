@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.grpc import service_pb2
 
 from backbones.checkpoints import Manifest
 from data.preprocess import Preprocess
@@ -72,6 +73,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def pixels(seed: int, rows: int = 1, side: int = 8) -> np.ndarray:
     """Images that the network says something of each."""
     return np.random.default_rng(seed).standard_normal((rows, 3, side, side), dtype=np.float32)
+
+
+def one_image() -> Any:
+    """An image of 8 px as a message of gRPC."""
+    request = service_pb2.ModelInferRequest(model_name="backbone")
+    request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
+    request.raw_input_contents.append(pixels(1).tobytes())
+    return request
 
 
 def ask(

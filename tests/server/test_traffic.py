@@ -1,12 +1,7 @@
 """Many requests at once: batches, a full queue, deadlines, callers who leave, a network that fails."""
 
 import asyncio
-import contextlib
-import gzip
-import json
-import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -21,11 +16,9 @@ from tritonclient.utils import InferenceServerException
 from server.admission import LEAST_CALLS
 from server.collections import Collections
 from server.grpc_api import STREAM_DEPTH
-from server.http_body import Guard
-from server.patience import PatientProtocol
 from server.run import Running
 from tests.server.conftest import config_of
-from tests.server.gate import ROWS, GatedRuntime, Held, ask, gauge, pixels, wait_for
+from tests.server.gate import ROWS, GatedRuntime, Held, ask, gauge, one_image, pixels, wait_for
 from tests.server.images import png
 from tests.server.wires import Refused, open_wire
 
@@ -202,48 +195,6 @@ def test_a_failure_of_the_network_hides_its_words_and_passes(gated, wire):
     assert ask(running, 1, name=wire) < 1e-6
 
 
-def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_not(gated, monkeypatch):
-    running, runtime = gated
-    monkeypatch.setattr(PatientProtocol, "head_s", 0.5)
-    monkeypatch.setattr(Guard, "body_s", 0.5)
-    host, port = running.addresses.http.removeprefix("http://").split(":")
-    whole = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-    head = b"POST /v2/models/backbone/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
-    runtime.gate.clear()
-    with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(ask, running, 0, name="http")
-        for data, status in ((b"", b""), (head[:20], b""), (whole + head[:20], b"200"), (head, b"408")):
-            with socket.create_connection((host, int(port)), 30) as one:
-                one.sendall(data)
-                said = b"".join(iter(lambda one=one: one.recv(4096), b""))
-                assert said[9:12] == status
-        assert not waits.done()
-        runtime.gate.set()
-        assert waits.result() < 1e-6
-
-
-def test_bodies_that_are_being_read_are_bounded_together_and_one_alone_is_not(tmp_path):
-    runtime = GatedRuntime()
-    config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 3000000\r\n\r\n"
-    with Running(config, runtime.load) as running:
-        host, port = running.addresses.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 30) as first:
-            first.sendall(head + bytes(2_500_000))
-            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
-            busy = httpx.post(
-                f"{running.addresses.http}/v1/embeddings", content=b"x", headers={"content-type": "image/png"}
-            )
-            assert (busy.status_code, busy.headers["retry-after"], "are being read" in busy.text) == (429, "1", True)
-            first.sendall(bytes(500_000))
-            assert first.recv(4096)[9:12] == b"413", "it was read whole, and only then found too large for the queue"
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-        with socket.create_connection((host, int(port)), 30) as vanishing:
-            vanishing.sendall(head + bytes(2_500_000))
-            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-
-
 def test_of_a_stream_that_is_broken_off_nothing_stays_inside(tmp_path):
     runtime = GatedRuntime()
     with Running(config_of(tmp_path, tmp_path / "state"), runtime.load) as running:
@@ -283,57 +234,6 @@ def test_images_wait_for_no_write_and_no_file_of_a_collection(tmp_path, monkeypa
         for one in held.values():
             one.go.set()
         assert [one.result().status_code for one in asked] == [201, 201, 200, 200, 201]
-
-
-def test_what_a_body_unpacks_to_counts_among_the_bytes_while_it_is_unpacked(tmp_path):
-    runtime = GatedRuntime()
-    config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 3000000\r\n\r\n"
-    packed = {"content": gzip.compress(bytes(3_000_000)), "headers": {"content-encoding": "gzip"}}
-    with Running(config, runtime.load) as running:
-        address = f"{running.addresses.http}/v2/models/backbone/infer"
-        host, port = running.addresses.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 30) as other:
-            other.sendall(head + bytes(500_000))
-            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 500_000)
-            busy = httpx.post(address, **packed)
-            assert (busy.status_code, busy.headers["retry-after"], "are being read" in busy.text) == (429, "1", True)
-            assert gauge(running, "dinoscope_body_bytes") == 500_000
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-        alone = httpx.post(address, **packed)
-        assert (alone.status_code, "not JSON" in alone.text) == (400, True)
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-
-
-def test_messages_of_grpc_count_among_the_bytes_and_are_not_read_while_those_fill_the_queue(tmp_path):
-    runtime = GatedRuntime()
-    config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 3000000\r\n\r\n"
-    with Running(config, runtime.load) as running, grpc.insecure_channel(running.addresses.grpc) as channel:
-        stub, health = service_pb2_grpc.GRPCInferenceServiceStub(channel), health_pb2_grpc.HealthStub(channel)
-        runtime.gate.clear()
-        waiting = stub.ModelInfer.future(one_image())
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == one_image().ByteSize())
-        runtime.gate.set()
-        waiting.result(30)
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-        host, port = running.addresses.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 30) as slow:
-            slow.sendall(head + bytes(2_500_000))
-            wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 2_500_000)
-            with pytest.raises(grpc.RpcError, match="are being read") as caught:
-                stub.ModelInfer(one_image(), timeout=30)
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
-        wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-        stub.ModelInfer(one_image(), timeout=30)
-
-
-def one_image():
-    request = service_pb2.ModelInferRequest(model_name="backbone")
-    request.inputs.add(name="pixels", datatype="FP32", shape=[1, 3, 8, 8])
-    request.raw_input_contents.append(pixels(1).tobytes())
-    return request
 
 
 def silence(over):
@@ -410,62 +310,3 @@ def test_a_store_that_stalls_keeps_nobodys_images_waiting(gated, monkeypatch):
             assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 200
         finally:
             held.go.set()
-
-
-LONG = 16 << 20
-"""More of a reply than two sockets hold."""
-
-
-@pytest.fixture
-def long_reply(tmp_path, monkeypatch):
-    """A server that takes 4 MB at a time and lists 16 MB, and a client that has asked for them and reads nothing."""
-    config = config_of(tmp_path, tmp_path / "state", queue_mb=4)
-    with Running(config, GatedRuntime().load) as running:
-        at = running.addresses.http
-        items = [
-            {"id": str(n), "embedding": [1.0] * 3, "metadata": {"text": "x" * (1 << 20)}} for n in range(LONG >> 20)
-        ]
-        for one in items:
-            httpx.post(f"{at}/v1/collections/long/items", json={"items": [one]}, timeout=60).raise_for_status()
-        host, port = at.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 60) as silent:
-            silent.sendall(b"GET /v1/collections/long/items HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            wait_for(lambda: gauge(running, "dinoscope_body_bytes") > LONG)
-            yield running, silent
-
-
-def test_a_reply_that_its_client_does_not_take_counts_until_it_does(long_reply):
-    running, silent = long_reply
-    at = running.addresses.http
-    image = {"content": png(0), "headers": {"content-type": "image/png"}}
-    assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 429
-    assert httpx.get(f"{at}/v1/collections/long/export").status_code == 429
-    assert httpx.get(f"{at}/v2/health/ready").status_code == 200
-    with silent.makefile("rb") as stream:
-        head, _, body = stream.read().partition(b"\r\n\r\n")
-    assert b"content-length: %d" % len(body) in head
-    assert [len(one["metadata"]["text"]) for one in json.loads(body)["items"]] == [1 << 20] * 16
-    wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
-    assert httpx.post(f"{at}/v1/embeddings", **image).status_code == 200
-
-
-def test_a_server_that_leaves_gives_a_slow_client_its_whole_reply(long_reply):
-    running, silent = long_reply
-    running.leave()
-    time.sleep(3)  # longer than replies have once nothing is at work
-    with silent.makefile("rb") as stream:
-        assert len(stream.read()) > LONG
-
-
-def test_a_client_that_takes_nothing_is_given_up(long_reply, monkeypatch, caplog):
-    running, silent = long_reply
-    monkeypatch.setattr(PatientProtocol, "reply_s", 2.0)
-    httpx.get(f"{running.addresses.http}/v2/health/live").raise_for_status()
-    another = socket.create_connection(silent.getpeername(), 60)
-    another.sendall(b"GET /v1/collections/long/items HTTP/1.1\r\nHost: x\r\n\r\n")
-    wait_for(lambda: gauge(running, "dinoscope_body_bytes") > 2 * LONG)
-    wait_for(lambda: gauge(running, "dinoscope_body_bytes") < 2 * LONG)
-    with another.makefile("rb") as stream, contextlib.suppress(ConnectionResetError):
-        assert len(stream.read()) < LONG
-    another.close()
-    assert "Traceback" not in caplog.text
