@@ -28,6 +28,8 @@ BLOCK_BYTES = 2**22
 large enough for threads not to wait for the interpreter between steps."""
 PART_ROWS = 128
 """Queries whose nearest are sorted at a time, in a core's cache."""
+KEY_BYTES = 2**24
+"""Keys of whole rows that a thread sorts at a time."""
 MIN_GROUPS = 4
 """Groups wanted for each neighbour; with fewer, whole rows are sorted."""
 MAX_HITS = 8
@@ -146,7 +148,12 @@ def _lower_bound(values_cn: np.ndarray, k: int) -> np.ndarray:
 
 
 def _sorted_rows(values_cn: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return _take(_keys(values_cn, np.arange(values_cn.shape[1])), k)
+    """Of rows that are sorted as a whole: so few at a time that their keys stay small, whatever the number of threads that do so."""
+    c, n = values_cn.shape
+    rows, columns = max(1, KEY_BYTES // (8 * n)), np.arange(n)
+    taken = [_take(_keys(values_cn[start : start + rows], columns), k) for start in range(0, max(1, c), rows)]
+    values, found = (np.concatenate(part) for part in zip(*taken, strict=True))
+    return values, found
 
 
 def _keys(values: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -43,6 +43,19 @@ def test_the_prefilter_gives_what_sorting_gives(name: str, n: int, k: int) -> No
     np.testing.assert_array_equal(found.numpy(), wanted)
 
 
+@pytest.mark.parametrize("name", ["plain", "all equal"])
+def test_rows_that_are_sorted_as_a_whole_are_taken_some_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "KEY_BYTES", 2 * 8 * 9001)
+    sizes: list[int] = []
+    keys = neighbours._keys
+    monkeypatch.setattr(neighbours, "_keys", lambda values, columns: sizes.append(values.size) or keys(values, columns))
+    values, k = case(name, 9001), 9001 if name == "plain" else 20
+    found, rows = top_rows(torch.from_numpy(values), k)
+    np.testing.assert_array_equal(rows.numpy(), by_sorting(values, k)[1])
+    np.testing.assert_array_equal(found.numpy(), by_sorting(values, k)[0])
+    assert max(sizes) <= 2 * 9001
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_that_are_searched_in_parts_keep_their_order_whatever_the_threads(
     threads: int, monkeypatch: pytest.MonkeyPatch
