@@ -230,6 +230,7 @@ def main(sizes: Sizes) -> None:
         show(title, compare(knn_cases(sizes), sizes), "product")
         again = [sys.executable, "-m", "benchmarks.evaluators", "--measure-memory"]
         again += ["--database", str(sizes.database), "--width", str(sizes.width), "--classes", str(sizes.classes)]
+        again += ["--threads", str(sizes.threads)]
         found = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout)
         chunk = 4 * CHUNK_QUERIES * sizes.database
         print(f"  memory beyond the database: {(found['peak'] - found['before']) / chunk:.2f} chunks of similarities")

@@ -76,7 +76,7 @@ class _Entry:
     answered: int = 0
     started_ns: int | None = None
     arrived_ns: int = field(default_factory=time.perf_counter_ns)
-    parts: dict[int, tuple[int, Mapping[str, np.ndarray]]] = field(default_factory=dict)
+    parts: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
     executions: list[Execution] = field(default_factory=list)
 
     @property
@@ -346,7 +346,7 @@ def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int)
         size, entry = piece.stop - piece.start, piece.entry
         alone = len(pieces) == 1
         part = outputs if alone else {name: array[offset : offset + size] for name, array in outputs.items()}
-        entry.parts[piece.start] = (size, part)
+        entry.parts[piece.start] = part
         entry.executions.append(execution)
         offset += size
         entry.answered += size
@@ -355,7 +355,7 @@ def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int)
 
 
 def _join(entry: _Entry) -> Answer:
-    parts = [outputs for _, (_, outputs) in sorted(entry.parts.items())]
+    parts = [entry.parts[start] for start in sorted(entry.parts)]
     joined = {n: parts[0][n] if len(parts) == 1 else np.concatenate([part[n] for part in parts]) for n in parts[0]}
     return Answer(joined, (entry.started_ns or entry.arrived_ns) - entry.arrived_ns, tuple(entry.executions))
 

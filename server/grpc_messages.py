@@ -103,7 +103,7 @@ def _input(tensor: Any) -> _Input:
 
 def _tensors(inputs: Sequence[_Input], sent: InferMessage, shared: SharedMemory) -> list[Tensor]:
     """The inputs, each from shared memory, from the raw contents, or where there are none of these from its typed ones."""
-    inside = [one.place for one in inputs].count(None)
+    inside = sum(one.place is None for one in inputs)
     raw = iter(sent.raw)
     if sent.raw and len(sent.raw) != inside:
         raise InputError(f"{inside} inputs and {len(sent.raw)} raw_input_contents came; wanted one for each")

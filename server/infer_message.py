@@ -40,7 +40,7 @@ def read_infer(data: bytes) -> InferMessage:
     called = ""
     try:
         while at < len(data):
-            tag, value = (data[at], at + 1) if data[at] < 128 else _varint(data, at)
+            tag, value = _varint(data, at)
             value, end = _bounds(data, tag, value)
             if tag in (_RAW_TAG, _ID_TAG):
                 rest.append(view[start:at])
