@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KEPT_KEYS = 512
+"""Tokens of an image up to which narrow attention keeps its weights for the way back. Those of more would outgrow all else,
+and are computed again."""
 Shapes = Sequence[tuple[int, int]]
 """Images B and tokens T of each group of equally large crops in a packed sequence."""
 
@@ -33,7 +36,7 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend and project: [B, T, D]."""
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        mixed = attend(q, k, v, self.scale)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ class Attention(nn.Module):
     def _attend(self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """Attention of each group [B, heads, T, d], all their rows one after the other, heads side by side: [Q, D]."""
         mixed = [
-            F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(0, 1).flatten(1)
+            attend(q, k, v, self.scale).transpose(1, 2).flatten(0, 1).flatten(1)
             for q, k, v in zip(queries, keys, values, strict=True)
         ]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
@@ -75,6 +78,54 @@ class Attention(nn.Module):
     def cls_weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax weights of the CLS query over all tokens, [B, heads, T]; costs O(T)."""
         return torch.softmax((q[:, :, :1] * self.scale) @ k.transpose(-2, -1), dim=-1).squeeze(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v of each head: queries [B, heads, Q, d], keys and values [B, heads, T, d] to [B, heads, Q, d]."""
+    if q.device.type == "cpu" and q.dtype != torch.float32 and torch.is_grad_enabled() and q.requires_grad:
+        mixed: Tensor = _NarrowAttention.apply(q, k, v, scale)
+        return mixed
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class _NarrowAttention(torch.autograd.Function):
+    """Attention in bfloat16 or float16 on a CPU, with gradients, as products over all heads at once.
+
+    torch's own (2.13) multiplies head by head on the way back, and for each product makes the objects of the library anew: 3 to 14 times
+    the time of this for the crops of a training step (`benchmarks/narrow.py`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        # Contiguous copies, made once: the way back multiplies by each of them.
+        q_NQd, k_NTd, v_NTd = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        weights_NQT = _weights(q_NQd, k_NTd, scale)
+        ctx.save_for_backward(q_NQd, k_NTd, v_NTd, weights_NQT if k.shape[2] <= KEPT_KEYS else None)
+        return torch.bmm(weights_NQT, v_NTd).unflatten(0, q.shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_NQd, k_NTd, v_NTd, weights_NQT = ctx.saved_tensors
+        if weights_NQT is None:
+            weights_NQT = _weights(q_NQd, k_NTd, ctx.scale)
+        heads, gradient_NQd = gradient.shape[:2], gradient.flatten(0, 1)
+        of_v = torch.bmm(weights_NQT.transpose(1, 2), gradient_NQd)
+        of_weights = torch.bmm(gradient_NQd, v_NTd.transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_weights, weights_NQT, -1, weights_NQT.dtype)
+        of_q = _scaled(of_scores, k_NTd, ctx.scale)
+        of_k = _scaled(of_scores.transpose(1, 2), q_NQd, ctx.scale)
+        return of_q.unflatten(0, heads), of_k.unflatten(0, heads), of_v.unflatten(0, heads), None
+
+
+def _weights(q_NQd: Tensor, k_NTd: Tensor, scale: float) -> Tensor:
+    """Softmax weights of each query over all keys, [N, Q, T]."""
+    return torch.softmax(_scaled(q_NQd, k_NTd.transpose(1, 2), scale), dim=-1, dtype=q_NQd.dtype)
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b of each pair, [N, ., .]."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _heads_of(qkv_SX: Tensor, shapes: Shapes, heads: int, n: int) -> list[Tensor]:

@@ -114,14 +114,22 @@ class Features:
 
 
 class PatchEmbed(nn.Module):
-    """Pixels [B, C, H, W] to patches [B, N, D]; rows and columns beyond the last whole patch are dropped."""
+    """Pixels [B, C, H, W] to patches [B, N, D]; rows and columns beyond the last whole patch are dropped.
+
+    The convolution holds the weights. Each pixel meets its kernel once, so it is a product, which is faster than a convolution in
+    training, in bfloat16 on a CPU many times (`benchmarks/narrow.py`).
+    """
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
+        self.spec = spec
         self.proj = nn.Conv2d(spec.in_channels, spec.width, spec.patch_px, stride=spec.patch_px)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        return self.proj(pixels_BCHW).flatten(2).transpose(1, 2)
+        (B, C, H, W), P = pixels_BCHW.shape, self.spec.patch_px
+        h, w = H // P, W // P
+        patches = pixels_BCHW[:, :, : h * P, : w * P].reshape(B, C, h, P, w, P).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(B, h * w, -1), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Mlp(nn.Module):
