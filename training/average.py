@@ -16,19 +16,24 @@ from torch import Tensor
 
 from backbones.checkpoints import Backbone, Manifest, load_backbone, make_backbone, save_backbone
 from data.errors import InputError, run_cli
+from data.preprocess import Preprocess
+from training.warm_start import TABLE, resize_table
 
 MASK_TOKEN = "mask_token"
 """Only DINOv2 learns one; a network without it can still be averaged with one that has it."""
-OF_TRAINING = (MASK_TOKEN, "drop_path", "drop_path_uniform")
-"""Parts of an architecture that phases of one network may differ in: a finished one has the same weights with or without."""
+OF_A_PHASE = (MASK_TOKEN, "drop_path", "drop_path_uniform", "img_px")
+"""Parts of an architecture that phases of one network may differ in: a finished one has the same weights with or without, and a table of
+positions for crops of another size is resized as the phase resized it when it began."""
+SIZES = ("size_px", "resize_px", "whole_px")
+"""And of preprocessing: a phase at high resolution sees larger views."""
 
 
 def main(ckpt: list[str], out: Path, weights: list[float] | None = None) -> None:
     """Average the weights of backbones that began as the same network.
 
     Args:
-        ckpt: Two or more backbones of one architecture, each as `--ckpt` takes it. What the new checkpoint says of recipe and data is
-            what the last of them says.
+        ckpt: Two or more backbones of one architecture, each as `--ckpt` takes it. What the new checkpoint says of recipe, data and
+            sizes of views is what the last of them says; position tables are resized to the last one's.
         out: Checkpoint to write.
         weights: Of each, in the same order, together 1; all the same if not given.
     """
@@ -48,10 +53,14 @@ def main(ckpt: list[str], out: Path, weights: list[float] | None = None) -> None
 def average(backbones: Sequence[Backbone], weights: Sequence[float]) -> dict[str, Tensor]:
     """The weighted mean of all weights, fp32; a mask token is the mean over those that have one.
 
-    Raises InputError where architectures or preprocessing differ, for fewer than two, or for weights that do not sum to 1.
+    Tables of positions take the last one's grid. Raises InputError where architectures or the colours of preprocessing differ, for fewer
+    than two, or for weights that do not sum to 1.
     """
     _check(backbones, weights)
     states = [one.model.state_dict() for one in backbones]
+    for state in states:
+        if TABLE in state:
+            state[TABLE] = resized(state[TABLE], states[-1][TABLE])
     mean: dict[str, Tensor] = {}
     for name in {name: None for state in states for name in state}:
         having = [
@@ -60,6 +69,11 @@ def average(backbones: Sequence[Backbone], weights: Sequence[float]) -> dict[str
         total = sum(weight for _, weight in having)
         mean[name] = (sum(value * weight for value, weight in having) / total).to(torch.float32)
     return mean
+
+
+def resized(table_1ND: Tensor, like_1MD: Tensor) -> Tensor:
+    """Position encodings [1, 1 + N, D] on the grid of others."""
+    return table_1ND if table_1ND.shape == like_1MD.shape else resize_table(table_1ND, like_1MD.shape[1])
 
 
 def _check(backbones: Sequence[Backbone], weights: Sequence[float]) -> None:
@@ -71,18 +85,22 @@ def _check(backbones: Sequence[Backbone], weights: Sequence[float]) -> None:
         raise InputError(f"--weights {' '.join(map(str, weights))}: want numbers above 0 that sum to 1")
     first = backbones[0].manifest
     for other in backbones[1:]:
-        wanted, came = (_when_finished(one.architecture) for one in (first, other.manifest))
+        wanted, came = (_of_every_phase(one.architecture) for one in (first, other.manifest))
         differing = sorted(key for key in wanted.keys() | came.keys() if wanted.get(key) != came.get(key))
         if differing:
             raise InputError(
                 f"--ckpt: architectures differ in {', '.join(differing)}; only copies of one network can be averaged"
             )
-        if first.preprocess != other.manifest.preprocess:
+        if _colours(first.preprocess) != _colours(other.manifest.preprocess):
             raise InputError("--ckpt: preprocessing differs; only networks that see images alike can be averaged")
 
 
-def _when_finished(architecture: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in architecture.items() if key not in OF_TRAINING}
+def _of_every_phase(architecture: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in architecture.items() if key not in OF_A_PHASE}
+
+
+def _colours(preprocess: Preprocess) -> dict[str, object]:
+    return {key: value for key, value in preprocess.to_json().items() if key not in SIZES}
 
 
 def _manifest(names: Sequence[str], backbones: Sequence[Backbone], weights: Sequence[float]) -> Manifest:

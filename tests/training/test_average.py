@@ -15,20 +15,23 @@ from backbones.vit import ViT, ViTSpec
 from data.errors import InputError
 from data.preprocess import Preprocess
 from training.average import average, main
+from training.warm_start import fit_
 
 SPEC = ViTSpec(patch_px=8, width=24, depth=1, heads=2, img_px=32)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a and b of one architecture; b learned a mask token, dropped had stochastic depth; wide and other differ from them."""
+    """a and b of one architecture; b learned a mask token, dropped had stochastic depth, larger crops of twice the size; wide and other
+    differ from them."""
     folder = tmp_path_factory.mktemp("average")
     made: dict[str, tuple[Any, dict[str, Any]]] = {
         "a": (ViT(SPEC), {}),
         "b": (ViT(replace(SPEC, mask_token=True)), {"step": 7, "recipe": {"name": "smoke"}}),
         "dropped": (ViT(replace(SPEC, drop_path=0.3, drop_path_uniform=True)), {}),
         "wide": (ViT(replace(SPEC, width=48)), {}),
-        "other": (ViT(SPEC), {"preprocess": Preprocess(size_px=64)}),
+        "larger": (ViT(replace(SPEC, img_px=64)), {"preprocess": Preprocess(size_px=64)}),
+        "other": (ViT(SPEC), {"preprocess": Preprocess(mean=(0.5, 0.5, 0.5))}),
         "resnet": (ResNet(ResNetSpec()), {}),
     }
     for name, (model, more) in made.items():
@@ -70,6 +73,19 @@ def test_phases_with_other_stochastic_depth_are_copies_of_one_network(saved: Pat
     mean = average([a, dropped], [0.5, 0.5])["blocks.0.mlp.fc1.weight"]
     parts = [one.model.state_dict()["blocks.0.mlp.fc1.weight"] for one in (a, dropped)]
     torch.testing.assert_close(mean, sum(parts) / 2)
+
+
+def test_a_phase_at_high_resolution_is_a_copy_whose_positions_are_resized(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.safetensors"
+    main([str(saved / "a.safetensors"), str(saved / "larger.safetensors")], out, [0.25, 0.75])
+    a, larger = opened(saved, "a", "larger")
+    c = load_backbone(out)
+    assert (c.manifest.architecture["img_px"], c.manifest.preprocess.size_px) == (64, 64), "those of the last"
+    began = ViT(replace(SPEC, img_px=64))
+    fit_(began, a.model.state_dict(), "a")
+    for name, value in c.model.state_dict().items():
+        wanted = 0.25 * began.state_dict()[name] + 0.75 * larger.model.state_dict()[name]
+        torch.testing.assert_close(value, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_an_average_that_cannot_be_written_is_told_in_one_line(saved: Path, tmp_path: Path) -> None:
