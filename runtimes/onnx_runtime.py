@@ -74,14 +74,21 @@ class OnnxRuntime(Runtime):
             )
         rows = 1 if self.precision == "int8" else CPU_ROWS
         self.max_batch = max_batch or (rows if self.device == "cpu" else None)
+        self.shades_only = self.export.get("input") == "uint8"
+
+    def check_sides(self, height_px: int, width_px: int) -> None:
+        super().check_sides(height_px, width_px)
+        fixed = self.export.get("fixed_px")
+        if fixed and [height_px, width_px] != fixed:
+            raise InputError(f"this file takes images of {fixed[0]}x{fixed[1]} only, {height_px}x{width_px} came")
+
+    def check_values(self, pixels_NCHW: np.ndarray) -> None:
+        if self.shades_only:
+            as_shades(pixels_NCHW, self.manifest.preprocess)
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
-        fixed = self.export.get("fixed_px")
-        if fixed and list(pixels_NCHW.shape[2:]) != fixed:
-            height, width = pixels_NCHW.shape[2:]
-            raise InputError(f"this file takes images of {fixed[0]}x{fixed[1]} only, {height}x{width} came")
-        if self.export.get("input") == "uint8":
+        if self.shades_only:
             pixels_NCHW = as_shades(pixels_NCHW, self.manifest.preprocess)
         return run_in_parts(lambda part: self._run(part, outputs), pixels_NCHW, self.max_batch or len(pixels_NCHW))
 

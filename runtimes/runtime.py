@@ -8,6 +8,7 @@ import numpy as np
 
 from backbones.checkpoints import Manifest
 from data.errors import InputError
+from data.preprocess import Preprocess, normalise
 
 BACKBONE_OUTPUTS = ("embedding", "patches", "attention")
 """What a backbone computes without a head."""
@@ -32,6 +33,8 @@ class Runtime(ABC):
     """Images computed at a time; larger batches are run in parts, which gains nothing."""
     holds_scores: bool = False
     """Whether all attention scores of a block are in memory at once."""
+    shades_only: bool = False
+    """Whether it takes pixels of 8-bit images alone; see `check_values`."""
 
     @abstractmethod
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
@@ -44,8 +47,7 @@ class Runtime(ABC):
 
     def warm_up(self) -> None:
         """Run once at the usual size, so that the first request does not pay for what is done only once."""
-        side = self.manifest.preprocess.size_px
-        self.run(np.zeros((1, 3, side, side), np.float32), self.outputs)
+        self.run(black_image(self.manifest.preprocess), self.outputs)
 
     def close(self) -> None:  # noqa: B027 (nothing to free unless a runtime says so)
         """Free what the runtime holds."""
@@ -62,14 +64,27 @@ class Runtime(ABC):
         if unknown or not outputs:
             wanted = f"output {unknown[0]!r}" if unknown else "no output"
             raise InputError(f"{wanted} was asked for; this network has {', '.join(self.outputs)}")
-        step = step_px(self.manifest)
         shape = pixels_NCHW.shape
         if pixels_NCHW.dtype != np.float32 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
             raise InputError(
                 f"pixels are {pixels_NCHW.dtype} {list(shape)}; wanted float32 [N, 3, H, W] with at least one image"
             )
-        if shape[2] % step or shape[3] % step:
-            raise InputError(f"images are {shape[2]}x{shape[3]} pixels; wanted sides that are multiples of {step}")
+        self.check_sides(shape[2], shape[3])
+
+    def check_sides(self, height_px: int, width_px: int) -> None:
+        """Raise InputError for images of a size that `run` does not take."""
+        step = step_px(self.manifest)
+        if height_px % step or width_px % step:
+            raise InputError(f"images are {height_px}x{width_px} pixels; wanted sides that are multiples of {step}")
+
+    def check_values(self, pixels_NCHW: np.ndarray) -> None:  # noqa: B027 (most networks take any)
+        """Raise InputError for pixels of a good shape that `run` does not take."""
+
+
+def black_image(preprocess: Preprocess) -> np.ndarray:
+    """One image [1, 3, S, S] of the usual size that every network takes, those of 8-bit images too."""
+    side = preprocess.size_px
+    return normalise(np.zeros((side, side, 3), np.uint8), preprocess)[None]
 
 
 def step_px(manifest: Manifest) -> int:

@@ -57,13 +57,16 @@ class TensorRTRuntime(Runtime):
             raise InputError("a TensorRT plan runs on a GPU, and torch sees none here; name the .onnx instead")
         return "cuda"
 
+    def check_sides(self, height_px: int, width_px: int) -> None:
+        super().check_sides(height_px, width_px)
+        least, most = self._least[2:], self._most[2:]
+        if not (least[0] <= height_px <= most[0] and least[1] <= width_px <= most[1]):
+            raise InputError(
+                f"images are {height_px}x{width_px} pixels; this plan was built for {least[0]}x{least[1]} to {most[0]}x{most[1]}"
+            )
+
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)
-        sides, least, most = pixels_NCHW.shape[2:], self._least[2:], self._most[2:]
-        if any(not low <= side <= high for low, side, high in zip(least, sides, most, strict=True)):
-            raise InputError(
-                f"images are {sides[0]}x{sides[1]} pixels; this plan was built for {least[0]}x{least[1]} to {most[0]}x{most[1]}"
-            )
         with self._lock:
             return run_in_parts(lambda part: self._run(part, outputs), pixels_NCHW, self.max_batch)
 

@@ -21,7 +21,7 @@ from backbones.heads import DepthHead, DepthHeadSpec
 from data.decode import DecodeLimits, decode_image
 from data.errors import InputError
 from data.preprocess import Preprocess, center_view, normalise, whole_view
-from runtimes.runtime import Runtime
+from runtimes.runtime import Runtime, black_image
 from server.batcher import PATIENCE_S, Batcher, BatchSpec
 from server.errors import TooLarge
 from server.statistics import Times
@@ -82,10 +82,9 @@ class Engine:
 
     def _probe(self) -> dict[str, tuple[int, ...]]:
         """Run every instance once at its usual size: it warms up, and says what shapes its outputs have."""
-        side = self.preprocess.size_px
-        blank = np.zeros((1, 3, side, side), np.float32)
+        image = black_image(self.preprocess)
         for runtime in dict.fromkeys(self.runtimes):
-            shapes = {name: array.shape for name, array in runtime.run(blank, runtime.outputs).items()}
+            shapes = {name: array.shape for name, array in runtime.run(image, runtime.outputs).items()}
         return shapes
 
     def check_size(self, height_px: int, width_px: int, what: str, outputs: Sequence[str] = ()) -> None:
@@ -100,6 +99,10 @@ class Engine:
                 f"{what} {side} does not fit: sides are multiples of {step} from {step} to {largest} pixels; "
                 f"nearest: {' or '.join(map(str, good))}"
             )
+        try:
+            self.runtimes[0].check_sides(height_px, width_px)
+        except InputError as error:  # an export of one size, or a plan of some
+            raise InputError(f"{what} {max(height_px, width_px)} does not fit: {error}") from error
         needed = self._row_bytes(height_px, width_px, tuple(outputs))
         if needed > self.spec.working_bytes:
             raise TooLarge(
@@ -165,6 +168,11 @@ class Engine:
                 raise error
         times.input_ns += time.perf_counter_ns() - began
         return pixels
+
+    async def check_values(self, pixels: np.ndarray) -> None:
+        """Raise InputError for pixels that would fail the batch of other requests too."""
+        if self.runtimes[0].shades_only:
+            await self.off_loop(self.runtimes[0].check_values, pixels)
 
     async def normalised(self, shades_NHWC: np.ndarray, times: Times) -> np.ndarray:
         """uint8 RGB [N,H,W,3] as the network wants it: float32 [N,3,H,W]."""

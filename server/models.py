@@ -105,6 +105,8 @@ class BackboneModel(ServedModel):
         pixels = inputs["pixels"]
         if pixels.dtype == np.uint8:
             pixels = await self.engine.normalised(pixels, times)
+        else:
+            await self.engine.check_values(pixels)
         answers = await self.engine.run(pixels, outputs, times, deadline_s)
         for name, array in answers.items():
             if np.isfinite(array).all():

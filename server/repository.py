@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
+from data.preprocess import normalise
 from runtimes.runtime import Runtime
 from server.artifacts import Loaded, versions_in
 from server.collection_items import Binding
@@ -24,6 +25,7 @@ from server.config import ServerConfig
 from server.engine import Engine, EngineSpec
 from server.errors import Conflict, NotFound
 from server.evaluations import Evaluations
+from server.models import make_models
 from server.samples import build_samples
 from server.service import Service
 
@@ -69,7 +71,8 @@ class Repository:
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Serve what `--models` holds now, or the version that the parameter `version` names, to all models: they share the network.
 
-        Raises InputError and CheckFailed for what cannot be served, Conflict while an evaluation runs; the old network then stays.
+        Raises InputError and CheckFailed for what cannot be served, or has no such model, Conflict while an evaluation runs; the old
+        network then stays.
         """
         self._service.check_open()
         self._known(name)
@@ -91,9 +94,14 @@ class Repository:
         engine = await asyncio.to_thread(Engine, loaded.runtimes, self._spec)
         try:
             sides = {engine.preprocess.size_px, engine.preprocess.whole_px}
+            store = service.collections.bound_to(binding_of(engine))
+            _, absent = make_models(engine, store)
+            if name in absent:
+                raise InputError(
+                    f"model {name!r} cannot be loaded: {absent[name]}; add what is missing, and load it again"
+                )
             same = engine.manifest.weights_sha256 == old.manifest.weights_sha256
             await asyncio.to_thread(check_network, engine.runtimes, sides, old.runtimes[0] if same else None)
-            store = service.collections.bound_to(binding_of(engine))
             if self._config.sample_data is not None:
                 await build_samples(engine, store, self._config.sample_data)
             self._refuse_while_evaluating()  # once more: one may have begun while the network was brought up
@@ -151,8 +159,9 @@ def check_network(runtimes: tuple[Runtime, ...], sides: set[int], served: Runtim
     `served` runs the same weights now; the new file must then agree with it.
     """
     rng = np.random.default_rng(0)
-    for side in sorted(sides):
-        pixels = rng.normal(size=(2, 3, side, side)).astype(np.float32)
+    for side in (one for one in sorted(sides) if _takes(runtimes[0], one)):
+        images = rng.integers(0, 256, (2, side, side, 3), np.uint8)
+        pixels = np.stack([normalise(image, runtimes[0].manifest.preprocess) for image in images])
         for runtime in dict.fromkeys(runtimes):
             found = runtime.run(pixels, runtime.outputs)
             bad = next((name for name, values in found.items() if not np.isfinite(values).all()), None)
@@ -167,6 +176,15 @@ def check_network(runtimes: tuple[Runtime, ...], sides: set[int], served: Runtim
                 )
             if served is not None:
                 _agree(found["embedding"], served.run(pixels, ("embedding",))["embedding"])
+
+
+def _takes(runtime: Runtime, side: int) -> bool:
+    """Whether it has this size at all: exports of one size, and plans, refuse others, and clients that ask for them are told."""
+    try:
+        runtime.check_sides(side, side)
+    except InputError:
+        return False
+    return True
 
 
 def _agree(new_ND: np.ndarray, old_ND: np.ndarray) -> None:

@@ -217,6 +217,22 @@ def test_what_cannot_be_served_leaves_the_old_network_serving(
         np.testing.assert_allclose(embed(http), embeddings["1"], atol=1e-5)
 
 
+def test_a_model_that_is_not_there_is_not_said_to_be_loaded(
+    running: Running, models: Path, files: dict[str, Path]
+) -> None:
+    """Clients load a model and then count on it; the network, which all models share, stays as it is."""
+    add_version(models, "2", files["2"])
+    with triton.InferenceServerClient(running.addresses.grpc) as client:
+        with pytest.raises(
+            InferenceServerException, match="no segmentation head is loaded; add what is missing"
+        ) as told:
+            client.load_model("segmentation")
+        assert told.value.status() == "StatusCode.INVALID_ARGUMENT"
+        assert client.get_model_metadata("embedding").versions == ["1"]
+        client.load_model("depth")
+        assert client.is_model_ready("depth", "2")
+
+
 def test_an_unloaded_model_answers_nothing_until_it_is_loaded(running: Running) -> None:
     with (
         httpx.Client(base_url=running.addresses.http, timeout=60) as http,
