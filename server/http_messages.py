@@ -58,11 +58,27 @@ def _raw_request(body: bytes, model: ServedModel, version: str, request: Request
 
 def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
     if header_length is None:
-        return json_object(parse_json(body), "the request"), memoryview(b"")
+        return _told(json_object(parse_json(body), "the request")), memoryview(b"")
     length = whole_number(header_length)
     if length is None or length > len(body):
         raise InputError(f"Inference-Header-Content-Length is {header_length!r:.40}, the body has {len(body)} bytes")
-    return json_object(parse_json(body[:length]), "the request"), memoryview(body)[length:]
+    return _told(json_object(parse_json(body[:length]), "the request")), memoryview(body)[length:]
+
+
+def _told(header: dict[str, Any]) -> dict[str, Any]:
+    """The header without what is null: programs that make requests of a schema send all that one may have."""
+    told = _without_nulls(header)
+    for name in ("inputs", "outputs"):
+        if isinstance(parts := told.get(name), list):
+            told[name] = [_without_nulls(one) if isinstance(one, dict) else one for one in parts]
+    return told
+
+
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    given = {name: inner for name, inner in value.items() if inner is not None}
+    if isinstance(parameters := given.get("parameters"), dict):
+        given["parameters"] = {name: inner for name, inner in parameters.items() if inner is not None}
+    return given
 
 
 def _request(

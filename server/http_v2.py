@@ -20,15 +20,20 @@ from server.openapi import (
     InferBody,
     ModelConfig,
     ModelMetadata,
+    ModelReady,
     ModelState,
     Region,
+    ServerLive,
     ServerMetadata,
+    ServerReady,
     Statistics,
     answers,
 )
 from server.repository import Repository
 from server.requests import InferReply
 from server.service import Service, off_loop_if_large
+
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "Not yet, or no longer"}}
 
 
 def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int) -> APIRouter:
@@ -39,20 +44,16 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
     async def server_metadata() -> JSONResponse:
         return JSONResponse(describe.server_metadata())
 
+    # Triton's clients read the status alone, those of KServe the body.
     @router.head("/v2/health/live", include_in_schema=False)
-    @router.get("/v2/health/live", summary="The process answers", response_class=Response)
-    async def live() -> Response:
-        return Response()
+    @router.get("/v2/health/live", responses=answers(ServerLive), summary="The process answers")
+    async def live() -> JSONResponse:
+        return JSONResponse({"live": True})
 
     @router.head("/v2/health/ready", include_in_schema=False)
-    @router.get(
-        "/v2/health/ready",
-        responses={503: {"description": "Not yet, or no longer"}},
-        summary="Requests are taken",
-        response_class=Response,
-    )
-    async def ready() -> Response:
-        return Response(status_code=200 if service.ready else 503)
+    @router.get("/v2/health/ready", responses=answers(ServerReady) | _NOT_READY, summary="Requests are taken")
+    async def ready() -> JSONResponse:
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
     @router.get("/v2/models/stats", responses=answers(Statistics), summary="Statistics of all models")
     async def all_statistics() -> JSONResponse:
@@ -67,8 +68,10 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
     async def index(request: Request) -> JSONResponse:
         body = await read_body(request, max_body_bytes)
         wanted = parse_json(body) if body.strip() else {}
-        only_ready = json_object(wanted, "the request").get("ready", False)
-        return JSONResponse(repository.index(bool(only_ready)))
+        only_ready = json_object(wanted, "the request").get("ready") or False
+        if not isinstance(only_ready, bool):
+            raise InputError(f"'ready' is {only_ready!r:.40}; wanted true or false")
+        return JSONResponse(repository.index(only_ready))
 
     @router.post(
         "/v2/repository/models/{name}/load",
@@ -79,7 +82,8 @@ def make_v2_routes(service: Service, repository: Repository, max_body_bytes: int
     async def load(name: str, request: Request) -> Response:
         body = await read_body(request, max_body_bytes)
         wanted = json_object(parse_json(body) if body.strip() else {}, "the request")
-        await repository.load(name, json_object(wanted.get("parameters", {}), "'parameters'"))
+        given = wanted.get("parameters")
+        await repository.load(name, json_object({} if given is None else given, "'parameters'"))
         return Response()
 
     @router.post(
@@ -148,10 +152,10 @@ def _add_model_routes(router: APIRouter, service: Service, max_body_bytes: int) 
         return JSONResponse(describe.model_statistics(service, *_model_of(request)))
 
     async def ready(request: Request) -> Response:
-        service.model(*_model_of(request))
+        model = service.model(*_model_of(request))
         if not service.ready:
             raise Draining("the server is not ready")
-        return Response()
+        return JSONResponse({"name": model.name, "ready": True})
 
     async def infer(request: Request) -> Response:
         return await _infer(request, service, max_body_bytes)
@@ -160,7 +164,7 @@ def _add_model_routes(router: APIRouter, service: Service, max_body_bytes: int) 
         ("GET", "", "Inputs and outputs of a model", metadata, answers(ModelMetadata)),
         ("GET", "/config", "Configuration of a model", config, answers(ModelConfig)),
         ("GET", "/stats", "Statistics of a model", statistics, answers(Statistics)),
-        ("GET", "/ready", "The model takes requests", ready, {}),
+        ("GET", "/ready", "The model takes requests", ready, answers(ModelReady)),
         ("POST", "/infer", "Run a model", infer, answers(InferAnswer, also="application/octet-stream")),
     )
     for method, tail, summary, endpoint, responses in routes:

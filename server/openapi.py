@@ -188,6 +188,19 @@ class ServerMetadata(_Whole):
     extensions: list[str]
 
 
+class ServerLive(_Whole):
+    live: bool
+
+
+class ServerReady(_Whole):
+    ready: bool
+
+
+class ModelReady(_Whole):
+    name: str
+    ready: bool
+
+
 class TensorMetadata(_Whole):
     name: str
     datatype: str
@@ -292,7 +305,7 @@ ANSWERS: tuple[Any, ...] = (
     *(Problem, Embeddings, Guesses, Attentions, Depths, Segmentations),
     *(CollectionList, ItemPage, SearchResults, Classifications),
     *(Evaluation, EvaluationList, ServerMetadata, ModelMetadata, ModelConfig, Statistics, ModelState, Region),
-    *(InferAnswer, InferBody),
+    *(ServerLive, ServerReady, ModelReady, InferAnswer, InferBody),
 )
 
 

@@ -54,6 +54,14 @@ def test_a_running_server_is_live_and_ready(client):
     assert all(client.is_model_ready(name) and client.is_model_ready(name, "1") for name in MODELS)
 
 
+def test_health_over_http_has_the_bodies_that_kserves_own_client_reads(http):
+    """Open Inference Protocol: it takes `live` and `ready` from the JSON, and fails where there is none."""
+    assert http.get("/v2/health/live").json() == {"live": True}
+    assert http.get("/v2/health/ready").json() == {"ready": True}
+    for tail in ("", "/versions/1"):
+        assert http.get(f"/v2/models/depth{tail}/ready").json() == {"name": "depth", "ready": True}
+
+
 @pytest.mark.parametrize(("name", "version"), [("nothing", ""), ("embedding", "7")])
 def test_what_is_not_served_is_not_ready(client, name, version):
     assert not client.is_model_ready(name, version)
@@ -287,6 +295,27 @@ def test_a_gzipped_json_request_is_read_of_however_many_members(http, members):
     answer = http.post("/v2/models/knn/infer", content=packed, headers={"content-encoding": "gzip"})
     assert answer.status_code == 200
     assert answer.json()["outputs"][0]["shape"] == [1, 5]
+
+
+def test_what_is_null_in_a_json_request_is_as_if_it_were_not_there(http):
+    """As programs send it that make their requests of a schema, such as MLServer's and KServe's types."""
+    none = {"content_type": None, "shared_memory_region": None, "format": None}
+    tensor = {"name": "embedding", "datatype": "FP32", "shape": [1, 48], "data": [1.0] * 48, "parameters": None}
+    bare = {"id": None, "parameters": None, "outputs": None, "inputs": [tensor]}
+    outputs = [{"name": "ids", "parameters": None}, {"name": "scores", "parameters": none}]
+    full = {"id": "a", "parameters": {"k": None}, "outputs": outputs, "inputs": [tensor | {"parameters": none}]}
+    for body, names in ((bare, ["ids", "labels", "scores"]), (full, ["ids", "scores"])):
+        answer = http.post("/v2/models/knn/infer", json=body)
+        assert answer.status_code == 200, answer.text
+        assert [one["name"] for one in answer.json()["outputs"]] == names
+        assert answer.json().get("id") == body["id"]
+    assert "id" not in http.post("/v2/models/knn/infer", json=bare).json()
+    assert http.post("/v2/repository/index", json={"ready": None}).status_code == 200
+
+
+def test_a_question_for_the_index_that_is_no_truth_is_refused(http):
+    answer = http.post("/v2/repository/index", json={"ready": "false"})
+    assert (answer.status_code, answer.json()["error"]) == (400, "'ready' is 'false'; wanted true or false")
 
 
 def test_a_body_without_a_json_header_is_the_only_input_of_its_model(http):
