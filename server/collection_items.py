@@ -15,7 +15,9 @@ from server.json_text import check_json, parse_kept
 T = TypeVar("T")
 R = TypeVar("R")
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-ID = re.compile(r"[^\x00-\x1f\x7f/]{1,256}")
+MAX_ID = 256
+"""Characters."""
+ID = re.compile(rf"[^\x00-\x1f\x7f/]{{1,{MAX_ID}}}")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 SAMPLES = "samples"
 """The collection that the server builds itself; clients cannot write to it."""

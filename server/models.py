@@ -17,6 +17,7 @@ from data.errors import InputError
 from evaluators.attention_maps import top_mass
 from server.collections import Collections
 from server.engine import Engine
+from server.errors import TooLarge
 from server.options import AttentionOptions, EmbeddingOptions, KnnOptions, MapOptions, NoOptions, read_options
 from server.statistics import Times
 from server.tensors import TensorSpec, object_array
@@ -24,6 +25,8 @@ from server.tensors import TensorSpec, object_array
 IMAGE = TensorSpec("image", "BYTES", (-1,), shades=True)
 """Encoded JPEG, PNG, WebP, BMP or TIFF, one image a row."""
 FLOAT_MAP = ("fp16", "uint8", "png")
+NEIGHBOUR_BYTES = 200
+"""What a neighbour takes until it is in a reply: its place and cosine, and its id and label as bytes."""
 
 
 class ServedModel(ABC):
@@ -226,6 +229,7 @@ class KnnModel(ServedModel):
         snapshot = await self.collections.read(lambda: self.collections.snapshot(options.collection))
         label = options.label or None
         k = snapshot.check_k(options.k, label)
+        self._check_memory(len(next(iter(inputs.values()))), k)
         queries_ND = inputs.get("embedding")
         if queries_ND is None:
             pixels = await self.engine.center_views(inputs["image"], times)
@@ -240,6 +244,15 @@ class KnnModel(ServedModel):
             "scores": found.scores,
         }
         return {name: answers[name] for name in outputs}
+
+    def _check_memory(self, rows: int, k: int) -> None:
+        """Raise TooLarge for more neighbours than there is memory for: a collection may have hundreds of thousands of items."""
+        needed, most = rows * k * NEIGHBOUR_BYTES, self.engine.spec.working_bytes
+        if needed > most:
+            raise TooLarge(
+                f"{k} neighbours of each of {rows} rows take about {needed >> 20} MB, and {most >> 20} MB are allowed; "
+                "ask for fewer, or start the server with more --queue-mb"
+            )
 
 
 class DepthModel(ServedModel):

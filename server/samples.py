@@ -1,11 +1,13 @@
 """The collection `samples`: a data set embedded by the served network when the server starts for the first time."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.datasets import Dataset, open_dataset
 from data.errors import InputError
-from server.collection_items import SAMPLES, NewItem
+from server.collection_items import CONTROLS, MAX_ID, SAMPLES, NewItem
 from server.collections import Collections
 from server.engine import Engine
 from server.pictures import thumbnail
@@ -30,16 +32,17 @@ async def build_samples(engine: Engine, store: Collections, data: str) -> int:
         return len(await engine.off_loop(store.snapshot, SAMPLES))
     log.info("building samples", extra={"fields": {"data": data, "images": len(dataset.items)}})
     new: list[NewItem] = []
+    ids = item_ids([item.name for item in dataset.items])
     for start in range(0, len(dataset.items), CHUNK):
         rows = range(start, min(start + CHUNK, len(dataset.items)))
-        new += await _embed(engine, dataset, rows)
+        new += await _embed(engine, dataset, rows, ids)
     if not new:
         raise InputError(f"--samples {data}: none of its {len(dataset.items)} images can be used")
     await engine.off_loop(store.replace, SAMPLES, new, fingerprint)
     return len(new)
 
 
-async def _embed(engine: Engine, dataset: Dataset, rows: range) -> list[NewItem]:
+async def _embed(engine: Engine, dataset: Dataset, rows: range, ids: Sequence[str]) -> list[NewItem]:
     kept: list[int] = []
     images: list[bytes] = []
     pictures: list[bytes] = []
@@ -55,15 +58,34 @@ async def _embed(engine: Engine, dataset: Dataset, rows: range) -> list[NewItem]
         return []
     pixels = await engine.center_views(images, Times())
     embedding_ND = (await engine.run(pixels, ["embedding"], Times()))["embedding"]
-    return [_item(dataset, row, embedding_ND[number], pictures[number]) for number, row in enumerate(kept)]
+    return [_item(dataset, row, ids[row], embedding_ND[number], pictures[number]) for number, row in enumerate(kept)]
 
 
-def _item(dataset: Dataset, row: int, vector, picture: bytes) -> NewItem:  # type: ignore[no-untyped-def]
+def _item(dataset: Dataset, row: int, item_id: str, vector, picture: bytes) -> NewItem:  # type: ignore[no-untyped-def]
     item = dataset.items[row]
     metadata = {"file": item.name} | {name: item.row[name] for name in SHOWN_COLUMNS if item.row.get(name)}
-    return NewItem(vector=vector, id=_id(item.name), label=item.label, metadata=metadata, thumbnail=picture)
+    metadata = {name: storable(text) for name, text in metadata.items()}
+    label = None if item.label is None else storable(item.label)
+    return NewItem(vector=vector, id=item_id, label=label, metadata=metadata, thumbnail=picture)
 
 
-def _id(name: str) -> str:
-    """An item's id from its image's name: the name without its ending, and without folders' slashes."""
-    return str(Path(name).with_suffix("")).replace("/", ":")
+def item_ids(names: Sequence[str]) -> list[str]:
+    """An id for each image, from its name: without its ending unless another has the same then, and without folders' slashes."""
+    short = [storable(str(Path(name).with_suffix(""))).replace("/", ":") for name in names]
+    count, taken, ids = Counter(short), set[str](), []
+    for name, one in zip(names, short, strict=True):
+        wanted = one if count[one] == 1 and one not in (".", "..") else storable(name).replace("/", ":")
+        wanted = wanted if len(wanted) <= MAX_ID else f"...{wanted[3 - MAX_ID :]}"
+        item_id, number = wanted, 1
+        while item_id in taken:  # as a:b.png and a/b.png, or a row that comes twice
+            number += 1
+            item_id = f"{wanted[: MAX_ID - 8]}#{number}"
+        taken.add(item_id)
+        ids.append(item_id)
+    return ids
+
+
+def storable(text: str) -> str:
+    """Text of a file's name or a table as every database and JSON can hold it: bytes that are no UTF-8, and control characters, escaped."""
+    whole = text.encode("utf-8", "backslashreplace").decode()
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", whole)

@@ -20,10 +20,11 @@ from data.errors import InputError
 from server.collections import Collections
 from server.errors import StorageFailed
 from server.run import Running
+from server.samples import item_ids
 from tests.server.conftest import config_of
 from tests.server.gate import wait_for
 from tests.server.images import png
-from tests.server.wires import Refused, images, open_wire
+from tests.server.wires import Refused, images, open_wire, refused
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -182,6 +183,9 @@ FLAGS = {
     "rows": ({"max_batch_rows": 0}, "--max-batch-rows 0: wanted at least 1"),
     "no grace at all": ({"grace_s": float("nan")}, "--grace-s nan: wanted at least 0"),
     "grace without end": ({"grace_s": float("inf")}, "--grace-s inf: wanted a time that ends"),
+    "messages that gRPC has not": ({"max_message_mb": 2048}, "--max-message-mb 2048: wanted at most 2047"),
+    "no address": ({"host": "", "public": True}, "--host '': wanted an address"),
+    "data named twice": ({"evaluation_data": ("a=/x", "a=/y")}, "--evaluation-data a=/y: 'a' is /x already"),
     "other machines": ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could reach"),
     "device": ({"device": "tpu"}, "--device 'tpu' is unknown"),
     "samples": ({"samples": "/nothing/here"}, "/nothing/here"),
@@ -320,6 +324,58 @@ def test_samples_that_cannot_be_decoded_are_left_out(network, colours, tmp_path)
     (folder / "good.png").write_bytes(b"no image either")
     with pytest.raises(InputError, match="none of its 2 images can be used"):
         Running(config_of(network, tmp_path / "state", samples=str(folder))).__enter__()
+
+
+def test_samples_may_have_any_names_that_files_have(network, tmp_path):
+    """Equal but for the ending, no UTF-8, a line break, longer than an id may be."""
+    folder, deep = tmp_path / "samples", "d" * 200
+    names = [b"a.png", b"a.bmp", b"caf\xe9.png", b"two\nlines.png", f"{deep}/{'f' * 100}.png".encode()]
+    for seed, name in enumerate(names):
+        path = os.fsencode(folder) + b"/" + name
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(png(seed))
+    with (
+        Running(config_of(network, tmp_path / "state", samples=str(folder))) as running,
+        httpx.Client(base_url=running.addresses.http, timeout=60) as http,
+    ):
+        items = http.get("/v1/collections/samples/items").json()["items"]
+        assert all(http.get(one["thumbnail"]).status_code == 200 for one in items)
+        assert http.post("/v1/collections/samples/search?k=5", files={"file": png(0)}).status_code == 200
+    ids = {one["id"] for one in items}
+    assert {"a.png", "a.bmp", r"caf\udce9", r"two\x0alines"} < ids
+    (long,) = (one for one in ids if len(one) > 20)
+    assert long.startswith("...ddd")
+    assert long.endswith(f":{'f' * 100}")
+
+
+def test_more_neighbours_than_there_is_memory_for_are_refused_before_they_are_sought(network, tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((400, 48), dtype=np.float32)
+    with Running(config_of(network, tmp_path, queue_mb=1)) as running:
+        items = [{"embedding": vector.tolist()} for vector in vectors]
+        url = f"{running.addresses.http}/v1/collections/large/items"
+        httpx.post(url, json={"items": items}, timeout=60).raise_for_status()
+        wire = open_wire("grpc", running.addresses)
+        parameters = {"collection": "large", "k": 400}
+        assert wire.infer("knn", {"embedding": vectors[:4]}, parameters=parameters)["ids"].shape == (4, 400)
+        kind, line = refused(wire.infer, "knn", {"embedding": vectors[:32]}, parameters=parameters)
+        assert (kind, "400 neighbours of each of 32 rows take about 2 MB" in line) == ("too large", True)
+        wire.close()
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["red/7.png", "blue/7.png"], ["red:7", "blue:7"]),
+        (["x.png", "x.jpg", "y.jpg"], ["x.png", "x.jpg", "y"]),
+        (["a:b.png", "a/b.png"], ["a:b.png", "a:b.png#2"]),
+        (["x.png.jpg", "x.png", "x.bmp"], ["x.png", "x.png#2", "x.bmp"]),
+        (["same.png", "same.png"], ["same.png", "same.png#2"]),
+        (["..png"], ["..png"]),
+    ],
+)
+def test_every_sample_has_an_id_of_its_own(names, ids):
+    assert item_ids(names) == ids
 
 
 def test_the_collector_passes_over_what_was_loaded_by_the_time_a_server_is_ready(network, tmp_path):
