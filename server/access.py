@@ -37,6 +37,8 @@ _ADMIN_METHODS = frozenset(
 _READING_POSTS = re.compile(r"/v1/collections/[^/]+/(search|classify)")
 _ADMIN_PATHS = ("/v1/collections", "/v1/evaluations", "/v2/repository/models", "/v2/systemsharedmemory")
 _MAX_CLIENTS = 10_000
+_COMMENT = re.compile(r"(?:^|\s)#")
+"""Where a comment begins; within a word # belongs to a token."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Access:
             raise InputError(f"--token-file {path}: cannot be read ({type(error).__name__})") from error
         tokens = []
         for number, line in enumerate(lines, start=1):
-            words = line.split("#")[0].split()
+            words = _COMMENT.split(line)[0].split()
             if not words:
                 continue
             if len(words) != 3 or words[1] not in get_args(Role) or len(words[2]) < MIN_TOKEN:

@@ -11,6 +11,8 @@ from data.errors import InputError
 from server.tls import Tls
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MOST_MESSAGE_MB = 2047
+"""gRPC counts a message's bytes in 31 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,15 @@ class ServerConfig:
         for name in ("http_port", "grpc_port", "metrics_port"):
             if not 0 <= getattr(self, name) < 1 << 16:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted 0 to 65535")
+        if self.max_message_mb > MOST_MESSAGE_MB:
+            raise InputError(
+                f"--max-message-mb {self.max_message_mb}: wanted at most {MOST_MESSAGE_MB}; gRPC has no larger messages"
+            )
         for name in ("instances", "threads"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise InputError(f"--{name} {given}: wanted at least 1")
+        if not self.host:
+            raise InputError("--host '': wanted an address, such as 127.0.0.1, or 0.0.0.0 for all of this machine's")
         if not self.public and self.token_file is None and not is_loopback(self.host):
             raise InputError(
                 f"--host {self.host}: other machines could reach this server, which has no access control; "
@@ -153,6 +161,10 @@ class ServerConfig:
             name, equals, path = text.partition("=")
             if not equals or not path or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
                 raise InputError(f"--evaluation-data {text}: wanted NAME=PATH, NAME of letters, digits, '-' and '_'")
+            if name in pairs:
+                raise InputError(
+                    f"--evaluation-data {text}: {name!r} is {pairs[name]} already; give each set a name of its own"
+                )
             pairs[name] = path
         return pairs
 

@@ -69,7 +69,7 @@ def without_paths(job: Job) -> Callable[[str], str]:
         for what, instead in hidden.items():
             if os.sep in what[:-1]:  # no single word, which may stand for itself
                 text = text.replace(what, instead)
-        return text
+        return text.encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8, and JSON must be
 
     return clean
 
@@ -99,11 +99,11 @@ def run(job: Job, reporter: Reporter) -> None:
     reporter.say(part="report")
     page = make_page(load_results([out]), f"{job.evaluator} on {job.data_name}")
     with replacing(folder / "report.html") as path:
-        path.write_text(clean(page))
+        path.write_text(clean(page), encoding="utf-8")
     result["model"] |= {"ckpt": NETWORK}
     result["data"] |= {"source": job.data_name}
     with replacing(out) as path:
-        path.write_text(json.dumps(_cleaned(result, clean), indent=1, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(_cleaned(result, clean), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _end_with_the_server() -> None:

@@ -198,7 +198,7 @@ class Evaluations:
             elif run.error is not None:
                 run.state = "failed"
             else:
-                run.result = json.loads((self._folder / run.id / "result.json").read_text())
+                run.result = json.loads((self._folder / run.id / "result.json").read_text(encoding="utf-8"))
                 run.state, run.report = "done", f"/v1/evaluations/{run.id}/report"
         except Exception:
             log.exception("evaluation failed", extra={"fields": {"id": run.id}})

@@ -43,7 +43,7 @@ MAX_PAGE = 1000
 STEP_ITEMS = 1000
 JSON = "application/json"
 K = Annotated[int | None, Query(description="Neighbours of each image; left out: 5")]
-Label = Annotated[str, Query(max_length=1024, description="Only among items with this label")]
+Label = Annotated[str, Query(description="Only items with this label; left out or empty: all")]
 
 _ADD_BODY: dict[str, Any] = {
     "requestBody": {
@@ -106,10 +106,10 @@ def make_collection_routes(rest: Rest) -> APIRouter:
         name: CollectionName,
         after: Annotated[int, Query(ge=0, lt=1 << 63, description="`next` of the page before")] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
-        label: str | None = None,
+        label: Label = "",
     ) -> Response:
         def page() -> bytes:
-            found = service.collections.page(name, after, limit, label)
+            found = service.collections.page(name, after, limit, label or None)
             following = found[-1].sequence if len(found) == limit else None
             return write_json({"items": [_item_json(name, item) for item in found], "next": following})
 

@@ -91,7 +91,8 @@ async def assembled(config: ServerConfig, load: Load) -> AsyncIterator[tuple[Ser
             triton_codes=config.triton_codes,
             max_reply_bytes=config.max_message_mb << 20,
         )
-        rates, shared_memory = Rates(config.client_rows_per_s), SharedMemory(offered=is_loopback(config.host))
+        rates = Rates(config.client_rows_per_s)
+        shared_memory = SharedMemory(offered=is_loopback(config.host), max_bytes=config.queue_mb << 20)
         tracing = open_tracing() if config.traces else None
         if tracing is not None:
             stack.push_async_callback(asyncio.to_thread, tracing.close)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import InputError
-from server.errors import Conflict, NotFound
+from server.errors import Conflict, NotFound, TooLarge
 
 FOLDER = "/dev/shm/"
 REGION = "shared_memory_region"
@@ -60,8 +60,9 @@ class Place:
 class SharedMemory:
     """The regions of a server."""
 
-    def __init__(self, offered: bool) -> None:
-        self._offered = offered
+    def __init__(self, offered: bool, max_bytes: int = 1 << 30) -> None:
+        """`max_bytes` bounds one input: what is read of it is memory of the server."""
+        self._offered, self._max_bytes = offered, max_bytes
         self._regions: dict[str, Region] = {}
         self._lock = threading.Lock()
 
@@ -111,7 +112,12 @@ class SharedMemory:
             return [self._regions[one] for one in ([name] if name else sorted(self._regions))]
 
     def read(self, place: Place) -> bytes:
-        """The bytes of a place. Raises InputError, NotFound."""
+        """The bytes of a place. Raises InputError, NotFound, TooLarge."""
+        if place.byte_size > self._max_bytes:
+            raise TooLarge(
+                f"an input of {place.byte_size} bytes in {place.region!r:.80} is larger than this server ever takes: "
+                f"{self._max_bytes >> 20} MB; send fewer images at a time"
+            )
         with self._lock:
             region = self._within(place)
             content = os.pread(region.file, place.byte_size, region.offset + place.offset)

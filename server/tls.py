@@ -22,11 +22,18 @@ class Tls:
         """Try the files at once. Raises InputError for what cannot be read or does not fit."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.cert, self.key)
+            context.load_cert_chain(self.cert, self.key, self._ask_nobody)
             if self.client_ca is not None:
                 context.load_verify_locations(self.client_ca)
         except (OSError, ssl.SSLError) as error:
             raise InputError(f"--tls-cert {self.cert}, --tls-key, --tls-client-ca: cannot be used ({error})") from error
+
+    def _ask_nobody(self) -> str:
+        """In the place of OpenSSL's question for a passphrase, which waits for a terminal, once for each wire."""
+        raise InputError(
+            f"--tls-key {self.key}: is encrypted, and nobody is there to be asked for its passphrase; "
+            "give a plain one that only the server's user may read (openssl pkey -in KEY -out PLAIN)"
+        )
 
     def for_uvicorn(self) -> dict[str, Any]:
         """Arguments of uvicorn's configuration."""

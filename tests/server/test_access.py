@@ -12,6 +12,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import trustme
+from cryptography.hazmat.primitives import serialization
 from tritonclient.utils import InferenceServerException
 
 import app
@@ -22,6 +23,7 @@ from runtimes.open import open_runtime
 from server.access import Access, Rates, needed_on_grpc, needed_on_http
 from server.errors import Forbidden, Overloaded, Unauthenticated
 from server.run import Running
+from server.tls import Tls
 from tests.server.conftest import config_of
 from tests.server.images import png
 
@@ -138,6 +140,11 @@ def test_tokens_are_kept_as_hashes_and_checked(token_file: Path) -> None:
     with pytest.raises(Forbidden):
         access.check(f"Bearer {READER}", "admin", "1.2.3.4")
     assert Access().check(None, "admin", "1.2.3.4") == "1.2.3.4"
+
+
+def test_a_token_may_have_a_hash_within_and_a_comment_behind_it(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("# who may\na use 0123456789abcdef#ghi  # of the night shift\n")
+    assert Access.from_file(tmp_path / "tokens").check("Bearer 0123456789abcdef#ghi", "use", "") == "a"
 
 
 @pytest.mark.parametrize(
@@ -317,6 +324,18 @@ def test_a_triton_http_client_sends_its_token(guarded: Running) -> None:
     client = triton_http.InferenceServerClient(guarded.addresses.http.removeprefix("http://"))
     assert client.get_model_metadata("embedding", headers=USE)["name"] == "embedding"
     client.close()
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_passphrase(
+    authority: dict[str, Path], tmp_path: Path
+) -> None:
+    key = serialization.load_pem_private_key(authority["server.key"].read_bytes(), None)
+    locked = serialization.BestAvailableEncryption(b"secret")
+    (tmp_path / "locked.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
+    )
+    with pytest.raises(InputError, match=r"locked\.key: is encrypted"):
+        Tls(authority["server.pem"], tmp_path / "locked.key")
 
 
 def test_certificates_that_do_not_fit_are_refused_at_once(

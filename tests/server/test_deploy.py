@@ -26,6 +26,14 @@ def test_the_image_copies_every_package_and_nothing_that_is_not_there(repo_root:
     assert packages <= set(names)
 
 
+def test_the_images_user_is_the_pods_and_the_one_that_its_token_file_is_given_to(manifests: dict[str, dict]) -> None:
+    """A token file that is kept as our own page says, readable by its owner alone, is this user's or the start ends."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    user = manifests["Deployment"]["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
+    assert f"useradd --uid {user} " in text
+    assert f"chown {user} tokens" in text
+
+
 def test_the_settings_of_the_image_are_settings() -> None:
     text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
     environment = dict(re.findall(r"(DINOSCOPE_\w+)=(\S+)", text))

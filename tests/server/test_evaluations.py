@@ -1,6 +1,8 @@
 """Evaluators on the served network: what can be run, one at a time, to the figures of the command, kept over restarts."""
 
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -308,6 +310,22 @@ def test_every_evaluator_runs_on_what_a_server_gives(network: Path, tmp_path: Pa
         page = http.get(run["report"]).text
     found = re.findall(re.escape(str(sheet.parent)) + r"[^<\s]*", page + json.dumps(run))
     assert not found
+
+
+def test_names_that_are_no_utf8_are_evaluated_as_by_the_command(network: Path, tmp_path: Path) -> None:
+    """And what is told of them is JSON that everyone can read."""
+    odd = tmp_path / "odd"
+    for number, (part, label) in enumerate(itertools.product((b"train", b"val"), (b"caf\xe9", b"b"))):
+        folder = os.path.join(os.fsencode(odd), part, label)
+        os.makedirs(folder)
+        for image in range(3):
+            with open(os.path.join(folder, b"\xe9%d.png" % image), "wb") as file:
+                file.write(png(3 * number + image))
+    config = config_of(network, tmp_path / "state", evaluation_data=(f"odd={odd}",))
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        run = finished(http, start(http, "knn", "odd"))
+        assert (run["state"], run["error"]) == ("done", None)
+        assert "knn on odd" in http.get(run["report"]).text
 
 
 def test_videos_are_evaluated_with_the_settings_asked_for(network: Path, tmp_path: Path) -> None:

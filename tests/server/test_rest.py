@@ -271,3 +271,18 @@ def test_search_and_classify_among_one_label_only(http):
     assert {one["label"] for one in found} == {"b"}
     assert len(found) == 2
     assert http.post("/v1/collections/two/search?label=c", files=upload(png(0))).status_code == 400
+
+
+def test_a_label_of_any_length_can_be_searched_and_listed_and_an_empty_one_is_none(http):
+    long = "long " * 500
+    http.post(
+        "/v1/collections/labels/items", files=upload(png(0), png(1)), data={"label": ["short", long]}
+    ).raise_for_status()
+    listed = {
+        label: len(http.get("/v1/collections/labels/items", params={"label": label}).json()["items"])
+        for label in ("short", long, "")
+    }
+    assert listed == {"short": 1, long: 1, "": 2}
+    for label, k in ((long, 1), ("", 2)):
+        answer = http.post("/v1/collections/labels/search", params={"label": label, "k": k}, files=upload(png(0)))
+        assert len(answer.json()["results"][0]["neighbours"]) == k

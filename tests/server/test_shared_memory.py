@@ -14,6 +14,7 @@ import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 
 from data.errors import InputError
+from server.errors import TooLarge
 from server.run import Running
 from server.shared_memory import Place, SharedMemory
 from tests.server.images import png
@@ -132,6 +133,22 @@ def test_a_region_that_shrinks_is_an_error_and_not_the_end() -> None:
         for act in (lambda: shared.read(Place("r", 4096)), lambda: shared.write(Place("r", 4096), bytes(4096))):
             with pytest.raises(InputError, match="has become smaller"):
                 act()
+        shared.unregister()
+    finally:
+        path.unlink()
+
+
+def test_an_input_beyond_the_servers_memory_is_refused_before_it_is_read() -> None:
+    """A region costs its client nothing where it was never written to, and may be as large as it says."""
+    path = Path(f"/dev/shm/tests-{uuid.uuid4().hex}")
+    path.touch()
+    try:
+        os.truncate(path, 1 << 40)
+        shared = SharedMemory(offered=True, max_bytes=1 << 20)
+        shared.register("r", path.name, 0, 1 << 40)
+        with pytest.raises(TooLarge, match="larger than this server ever takes: 1 MB"):
+            shared.read(Place("r", 1 << 40))
+        assert shared.read(Place("r", 1 << 20)) == bytes(1 << 20)
         shared.unregister()
     finally:
         path.unlink()
