@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -192,21 +192,22 @@ class Evaluations:
         try:
             await asyncio.to_thread(_save, self._folder, run)
             async with self._wire() as address:
-                run.error = await self._run_process(run, address)
+                complaint = await self._run_process(run, address)
             if self._stopping:
-                run.state, run.error = "cancelled", None
-            elif run.error is not None:
-                run.state = "failed"
+                ended = replace(run, state="cancelled")
+            elif complaint is not None:
+                ended = replace(run, state="failed", error=complaint)
             else:
-                run.result = json.loads((self._folder / run.id / "result.json").read_text(encoding="utf-8"))
-                run.state, run.report = "done", f"/v1/evaluations/{run.id}/report"
+                result = json.loads((self._folder / run.id / "result.json").read_text(encoding="utf-8"))
+                ended = replace(run, state="done", result=result, report=f"/v1/evaluations/{run.id}/report")
         except Exception:
             log.exception("evaluation failed", extra={"fields": {"id": run.id}})
-            run.error, run.state = "the evaluator failed; the server's log has the details", "failed"
+            ended = replace(run, state="failed", error="the evaluator failed; the server's log has the details")
         finally:
             ticking.cancel()
-        run.seconds = round(time.perf_counter() - began, 3)
-        await asyncio.to_thread(self._finish, run)
+        ended.seconds = round(time.perf_counter() - began, 3)
+        await asyncio.to_thread(self._finish, ended)
+        vars(run).update(vars(ended))  # only now: whoever sees that it ended may start the next one
         log.info("evaluation", extra={"fields": run.to_json(full=False)})
 
     def _finish(self, run: Evaluation) -> None:

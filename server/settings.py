@@ -87,6 +87,8 @@ def _check(name: str, value: Any, where: str) -> None:
     kinds = get_args(hint) or (hint,)
     if value == "None" and type(None) in kinds:
         return
+    if value in ("", [""]):  # as `VARIABLE: ${UNSET}` leaves it; a folder of no name would be the one at hand
+        raise InputError(f"{where} is empty; give it a value, or leave it out")
     if bool in kinds and str(value).lower() not in ("true", "false", "1", "0"):
         raise InputError(f"{where} is {value!r:.40}; wanted true or false")
     if get_origin(hint) is Literal and value not in kinds:

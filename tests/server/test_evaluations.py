@@ -18,6 +18,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+import server.evaluations as evaluations_module
 from data.errors import InputError
 from evaluators import knn
 from evaluators.classification import ClassificationRun
@@ -26,7 +27,7 @@ from server.artifacts import Loaded, load_artifacts
 from server.config import ServerConfig
 from server.evaluation_options import spec_of
 from server.evaluation_process import Job, without_paths
-from server.evaluations import EVALUATORS, INTERRUPTED
+from server.evaluations import EVALUATORS, INTERRUPTED, Evaluation
 from server.run import Running
 from tests.evaluators.test_video_actions import action_folder
 from tests.server.conftest import config_of
@@ -177,6 +178,32 @@ def test_a_cancelled_evaluation_ends_soon_and_makes_room(http: httpx.Client) -> 
     assert (run["state"], run["result"], run["report"]) == ("cancelled", None, None)
     assert http.get(f"{where}/report").status_code == 404
     assert http.delete(where).json()["state"] == "cancelled", "once more changes nothing"
+
+
+def test_whoever_sees_an_evaluation_end_may_start_the_next_at_once(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows its end when it is kept, and not while a slow disk still writes it."""
+    writing, written = threading.Event(), threading.Event()
+    save = evaluations_module._save
+
+    def slowly(folder: Path, run: Evaluation) -> None:
+        if run.state != "running":
+            writing.set()
+            assert written.wait(60)
+        save(folder, run)
+
+    monkeypatch.setattr(evaluations_module, "_save", slowly)
+    where = start(http, "linear", "colours")
+    http.delete(where)
+    assert writing.wait(60)
+    assert http.get(where).json()["state"] == "running"
+    written.set()
+    while http.get(where).json()["state"] == "running":
+        pass
+    following = start(http, "linear", "colours")
+    http.delete(following)
+    assert finished(http, following)["state"] == "cancelled"
 
 
 def test_data_that_cannot_be_used_fails_with_a_line_that_shows_no_path(http: httpx.Client, state: Path) -> None:

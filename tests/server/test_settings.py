@@ -100,6 +100,24 @@ def test_a_value_of_another_kind_is_refused_where_it_stands(name: str, text: str
         read_settings(["--models", "m", "--config", str(file)], {})
 
 
+@pytest.mark.parametrize("name", ["collections", "samples", "host", "http_port"])
+def test_an_empty_value_is_refused_where_it_stands(name: str, tmp_path: Path) -> None:
+    """It would be the working directory as a folder of collections, or all of its images as samples."""
+    variable, file = f"DINOSCOPE_{name.upper()}", tmp_path / "s.toml"
+    with pytest.raises(InputError, match=f"^{variable} is empty; give it a value, or leave it out$"):
+        read_settings(["--models", "m"], {variable: ""})
+    file.write_text(f'{name} = ""\n')
+    with pytest.raises(InputError, match=f"^--config {file}: {name} is empty"):
+        read_settings(["--models", "m", "--config", str(file)], {})
+
+
+def test_no_data_to_evaluate_is_an_empty_list_and_no_empty_variable(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("evaluation_data = []\n")
+    assert read_settings(["--models", "m", "--config", str(tmp_path / "s.toml")], {}).evaluation_data == ()
+    with pytest.raises(InputError, match=r"^DINOSCOPE_EVALUATION_DATA is empty"):
+        read_settings(["--models", "m"], {"DINOSCOPE_EVALUATION_DATA": ""})
+
+
 def test_a_value_that_makes_no_sense_is_refused_where_it_stands(tmp_path: Path) -> None:
     file = tmp_path / "s.toml"
     file.write_text("queue_rows = 0\n")
