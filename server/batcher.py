@@ -72,6 +72,7 @@ class _Entry:
     arrived_s: float
     order: int
     future: asyncio.Future[Answer]
+    begun: Callable[[], None] | None
     taken: int = 0
     answered: int = 0
     started_ns: int | None = None
@@ -167,9 +168,14 @@ class Batcher:
         return sum(entry.left for bucket in self._buckets.values() for entry in bucket)
 
     async def submit(
-        self, key: Hashable, rows: np.ndarray, deadline_s: float | None = None, patience_s: float = PATIENCE_S
+        self,
+        key: Hashable,
+        rows: np.ndarray,
+        deadline_s: float | None = None,
+        patience_s: float = PATIENCE_S,
+        begun: Callable[[], None] | None = None,
     ) -> Answer:
-        """Queue rows [R, ...] under `key` and wait for their answer.
+        """Queue rows [R, ...] under `key` and wait for their answer; `begun` is called when an instance begins with the first of them.
 
         `deadline_s` is in the loop's own time; rows without one let those pass that are due within `patience_s`. Raises Expired when
         the deadline passes before the last row is taken, EngineFailed when a batch with rows of this request fails, Draining after
@@ -182,7 +188,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         due = min(deadline_s if deadline_s is not None else math.inf, now + patience_s)
-        entry = _Entry(rows, due, deadline_s, now, next(self._order), loop.create_future())
+        entry = _Entry(rows, due, deadline_s, now, next(self._order), loop.create_future(), begun)
         self._buckets.setdefault(key, []).append(entry)
         self._dispatch_soon(loop)
         try:
@@ -285,7 +291,10 @@ class Batcher:
                 pieces.append(_Piece(entry, entry.taken, stop))
                 room -= stop - entry.taken
                 entry.taken = stop
-                entry.started_ns = entry.started_ns or time.perf_counter_ns()
+                if entry.started_ns is None:
+                    entry.started_ns = time.perf_counter_ns()
+                    if entry.begun is not None:
+                        entry.begun()
         left = [entry for entry in bucket if entry.left]
         if left:
             self._buckets[key] = left

@@ -191,7 +191,7 @@ class Engine:
     ) -> dict[str, np.ndarray]:
         """Pixels float32 [N,3,H,W] through the batcher; only the outputs that are named are computed."""
         key = (pixels.shape[2], pixels.shape[3], tuple(sorted(outputs)))
-        answer = await self.batcher.submit(key, pixels, deadline_s, patience_s)
+        answer = await self.batcher.submit(key, pixels, deadline_s, patience_s, times.begun)
         times.add(answer)
         return answer.outputs
 

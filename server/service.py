@@ -227,7 +227,7 @@ class Service:
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         counts = self.counts[model.name]
         with self.admission.hold(rows, nbytes):
-            counts.pending += 1
+            waits = times.begun = _Waits(counts)
             self._running[model.engine] += 1
             try:
                 async with asyncio.timeout_at(deadline_s) if deadline_s is not None else _UNLIMITED as limit:
@@ -242,7 +242,7 @@ class Service:
                     f"the deadline of {(timeout_s or 0) * 1e3:g} ms passed before the answer was ready"
                 ) from error
             finally:
-                counts.pending -= 1
+                waits()
                 self._running[model.engine] -= 1
         total_ns = time.perf_counter_ns() - began_ns
         counts.succeed(model.name, rows, total_ns, times)
@@ -303,6 +303,21 @@ class Service:
             "Rows dropped before compute: caller left",
             lambda: self.engine.batcher.cancelled_rows,
         )
+
+
+class _Waits:
+    """A request that counts as pending until this is called: when the network begins with it, or when it ends without."""
+
+    __slots__ = ("_counts",)
+
+    def __init__(self, counts: ModelCounts) -> None:
+        self._counts: ModelCounts | None = counts
+        counts.pending += 1
+
+    def __call__(self) -> None:
+        if self._counts is not None:
+            self._counts.pending -= 1
+            self._counts = None
 
 
 async def _formatted(

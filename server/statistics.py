@@ -41,6 +41,8 @@ class Times:
     infer_ns: int = 0
     output_ns: int = 0
     executions: list[Execution] = field(default_factory=list)
+    begun: Callable[[], None] | None = None
+    """Called when the network begins with the request."""
 
     def add(self, answer: Answer) -> None:
         """Account for one trip through the batcher."""
@@ -56,6 +58,7 @@ class ModelCounts:
     rows: int = 0
     executions: int = 0
     pending: int = 0
+    """Requests that were accepted and wait: for their images to be decoded, or for the network."""
     last_inference_ms: int = 0
     success: Stage = field(default_factory=Stage)
     fail: Stage = field(default_factory=Stage)
@@ -178,7 +181,7 @@ _TRITON: tuple[tuple[str, str, str, Callable[[ModelCounts], int]], ...] = (
     ("nv_inference_request_success", "counter", "Answered requests", lambda c: c.success.count),
     ("nv_inference_count", "counter", "Answered rows", lambda c: c.rows),
     ("nv_inference_exec_count", "counter", "Runs of the network", lambda c: c.executions),
-    ("nv_inference_pending_request_count", "gauge", "Accepted and not yet answered", lambda c: c.pending),
+    ("nv_inference_pending_request_count", "gauge", "Accepted and not yet begun", lambda c: c.pending),
     ("nv_inference_request_duration_us", "counter", "End to end", lambda c: c.success.ns // 1000),
     ("nv_inference_queue_duration_us", "counter", "Waiting for an instance", lambda c: c.queue.ns // 1000),
     ("nv_inference_compute_input_duration_us", "counter", "Decode, preprocess", lambda c: c.compute_input.ns // 1000),

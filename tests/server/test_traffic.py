@@ -22,6 +22,8 @@ from tests.server.gate import ROWS, GatedRuntime, Held, ask, gauge, one_image, p
 from tests.server.images import png
 from tests.server.wires import Refused, open_wire
 
+PENDING = 'nv_inference_pending_request_count{model="backbone"'
+
 
 def statistics(running):
     return httpx.get(f"{running.addresses.http}/v2/models/backbone/stats").json()["model_stats"][0]
@@ -41,6 +43,30 @@ def test_requests_that_wait_share_a_batch_and_get_their_own_answers(gated):
     counted = statistics(running)
     assert (counted["inference_count"], counted["execution_count"]) == (8, 3)
     assert {one["batch_size"]: one["compute_infer"]["count"] for one in counted["batch_stats"]} == {1: 1, 3: 1, 4: 1}
+
+
+def test_pending_are_requests_that_wait_and_not_the_one_that_runs(gated):
+    """As Triton counts them: what scales by it would never come down to none."""
+    running, runtime = gated
+    runtime.gate.clear()
+
+    def pending():
+        page = httpx.get(running.addresses.metrics).text
+        return [int(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(PENDING)]
+
+    with ThreadPoolExecutor(ROWS) as pool:
+        answers = [pool.submit(ask, running, 0)]
+        wait_for(lambda: runtime.batches == [1])
+        assert pending() == [0]
+        answers += [pool.submit(ask, running, seed) for seed in (1, 2)]
+        wait_for(lambda: gauge(running, "dinoscope_queue_rows") == 2)
+        assert pending() == [2]
+        runtime.gate.set()
+        assert max(one.result() for one in answers) < 1e-6
+    assert pending() == [0]
+    with pytest.raises(Refused):
+        ask(running, 0, rows=ROWS + 1)
+    assert pending() == [0]
 
 
 def test_sizes_do_not_mix_in_a_batch(gated):
