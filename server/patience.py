@@ -7,7 +7,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0
-"""From a connection's first moment, or from a further request's first byte, to the end of its head."""
+"""From a connection's first moment, or from a further request's first byte, to the end of its head; and for the rest of a request that was
+answered before it had come whole, as one without its token is."""
 BODY_S = 60.0
 """Between two parts of a body, and for a client to take anything of a reply."""
 KEEP_ALIVE_S = 75
@@ -19,6 +20,7 @@ class PatientProtocol(H11Protocol):
 
     head_s, reply_s = HEAD_S, BODY_S
     _giving_up: asyncio.TimerHandle | None = None
+    _rest_due = False
     _untaken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -32,9 +34,9 @@ class PatientProtocol(H11Protocol):
         self._expect_head()
 
     def on_response_complete(self) -> None:
-        """A further head is due if some of it came along with the last request."""
+        """A further head is due if some of it came along with the last request, or the rest of that request, which nobody reads."""
         super().on_response_complete()
-        if self.conn.trailing_data[0]:
+        if self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY:
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -67,9 +69,12 @@ class PatientProtocol(H11Protocol):
             self._untaken = None
 
     def _expect_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        rest_due = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        due = self.conn.their_state is h11.IDLE or rest_due
+        if not due or rest_due is not self._rest_due:
             self._stop_waiting()
-        elif self._giving_up is None:
+        self._rest_due = rest_due
+        if due and self._giving_up is None:
             self._giving_up = self.loop.call_later(self.head_s, self.transport.close)
 
     def _stop_waiting(self) -> None:

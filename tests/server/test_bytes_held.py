@@ -41,6 +41,24 @@ def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_
         assert waits.result() < 1e-6
 
 
+def test_the_rest_of_a_request_that_is_answered_already_is_not_waited_for_without_end(gated, monkeypatch):
+    """Whoever is refused at once, even for want of a token, could otherwise keep a connection for as long as it likes."""
+    running, _ = gated
+    monkeypatch.setattr(PatientProtocol, "head_s", 0.5)
+    host, port = running.addresses.http.removeprefix("http://").split(":")
+    head = b"POST /v2/models/nothing/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    with socket.create_connection((host, int(port)), 5) as one:
+        one.sendall(head + b"{")
+        assert one.recv(4096)[9:12] == b"404"
+        one.sendall(b"{")
+        assert one.recv(4096) == b"", "it sent a little more, and was silent"
+    with socket.create_connection((host, int(port)), 5) as one:
+        one.sendall(head + b"{")
+        assert one.recv(4096)[9:12] == b"404"
+        one.sendall(b"{" * 8 + head.replace(b": 9", b": 0"))
+        assert one.recv(4096)[9:12] == b"404", "what comes whole leaves its connection open"
+
+
 def test_bodies_that_are_being_read_are_bounded_together_and_one_alone_is_not(tmp_path):
     runtime = GatedRuntime()
     config = config_of(tmp_path, tmp_path / "state", queue_mb=1, max_message_mb=4)
