@@ -251,7 +251,20 @@ class Collections:
         return self.add(name, new)
 
     def snapshot(self, name: str) -> Snapshot:
-        """The collection as it is now, for searching. Raises NotFound, or Conflict when another network made it."""
+        """The collection as it is now, for searching. Raises NotFound, or Conflict when another network made it.
+
+        The samples stay what they were for a network that has them in memory: another one, which takes its place or is served beside it
+        from the same database, makes them anew.
+        """
+        try:
+            return self._present(name)
+        except Conflict:
+            kept = self._snapshots.get(name) if name == SAMPLES else None
+            if kept is None:
+                raise
+            return kept
+
+    def _present(self, name: str) -> Snapshot:
         try:
             with self._connect() as db:
                 row = self._collection(db, name)

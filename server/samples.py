@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data.datasets import Dataset, open_dataset
@@ -10,6 +11,7 @@ from data.errors import InputError
 from server.collection_items import CONTROLS, MAX_ID, SAMPLES, NewItem
 from server.collections import Collections
 from server.engine import Engine
+from server.errors import Conflict
 from server.pictures import thumbnail
 from server.statistics import Times
 
@@ -39,6 +41,8 @@ async def build_samples(engine: Engine, store: Collections, data: str) -> int:
     if not new:
         raise InputError(f"--samples {data}: none of its {len(dataset.items)} images can be used")
     await engine.off_loop(store.replace, SAMPLES, new, fingerprint)
+    with suppress(Conflict):  # of a server of another network, which has made them anew by now
+        await engine.off_loop(store.snapshot, SAMPLES)  # and from now on they are in memory, whoever makes them anew
     return len(new)
 
 

@@ -1,5 +1,6 @@
 """Versions, load and unload, and changing the network under way."""
 
+import asyncio
 import json
 import shutil
 import threading
@@ -19,13 +20,16 @@ from onnx import numpy_helper
 from tritonclient.utils import InferenceServerException
 
 from data.decode import decode_image
+from data.errors import InputError
 from data.preprocess import center_view
 from exports.to_onnx import export_onnx
 from runtimes.open import open_runtime
 from server.artifacts import Loaded
 from server.collections import Collections
 from server.config import ServerConfig
+from server.engine import Engine
 from server.run import Running
+from server.samples import build_samples
 from tests.server.conftest import PREPROCESS, config_of
 from tests.server.gate import GatedRuntime, Held, wait_for
 from tests.server.images import png
@@ -105,6 +109,32 @@ def test_samples_follow_the_network_and_other_collections_stay_with_theirs(
         assert refused.status_code == 409
         http.post("/v2/repository/models/backbone/load", json={"parameters": {"version": "1"}}).raise_for_status()
         assert http.post("/v1/collections/mine/search", files=file).status_code == 200
+
+
+def test_samples_are_searched_while_a_new_network_makes_its_own(
+    running: Running, models: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there before it answers, and the old one has its own to the last; also where in the end it stays."""
+    add_version(models, "2", files["2"])
+    answers: list[httpx.Response] = []
+    vector = {"name": "embedding", "datatype": "FP32", "shape": [1, 48], "data": [1.0] * 48}
+    url = f"{running.addresses.http}/v2/models/knn/infer"
+
+    async def then_ask(engine: Engine, store: Collections, data: str) -> int:
+        made = await build_samples(engine, store, data)
+        answers.append(await asyncio.to_thread(httpx.post, url, json={"inputs": [vector]}, timeout=60))
+        if len(answers) == 1:
+            raise InputError("refused at last")
+        return made
+
+    monkeypatch.setattr("server.repository.build_samples", then_ask)
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        assert http.post("/v2/repository/models/backbone/load").status_code == 400
+        answers.append(http.post(url, json={"inputs": [vector]}))
+        assert http.post("/v2/repository/models/backbone/load").status_code == 200
+        answers.append(http.post(url, json={"inputs": [vector]}))
+    assert [one.status_code for one in answers] == [200] * 4
+    assert [one.json()["model_version"] for one in answers] == ["1", "1", "1", "2"]
 
 
 def test_what_one_network_made_is_never_kept_as_anothers(
