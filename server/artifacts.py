@@ -66,6 +66,16 @@ class Artifact:
 
 def load_artifacts(config: ServerConfig) -> Loaded:
     """Bring up what `--models` names, `--instances` times on each device. Raises InputError for what is missing or does not fit."""
+    try:
+        return _load_all(config)
+    except OSError as error:  # most often a file that the server's user may not read
+        where = config.models if error.filename is None else error.filename
+        raise InputError(
+            f"--models {config.models}: {where} cannot be read ({error.strerror or error}); let the server's user read it"
+        ) from error
+
+
+def _load_all(config: ServerConfig) -> Loaded:
     check_one_build()
     devices = config.device.split(",")
     if len(devices) == 1:

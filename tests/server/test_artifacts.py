@@ -1,7 +1,9 @@
 """`--models`: one file, a folder whose files fit together, a Triton repository; anything else is told apart."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -53,6 +55,17 @@ def test_a_checkpoint_alone_is_served_without_depth(network, tmp_path):
     assert [one.name for one in loaded.runtimes] == ["torch"]
     assert (loaded.runtimes[0].outputs, loaded.version) == (("embedding", "patches", "attention"), "1")
     assert loaded.depth_unit is None
+
+
+def test_what_may_not_be_read_is_refused_in_a_line(folder, tmp_path, monkeypatch):
+    """As on a machine where the server has a user of its own; and a name that no file can have."""
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert f"{folder} cannot be read (Permission denied)" in refused(folder, tmp_path)
+    assert "cannot be read (File name too long)" in refused(tmp_path / ("x" * 300), tmp_path)
 
 
 def test_a_folder_with_a_checkpoint_alone_is_served_without_depth(folder, tmp_path):
