@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from server.errors import Overloaded, OverloadedLikeTriton, TooLarge
+from server.statistics import Times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,11 @@ class Admission:
         kind = OverloadedLikeTriton if self.spec.triton_codes else Overloaded
         return kind(f"{why}; try again later", self.retry_after_s())
 
-    def learn(self, rows: int, infer_ns: int) -> None:
-        """Keep a running mean of what one row costs."""
-        self._row_s += 0.1 * (infer_ns / 1e9 / rows - self._row_s)
+    def learn(self, times: Times, copies: int) -> None:
+        """Keep a running mean of how long a row takes where so many copies of the network share the work."""
+        if times.executions:
+            row_ns = sum(one.run_ns / one.batch_rows for one in times.executions) / len(times.executions)
+            self._row_s += 0.1 * (row_ns / 1e9 / copies - self._row_s)
 
     def retry_after_s(self) -> int:
         """When what is inside now should be done: whole seconds, 1 to 60."""

@@ -246,7 +246,7 @@ class Service:
                 self._running[model.engine] -= 1
         total_ns = time.perf_counter_ns() - began_ns
         counts.succeed(model.name, rows, total_ns, times)
-        self.admission.learn(rows, times.infer_ns)
+        self.admission.learn(times, len(model.engine.runtimes))
         self.metrics.observe(model.name, total_ns, times)
         return written
 

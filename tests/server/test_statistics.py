@@ -3,9 +3,12 @@
 import random
 
 import prometheus_client
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from server.statistics import Histogram
+from server.admission import Admission, AdmissionSpec
+from server.batcher import Execution
+from server.statistics import Histogram, Times
 
 BOUNDS = (0.001, 0.5, 1, 30)
 
@@ -33,3 +36,19 @@ def test_a_histogram_shows_what_the_client_librarys_own_would() -> None:
         plain.observe(value)
         their_plain.observe(value)
     assert page(ours) == page(theirs)
+
+
+@pytest.mark.parametrize(
+    ("batch_rows", "copies", "wanted_s"),
+    [(1, 1, 20), (8, 1, 3), (8, 2, 2), (1, 4, 5)],
+)
+def test_a_full_queue_is_gone_when_all_copies_have_run_its_rows_in_such_batches(
+    batch_rows: int, copies: int, wanted_s: int
+) -> None:
+    """A run of 0.2 s, whatever is in it; 100 rows wait. What needed no run says nothing of it."""
+    admission = Admission(AdmissionSpec(max_rows=100))
+    for _ in range(200):
+        admission.learn(Times(executions=[Execution(batch_rows, 200_000_000)]), copies)
+        admission.learn(Times(), copies)
+    with admission.hold(100, 0):
+        assert admission.retry_after_s() == pytest.approx(wanted_s, abs=1)
