@@ -103,7 +103,7 @@ class Evaluations:
         self._number = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stopping = self._leaving = False
 
     @property
     def running(self) -> bool:
@@ -175,7 +175,8 @@ class Evaluations:
         return run
 
     async def close(self) -> None:
-        """Stop what runs, and wait for it."""
+        """Stop what runs, and wait for it: nobody has cancelled it, and it says so after a restart."""
+        self._leaving = not self._stopping
         self._stop()
         if self._task is not None:
             await self._task
@@ -193,7 +194,9 @@ class Evaluations:
             await asyncio.to_thread(_save, self._folder, run)
             async with self._wire() as address:
                 complaint = await self._run_process(run, address)
-            if self._stopping:
+            if self._leaving:
+                ended = replace(run, state="failed", error=INTERRUPTED)
+            elif self._stopping:
                 ended = replace(run, state="cancelled")
             elif complaint is not None:
                 ended = replace(run, state="failed", error=complaint)

@@ -125,7 +125,8 @@ def _piece(values: Any, dtype: np.dtype) -> np.ndarray:
         kind = came.dtype.kind == "b" or not came.size
     else:
         whole = dtype.kind == "f" or came.dtype.kind != "f" or bool((came == np.trunc(came)).all())
-        kind = came.dtype.kind in "iufO" and whole
+        large = came.dtype.kind == "O" and all(isinstance(one, int) for one in came.flat)  # beyond 64 bits; and no null
+        kind = (came.dtype.kind in "iuf" or large) and whole
     if not kind:
         raise TypeError
     with np.errstate(over="ignore"):  # what is too large for its type is infinite in it

@@ -234,6 +234,21 @@ def test_what_a_server_kept_is_there_after_a_restart_and_what_it_cut_short_says_
         assert httpx.get(f"{at}/..%2f1-done/report").status_code == 404
 
 
+def test_what_a_server_that_leaves_cuts_short_was_not_cancelled(network: Path, colours: Path, tmp_path: Path) -> None:
+    config = config_of(network, tmp_path / "state", evaluation_data=(f"colours={colours}",))
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        cancelled = start(http, "linear", "colours")
+        http.delete(cancelled)
+        finished(http, cancelled)
+        cut_short = start(http, "linear", "colours")
+    with Running(config) as running, httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        found = {where: http.get(where).json() for where in (cancelled, cut_short)}
+    assert {where: (run["state"], run["error"]) for where, run in found.items()} == {
+        cancelled: ("cancelled", None),
+        cut_short: ("failed", INTERRUPTED),
+    }
+
+
 def test_a_network_that_is_brought_up_does_not_replace_one_that_is_evaluated_meanwhile(
     network: Path, colours: Path, tmp_path: Path
 ) -> None:

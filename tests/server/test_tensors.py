@@ -65,6 +65,7 @@ def test_json_output_is_a_flat_list():
         (lambda: from_json("x", "FP32", [1], ["1"], None), "not a regular array"),
         (lambda: from_json("x", "FP32", [1], [True], None), "not a regular array"),
         (lambda: from_json("x", "FP32", [1], "abc", None), "not a regular array"),
+        (lambda: from_json("x", "FP32", [2], [1, None], None), "not a regular array"),
         (lambda: from_json("x", "FP32", [1], {"a": 1}, None), "not a regular array"),
         (lambda: from_json("x", "UINT8", [1], [1.5], None), "not a regular array"),
         (lambda: from_json("x", "BOOL", [1], [1], None), "not a regular array"),
