@@ -68,9 +68,10 @@ class Access:
             words = _COMMENT.split(line)[0].split()
             if not words:
                 continue
-            if len(words) != 3 or words[1] not in get_args(Role) or len(words[2]) < MIN_TOKEN:
+            good = len(words) == 3 and words[1] in get_args(Role) and len(words[2]) >= MIN_TOKEN
+            if not good or not words[2].isascii():  # headers carry nothing else, as each client thinks best
                 raise InputError(
-                    f"--token-file {path}, line {number}: wanted NAME, use or admin, and a token of {MIN_TOKEN} characters or more"
+                    f"--token-file {path}, line {number}: wanted NAME, use or admin, and a token of {MIN_TOKEN} ASCII characters or more"
                 )
             role: Role = "admin" if words[1] == "admin" else "use"
             tokens.append(Token(words[0], role, _digest(words[2])))

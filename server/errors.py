@@ -100,6 +100,7 @@ _TABLE: tuple[tuple[type[BaseException], Outcome], ...] = (
     (Draining, Outcome(grpc.StatusCode.UNAVAILABLE, 503, "REJECTED")),
     (StorageFailed, Outcome(grpc.StatusCode.UNAVAILABLE, 507, "BACKEND")),
     (InputError, Outcome(grpc.StatusCode.INVALID_ARGUMENT, 400, "OTHER")),
+    (RecursionError, Outcome(grpc.StatusCode.INVALID_ARGUMENT, 400, "OTHER")),
     (BaseException, Outcome(grpc.StatusCode.INTERNAL, 500, "BACKEND")),
 )
 
@@ -114,6 +115,10 @@ def message(error: BaseException, request_id: str = "") -> str:
 
     An internal error says no more than that it happened and under which request id its traceback was logged.
     """
+    if isinstance(
+        error, RecursionError
+    ):  # nothing here is nested but what clients send; a complaint that shows it can be too much
+        return "the request is nested too deep; send it flatter"
     if outcome(error).http_status != 500:
         return " ".join(str(error).split())[:MAX_MESSAGE]
     log.error("internal error", exc_info=error, extra={"fields": {"id": request_id}})

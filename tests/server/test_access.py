@@ -153,6 +153,7 @@ def test_a_token_may_have_a_hash_within_and_a_comment_behind_it(tmp_path: Path) 
         ("", "holds no token"),
         ("a use short", "line 1: wanted NAME"),
         (f"a root {READER}", "line 1: wanted NAME"),
+        ("a use pässword-0123456789", "line 1: wanted NAME"),
         (f"a use {READER}\na use {WRITER}", "a name stands in two lines"),
     ],
 )

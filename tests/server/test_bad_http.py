@@ -261,3 +261,22 @@ def test_a_bad_collection_name_is_refused(http, name):
 def test_many_more_images_than_the_queue_holds_are_refused_at_once(http):
     answer = http.post("/v1/embeddings", files=[("file", ("x.png", png(0), "image/png"))] * (QUEUE_ROWS + 1))
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/collections/deep/items", '{"items": %s}'),
+        ("/v1/collections/deep/items", '{"items": [{"embedding": %s}]}'),
+        ("/v2/models/knn/infer", '{"id": %s, "inputs": []}'),
+        ("/v2/models/knn/infer", '{"inputs": [{"name": "embedding", "datatype": "FP32", "shape": %s}]}'),
+        ("/v2/repository/index", '{"ready": %s}'),
+    ],
+)
+def test_what_is_nested_too_deep_to_be_shown_is_the_requests_mistake(http, path, body):
+    """The reader takes 1024 levels; whoever puts them into words has a little less room."""
+    for depth in (900, *range(960, 1030, 8)):
+        answer = http.post(
+            path, content=body % ("[" * depth + "]" * depth), headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 400, answer.text
