@@ -324,7 +324,9 @@ class Collections:
         threading.Thread(target=build, name=f"graph of {snapshot.name}", daemon=True).start()
 
     def _collection(self, db: Connection, name: str) -> Any:
-        row = db.execute(select(collections).where(collections.c.name == name)).one_or_none()
+        row = None
+        if not CONTROLS.search(name):  # no text that PostgreSQL takes
+            row = db.execute(select(collections).where(collections.c.name == name)).one_or_none()
         if row is None:
             names = db.execute(select(collections.c.name).order_by(collections.c.name).limit(20)).scalars().all()
             raise NotFound(f"there is no collection {name!r:.80}; there are: {', '.join(names) or 'none'}")

@@ -31,6 +31,18 @@ def store(request, tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("name", ["nothing", "../x", "a\0b", "\n"])
+def test_a_collection_of_whatever_name_is_not_found(store, name):
+    for ask in (
+        lambda: store.page(name, 0, 1, None),
+        lambda: store.snapshot(name),
+        lambda: store.thumbnail(name, "i"),
+        lambda: store.exported(name),
+    ):
+        with pytest.raises(NotFound, match="there is no collection"):
+            ask()
+
+
 def test_items_come_back_in_the_order_of_adding_page_by_page(store):
     store.add("birds", [item(1, 0, 0, n, id=f"i{n}", label="even" if n % 2 == 0 else None) for n in range(5)])
     first = store.page("birds", 0, 3, None)
