@@ -75,12 +75,14 @@ class OnnxRuntime(Runtime):
         rows = 1 if self.precision == "int8" else CPU_ROWS
         self.max_batch = max_batch or (rows if self.device == "cpu" else None)
         self.shades_only = self.export.get("input") == "uint8"
+        if fixed := self.export.get("fixed_px"):
+            self.fixed_px = (fixed[0], fixed[1])
 
     def check_sides(self, height_px: int, width_px: int) -> None:
         super().check_sides(height_px, width_px)
-        fixed = self.export.get("fixed_px")
-        if fixed and [height_px, width_px] != fixed:
-            raise InputError(f"this file takes images of {fixed[0]}x{fixed[1]} only, {height_px}x{width_px} came")
+        if self.fixed_px and self.fixed_px != (height_px, width_px):
+            height, width = self.fixed_px
+            raise InputError(f"this file takes images of {height}x{width} only, {height_px}x{width_px} came")
 
     def check_values(self, pixels_NCHW: np.ndarray) -> None:
         if self.shades_only:

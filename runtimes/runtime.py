@@ -33,6 +33,8 @@ class Runtime(ABC):
     """Images computed at a time; larger batches are run in parts, which gains nothing."""
     holds_scores: bool = False
     """Whether all attention scores of a block are in memory at once."""
+    fixed_px: tuple[int, int] | None = None
+    """Height and width of the images that it takes, where it takes one size alone."""
     shades_only: bool = False
     """Whether it takes pixels of 8-bit images alone; see `check_values`."""
 

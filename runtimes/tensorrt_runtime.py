@@ -48,6 +48,8 @@ class TensorRTRuntime(Runtime):
         self._types = {name: _NUMPY_OF[self._engine.get_tensor_dtype(name).name] for name in self.outputs}
         least, _, most = (tuple(shape) for shape in told["profile"])
         self._least, self._most = least, most
+        if least[2:] == most[2:]:
+            self.fixed_px = (least[2], least[3])
         self.max_batch: int = min(max_batch or most[0], most[0])
         self._lock = threading.Lock()
 

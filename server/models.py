@@ -89,10 +89,13 @@ class BackboneModel(ServedModel):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self.inputs = (TensorSpec("pixels", "FP32", (-1, 3, -1, -1), shades=True),)
-        shapes = {"embedding": (-1, engine.width), "patches": (-1, -1, engine.width)}
+        fixed = engine.runtimes[0].fixed_px
+        sides = fixed or (-1, -1)
+        rows, columns = (side // engine.step_px if fixed else -1 for side in sides)
+        self.inputs = (TensorSpec("pixels", "FP32", (-1, 3, *sides), shades=True),)
+        shapes = {"embedding": (-1, engine.width), "patches": (-1, rows * columns if fixed else -1, engine.width)}
         if engine.has("attention"):
-            shapes["attention"] = (-1, engine.shapes["attention"][1], -1, -1)
+            shapes["attention"] = (-1, engine.shapes["attention"][1], rows, columns)
         forms = {"attention": FLOAT_MAP}
         self.outputs = tuple(
             TensorSpec(name, "FP32", shape, formats=forms.get(name, ("fp16",))) for name, shape in shapes.items()

@@ -65,8 +65,23 @@ def test_a_size_that_was_not_exported_is_the_requests_mistake(files: dict[str, P
             kind, line = refused(opened.infer, model, images(png(0)), parameters={"size": 64})
             assert (kind, "takes images of 32x32 only" in line) == ("invalid", True)
         kind, line = refused(opened.infer, "backbone", {"pixels": np.zeros((1, 3, 8, 16), np.float32)})
+        assert (kind, "wanted [-1, 3, 32, 32]" in line) == ("invalid", True)
+        kind, line = refused(opened.infer, "backbone", {"pixels": np.zeros((1, 8, 16, 3), np.uint8)})
         assert (kind, "takes images of 32x32 only" in line) == ("invalid", True)
         opened.close()
+
+
+def test_metadata_of_an_export_of_one_size_names_it(files: dict[str, Path], tmp_path: Path) -> None:
+    """As that of an exported Triton repository does: load generators make their requests of it."""
+    with Running(config_of(files["fixed"], tmp_path)) as running:
+        metadata = httpx.get(f"{running.addresses.http}/v2/models/backbone").json()
+        wire = open_wire("grpc", running.addresses)
+        found = wire.infer("backbone", {"pixels": np.zeros((2, 3, 32, 32), np.float32)})
+        wire.close()
+    assert [one["shape"] for one in metadata["inputs"]] == [[-1, 3, 32, 32]]
+    shapes = {one["name"]: one["shape"] for one in metadata["outputs"]}
+    assert shapes == {"embedding": [-1, 48], "patches": [-1, 16, 48], "attention": [-1, 3, 4, 4]}
+    assert all(list(found[name].shape[1:]) == shape[1:] for name, shape in shapes.items())
 
 
 def test_pixels_of_no_8_bit_image_are_the_requests_mistake(files: dict[str, Path], tmp_path: Path) -> None:
