@@ -37,8 +37,8 @@ class RemoteRuntime(Runtime):
             self.manifest = _manifest(config, address)
             self.precision = config_parameters(config).get("precision", "fp32")
             self._max_rows = _max_batch_size(config) or 1 << 30
-            self._channels = _channels(metadata)
-            self.outputs = tuple(self._channels)
+            self._shapes = _shapes(metadata)
+            self.outputs = tuple(self._shapes)
         except BaseException as error:  # the two clients raise a dozen unrelated types at what is no server of ours
             self.close()
             if isinstance(error, InputError) or not isinstance(error, Exception):
@@ -54,7 +54,7 @@ class RemoteRuntime(Runtime):
     def _rows(self, height: int, width: int, outputs: Sequence[str]) -> int:
         """Images a request, so that neither it nor its reply is larger than a message may be."""
         patches = (height // step_px(self.manifest)) * (width // step_px(self.manifest))
-        values = sum(self._channels[name] * (1 if name == "embedding" else patches) for name in outputs)
+        values = sum(_values(self._shapes[name], patches) for name in outputs)
         row_bytes = 4 * max(3 * height * width, values)
         return max(1, min(self._max_rows, MAX_MESSAGE_BYTES // row_bytes))
 
@@ -100,13 +100,17 @@ def _manifest(config: Any, address: str) -> Manifest:
         raise InputError(f"{address}: the manifest of the model `backbone` is not JSON ({error})") from error
 
 
-def _channels(metadata: Any) -> dict[str, int]:
-    """Each output's values at one place of an image: the product of the sizes that its shape fixes."""
+def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    """Each output's shape with its batch axis, -1 where a size varies."""
     if isinstance(metadata, dict):
-        shapes = {output["name"]: output["shape"] for output in metadata["outputs"]}
-    else:
-        shapes = {output.name: output.shape for output in metadata.outputs}
-    return {name: math.prod(size for size in shape if size > 0) for name, shape in shapes.items()}
+        return {output["name"]: tuple(output["shape"]) for output in metadata["outputs"]}
+    return {output.name: tuple(output.shape) for output in metadata.outputs}
+
+
+def _values(shape: tuple[int, ...], patches: int) -> int:
+    """How many values of an output an image has: those of one place at each of its places, where the shape leaves these open."""
+    known = math.prod(size for size in shape[1:] if size > 0)
+    return known if all(size > 0 for size in shape[1:]) else known * patches
 
 
 def _max_batch_size(config: Any) -> int:

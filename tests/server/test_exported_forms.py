@@ -12,6 +12,7 @@ from data.errors import InputError
 from data.preprocess import normalise, whole_view
 from exports.onnx_file import OnnxSpec
 from exports.to_onnx import export_onnx
+from runtimes import remote
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime
 from server.repository import check_network
@@ -82,6 +83,19 @@ def test_metadata_of_an_export_of_one_size_names_it(files: dict[str, Path], tmp_
     shapes = {one["name"]: one["shape"] for one in metadata["outputs"]}
     assert shapes == {"embedding": [-1, 48], "patches": [-1, 16, 48], "attention": [-1, 3, 4, 4]}
     assert all(list(found[name].shape[1:]) == shape[1:] for name, shape in shapes.items())
+
+
+def test_requests_to_an_export_of_one_size_are_as_large_as_to_any_other(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metadata tell of all places of an image, and not of one that is to be multiplied."""
+    monkeypatch.setattr(remote, "MAX_MESSAGE_BYTES", 8 * 3 * 32 * 32 * 4)
+    pixels = np.random.default_rng(0).standard_normal((8, 3, 32, 32), dtype=np.float32)
+    with Running(config_of(files["fixed"], tmp_path)) as running:
+        with open_runtime(f"grpc://{running.addresses.grpc}") as served:
+            served.run(pixels, ("patches", "attention"))
+        (counted,) = httpx.get(f"{running.addresses.http}/v2/models/backbone/stats").json()["model_stats"]
+    assert (counted["inference_count"], counted["inference_stats"]["success"]["count"]) == (8, 1)
 
 
 def test_pixels_of_no_8_bit_image_are_the_requests_mistake(files: dict[str, Path], tmp_path: Path) -> None:
