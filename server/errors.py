@@ -13,7 +13,8 @@ from data.errors import InputError
 log = logging.getLogger("server")
 
 MAX_MESSAGE = 1000
-"""Characters of a message. gRPC sends it as a header, and a header of some kilobytes breaks the reply."""
+"""Bytes of a message. gRPC sends it as a header, three for each that is not ASCII, and refuses replies by chance whose headers have more
+than 8 KB."""
 
 
 class ServerError(Exception):
@@ -120,7 +121,7 @@ def message(error: BaseException, request_id: str = "") -> str:
     ):  # nothing here is nested but what clients send; a complaint that shows it can be too much
         return "the request is nested too deep; send it flatter"
     if outcome(error).http_status != 500:
-        return " ".join(str(error).split())[:MAX_MESSAGE]
+        return " ".join(str(error).split()).encode()[:MAX_MESSAGE].decode(errors="ignore")
     log.error("internal error", exc_info=error, extra={"fields": {"id": request_id}})
     return (
         f"the server failed on this request; its log has the details{f' under id {request_id}' if request_id else ''}"

@@ -217,3 +217,15 @@ def test_what_only_other_servers_offer_is_unimplemented_in_words(server, method)
         getattr(service_pb2_grpc.GRPCInferenceServiceStub(channel), method)(OFFERED_ELSEWHERE[method])
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert caught.value.details().startswith(f"{method} is not offered by this server")
+
+
+def test_a_complaint_about_long_words_of_any_script_reaches_its_client_every_time(server):
+    """Above 8 KB of headers gRPC refuses by chance, with a code that asks clients to try again."""
+
+    def change(request):
+        request.parameters["🦉" * 1000].string_param = "x"
+
+    for _ in range(30):
+        code, line = model_infer(server, change)
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "has no parameter" in line
