@@ -32,10 +32,20 @@ class TorchRuntime(Runtime):
         self.name = "torch"
         self.device = pick_device(device)
         network = network or Network(backbone.model)  # type: ignore[arg-type]
-        self._network = network.to(self.device).eval()
+        self._held: Network | None = network.to(self.device).eval()
         self.outputs = self._network.output_names
         self.threads = threads
         self._lock = threading.Lock()
+
+    @property
+    def _network(self) -> Network:
+        if self._held is None:
+            raise InputError("this runtime was closed; open it again")
+        return self._held
+
+    def close(self) -> None:
+        """Let go of the weights: a server that has loaded others may keep the rest of this for as long as it lives."""
+        self._held = None
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
         self.check_call(pixels_NCHW, outputs)

@@ -244,6 +244,8 @@ class Service:
             finally:
                 waits()
                 self._running[model.engine] -= 1
+                if not self._running[model.engine]:  # or a network would be kept for as long as its count
+                    del self._running[model.engine]
         total_ns = time.perf_counter_ns() - began_ns
         counts.succeed(model.name, rows, total_ns, times)
         self.admission.learn(times, len(model.engine.runtimes))

@@ -1,10 +1,12 @@
 """Versions, load and unload, and changing the network under way."""
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +26,7 @@ from data.errors import InputError
 from data.preprocess import center_view
 from exports.to_onnx import export_onnx
 from runtimes.open import open_runtime
-from server.artifacts import Loaded
+from server.artifacts import Loaded, load_artifacts
 from server.collections import Collections
 from server.config import ServerConfig
 from server.engine import Engine
@@ -60,6 +62,34 @@ def models(files: dict[str, Path], tmp_path: Path) -> Path:
     (folder / "backbone" / "1").mkdir(parents=True)
     shutil.copy(files["1"], folder / "backbone" / "1" / "model.onnx")
     return folder
+
+
+def test_a_network_that_another_took_the_place_of_leaves_memory(network: Path, tmp_path: Path) -> None:
+    """At once, and without Python's collector, which passes over whatever was loaded when the server was ready."""
+    engines: list[weakref.ref] = []
+    weights: list[weakref.ref] = []
+
+    def load(config: ServerConfig) -> Loaded:
+        loaded = load_artifacts(config)
+        engines.append(weakref.ref(loaded.runtimes[0]))
+        weights.append(weakref.ref(loaded.runtimes[0]._network))  # type: ignore[attr-defined]
+        return loaded
+
+    gc.disable()
+    try:
+        with (
+            Running(config_of(network, tmp_path / "state"), load) as running,
+            httpx.Client(base_url=running.addresses.http, timeout=60) as http,
+        ):
+            for _ in range(2):
+                embed(http)
+                http.post("/v2/repository/models/backbone/load").raise_for_status()
+            embed(http)
+            wait_for(lambda: [one() is None for one in weights] == [True, True, False])
+            gc.enable()
+            wait_for(lambda: gc.collect() >= 0 and engines[1]() is None)
+    finally:
+        gc.enable()
 
 
 def add_version(models: Path, version: str, file: Path) -> None:
