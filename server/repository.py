@@ -55,6 +55,7 @@ class Repository:
         self._config, self._load, self._spec = config, load, spec
         self._service, self._evaluations = service, evaluations
         self._changing = asyncio.Lock()
+        self._loading: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
 
     def index(self, only_ready: bool = False) -> list[dict[str, str]]:
@@ -72,7 +73,7 @@ class Repository:
         """Serve what `--models` holds now, or the version that the parameter `version` names, to all models: they share the network.
 
         Raises InputError and CheckFailed for what cannot be served, or has no such model, Conflict while an evaluation runs; the old
-        network then stays.
+        network then stays. What has begun is finished, even if its caller leaves: half of it would be a network that nobody serves.
         """
         self._service.check_open()
         self._known(name)
@@ -83,11 +84,22 @@ class Repository:
         if version is not None and str(version) not in versions_in(self._config.models):
             there = ", ".join(versions_in(self._config.models)) or "none: --models is no repository of versions"
             raise NotFound(f"there is no version {str(version)!r:.20}; there are {there}")
+        config = self._config if version is None else replace(self._config, version=str(version))
+        task = asyncio.ensure_future(self._load_in_turn(config, name))
+        self._loading.add(task)
+        task.add_done_callback(self._loaded)
+        await asyncio.shield(task)
+
+    async def _load_in_turn(self, config: ServerConfig, name: str) -> None:
         async with self._changing:
             self._refuse_while_evaluating()
-            config = self._config if version is None else replace(self._config, version=str(version))
             loaded = await asyncio.to_thread(self._load, config)
             await self._change(loaded, name)
+
+    def _loaded(self, task: asyncio.Task[None]) -> None:
+        self._loading.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("not loaded", extra={"fields": {"error": " ".join(str(task.exception()).split())[:300]}})
 
     async def _change(self, loaded: Loaded, name: str) -> None:
         service, old = self._service, self._service.engine
@@ -142,7 +154,10 @@ class Repository:
         log.info("unloaded", extra={"fields": {"model": name}})
 
     async def close(self) -> None:
-        """Close what is still being closed."""
+        """Give up what is being loaded for nobody any more, and close what is still being closed."""
+        for task in list(self._loading):
+            task.cancel()
+            await asyncio.wait([task])
         for task in list(self._closing):
             await task
 

@@ -33,7 +33,7 @@ from server.engine import Engine
 from server.run import Running
 from server.samples import build_samples
 from tests.server.conftest import PREPROCESS, config_of
-from tests.server.gate import GatedRuntime, Held, wait_for
+from tests.server.gate import GatedRuntime, Held, gauge, wait_for
 from tests.server.images import png
 
 
@@ -189,6 +189,31 @@ def test_what_one_network_made_is_never_kept_as_anothers(
         for name in "ab":
             (nearest,) = http.post(f"/v1/collections/{name}/search?k=1", files=image).json()["results"][0]["neighbours"]
             assert nearest["score"] > 0.999
+
+
+def test_a_load_that_has_begun_is_finished_although_its_caller_left(tmp_path: Path) -> None:
+    """On both wires; a deadline of gRPC left the new network, and its threads, to nobody."""
+    runtime = GatedRuntime()
+    versions = iter("123")
+    held = Held(lambda _: Loaded((runtime,), version=next(versions)))
+    held.go.set()
+    with (
+        Running(config_of(tmp_path, tmp_path / "state"), held) as running,
+        triton.InferenceServerClient(running.addresses.grpc) as client,
+    ):
+        at = running.addresses.http
+        held.begun.clear(), held.go.clear()
+        with pytest.raises(InferenceServerException, match="Deadline"):
+            client.load_model("backbone", client_timeout=0.5)
+        assert held.begun.wait(60)
+        wait_for(lambda: gauge(running, "dinoscope_calls") == 0)
+        held.go.set()
+        wait_for(lambda: httpx.get(f"{at}/v2/models/embedding").json()["versions"] == ["2"])
+        held.begun.clear(), held.go.clear()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{at}/v2/repository/models/backbone/load", timeout=0.5)
+        held.go.set()
+        wait_for(lambda: httpx.get(f"{at}/v2/models/embedding").json()["versions"] == ["3"])
 
 
 def test_a_reply_names_the_version_that_made_it(tmp_path: Path) -> None:
