@@ -73,8 +73,12 @@ class Collections:
         self._database.give_up()
 
     def bound_to(self, binding: Binding) -> "Collections":
-        """The same database as another network sees it; close one of the two."""
-        return Collections(self._database, binding)
+        """The same database as a network of these weights sees it; close one of the two. For equal ones, with all that is in memory."""
+        return self if binding == self.binding else Collections(self._database, binding)
+
+    def leave_memory(self) -> None:
+        """Forget what was read for searching; it is read again where it is asked for."""
+        self._snapshots.clear()  # and no lock, which a database that stalls may keep
 
     def infos(self) -> list[CollectionInfo]:
         """Every collection, by name."""

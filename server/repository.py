@@ -21,6 +21,7 @@ from data.preprocess import normalise
 from runtimes.runtime import Runtime
 from server.artifacts import Loaded, versions_in
 from server.collection_items import Binding
+from server.collections import Collections
 from server.config import ServerConfig
 from server.engine import Engine, EngineSpec
 from server.errors import Conflict, NotFound
@@ -120,14 +121,14 @@ class Repository:
         except BaseException:
             await engine.close()
             raise
-        away = service.unloaded.keys() - {name}
+        away, old_store = service.unloaded.keys() - {name}, service.collections
         service.use(engine, store, loaded.version, loaded.depth_unit, loaded.classes, loaded.labels)
         for other in away:  # as in Triton, what was unloaded comes back by its own name
             service.unload(other)
         log.info(
             "loaded", extra={"fields": {"version": loaded.version, "weights": engine.manifest.weights_sha256[:12]}}
         )
-        task = asyncio.ensure_future(self._close_when_idle(old))
+        task = asyncio.ensure_future(self._close_when_idle(old, None if old_store is store else old_store))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -135,11 +136,14 @@ class Repository:
         if self._evaluations.running:
             raise Conflict("an evaluation of the served network is running; wait for it, or cancel it")
 
-    async def _close_when_idle(self, engine: Engine) -> None:
+    async def _close_when_idle(self, engine: Engine, store: Collections | None) -> None:
+        """Also what the network's own view of the collections holds in memory, where nobody else shares it."""
         while self._service.runs_on(engine):
             await asyncio.sleep(0.02)
         await asyncio.sleep(LINGER_S)
         await engine.close()
+        if store is not None:
+            store.leave_memory()
         await asyncio.to_thread(_give_memory_back)
 
     async def unload(self, name: str) -> None:

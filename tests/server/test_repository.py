@@ -30,6 +30,7 @@ from server.artifacts import Loaded, load_artifacts
 from server.collections import Collections
 from server.config import ServerConfig
 from server.engine import Engine
+from server.neighbours import Snapshot
 from server.run import Running
 from server.samples import build_samples
 from tests.server.conftest import PREPROCESS, config_of
@@ -189,6 +190,31 @@ def test_what_one_network_made_is_never_kept_as_anothers(
         for name in "ab":
             (nearest,) = http.post(f"/v1/collections/{name}/search?k=1", files=image).json()["results"][0]["neighbours"]
             assert nearest["score"] > 0.999
+
+
+def test_collections_stay_in_memory_for_the_same_weights_and_leave_it_with_others(
+    running: Running, models: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of a database, and the graph over it, may have taken minutes, and as much memory as the network."""
+    searched: list[Snapshot] = []
+    search = Snapshot.search
+
+    def watched(snapshot: Snapshot, *words: Any) -> Any:
+        searched.append(snapshot)
+        return search(snapshot, *words)
+
+    monkeypatch.setattr(Snapshot, "search", watched)
+    image = {"file": ("a.png", png(0), "image/png")}
+    with httpx.Client(base_url=running.addresses.http, timeout=60) as http:
+        for version in ("1", "1", "2"):
+            if version == "2":
+                add_version(models, "2", files["2"])
+            http.post("/v2/repository/models/backbone/load").raise_for_status()
+            http.post("/v1/collections/samples/search?k=1", files=image).raise_for_status()
+        assert [one is searched[0] for one in searched] == [True, True, False]
+        rows = weakref.ref(searched[0].rows)
+        searched.clear()
+        wait_for(lambda: gc.collect() >= 0 and rows() is None)
 
 
 def test_a_load_that_has_begun_is_finished_although_its_caller_left(tmp_path: Path) -> None:
