@@ -116,9 +116,8 @@ def message(error: BaseException, request_id: str = "") -> str:
 
     An internal error says no more than that it happened and under which request id its traceback was logged.
     """
-    if isinstance(
-        error, RecursionError
-    ):  # nothing here is nested but what clients send; a complaint that shows it can be too much
+    # Nothing here is nested but what clients send, and what is read of it may be too deep to be shown in a complaint.
+    if isinstance(error, RecursionError):
         return "the request is nested too deep; send it flatter"
     if outcome(error).http_status != 500:
         return " ".join(str(error).split()).encode()[:MAX_MESSAGE].decode(errors="ignore")
