@@ -120,7 +120,7 @@ def message(error: BaseException, request_id: str = "") -> str:
     if isinstance(error, RecursionError):
         return "the request is nested too deep; send it flatter"
     if outcome(error).http_status != 500:
-        return " ".join(str(error).split()).encode()[:MAX_MESSAGE].decode(errors="ignore")
+        return " ".join(str(error).split()).encode("utf-8", "backslashreplace")[:MAX_MESSAGE].decode(errors="ignore")
     log.error("internal error", exc_info=error, extra={"fields": {"id": request_id}})
     return (
         f"the server failed on this request; its log has the details{f' under id {request_id}' if request_id else ''}"
