@@ -14,6 +14,8 @@ from data.errors import InputError, run_cli
 from evaluators.collection_file import PARQUET, CollectionFile, check_form, read_collection, write_collection
 
 ROOT = str(Path(__file__).resolve().parents[1])
+READ_S = 300.0
+"""How long a file may be read: the largest that is taken needs seconds, and whatever else is imported or exported waits for it."""
 _BAD_INPUT = 2
 """Status of a command that was given something it cannot use; see `data.errors`."""
 
@@ -25,9 +27,18 @@ def read_apart(content: bytes) -> CollectionFile:
     check_form("parquet")
     command = [sys.executable, "-P", "-m", "server.file_process"]
     environment = os.environ | {"PYTHONPATH": ROOT}
-    done = subprocess.run(
-        command, input=content, capture_output=True, env=environment, start_new_session=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command,
+            input=content,
+            capture_output=True,
+            env=environment,
+            start_new_session=True,
+            check=False,
+            timeout=READ_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"the file was not read within {READ_S:g} s; send it in parts, or as .npz") from error
     if done.returncode == 0:
         return read_collection(done.stdout)
     told = done.stderr.decode(errors="replace").strip()

@@ -54,3 +54,14 @@ def test_a_reader_that_dies_is_named_by_its_signal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(file_process.sys, "executable", str(reader))
     with pytest.raises(InputError, match="its reader ended by SIGKILL"):
         read_apart(parquet())
+
+
+def test_a_reader_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Imports and exports take turns: all would wait for it, for as long as the server lives."""
+    reader = tmp_path / "reader"
+    reader.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    reader.chmod(0o755)
+    monkeypatch.setattr(file_process.sys, "executable", str(reader))
+    monkeypatch.setattr(file_process, "READ_S", 1.0)
+    with pytest.raises(InputError, match="the file was not read within 1 s"):
+        read_apart(parquet())
