@@ -8,9 +8,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from data.errors import InputError
 
 PROTOCOL_PARAMETERS = frozenset(
-    {"timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
+    {"timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output", "content_type"}
 )
-"""Parameters of the v2 protocol itself; no model sees them."""
+"""Parameters of the v2 protocol itself; no model sees them. `content_type` is MLServer's hint of what a client made its request from."""
 
 Options = TypeVar("Options")
 

@@ -137,12 +137,14 @@ def from_json(name: str, datatype: str, shape: Sequence[int], values: Any, conte
     """A tensor from JSON `data`. Strings are UTF-8 text, or base64 where the input's parameter `content_type` says so."""
     if datatype != "BYTES":
         return from_values(name, datatype, shape, values)
-    if content_type not in (None, "base64"):
-        raise InputError(f"input {name!r}: content_type {content_type!r} is unknown; base64 is the one that exists")
+    if content_type not in (None, "base64", "str"):
+        raise InputError(
+            f"input {name!r}: content_type {content_type!r:.40} is unknown; wanted base64, or str for text"
+        )
     texts = list(_flatten(values))
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"input {name!r}: BYTES data in JSON wants strings, other values came")
-    if content_type is None:
+    if content_type != "base64":
         return from_values(name, datatype, shape, [text.encode() for text in texts])
     try:
         return from_values(name, datatype, shape, [base64.b64decode(text, validate=True) for text in texts])

@@ -1,6 +1,7 @@
 """What KServe v2 clients rely on around inference: health, metadata, configuration, index, statistics, compression, ids."""
 
 import asyncio
+import base64
 import gzip
 import json
 import queue
@@ -311,6 +312,18 @@ def test_what_is_null_in_a_json_request_is_as_if_it_were_not_there(http):
         assert answer.json().get("id") == body["id"]
     assert "id" not in http.post("/v2/models/knn/infer", json=bare).json()
     assert http.post("/v2/repository/index", json={"ready": None}).status_code == 200
+
+
+def test_what_mlservers_own_codecs_say_of_a_request_is_no_parameter_of_a_model(http):
+    said = {"parameters": {"content_type": "np"}}
+    tensor = {"name": "embedding", "datatype": "FP32", "shape": [1, 48], "data": [1.0] * 48, **said}
+    assert http.post("/v2/models/knn/infer", json={"inputs": [tensor], **said}).status_code == 200
+    file = {"name": "image", "datatype": "BYTES", "shape": [1, 1], "data": [base64.b64encode(png(0)).decode()]}
+    file |= {"parameters": {"content_type": "base64"}}
+    assert http.post("/v2/models/embedding/infer", json={"inputs": [file], **said}).status_code == 200
+    text = file | {"data": ["no image"], "parameters": {"content_type": "str"}}
+    told = http.post("/v2/models/embedding/infer", json={"inputs": [text]}).json()["error"]
+    assert told.startswith("image[0]: these bytes are no image")
 
 
 def test_a_question_for_the_index_that_is_no_truth_is_refused(http):
