@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class CroppedDataset(Dataset):
         left, top, right, bottom = (round(edge) for edge in self._boxes[i])
         left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
         return image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+    def subset(self, indices: Iterable[int]) -> "CroppedDataset":
+        """As `Dataset.subset`; each image keeps its box, also where several processes share the images."""
+        rows = [int(i) for i in indices]
+        return CroppedDataset([self._records[i] for i in rows], [self._boxes[i] for i in rows], self.name)
 
     def fingerprint(self) -> str:
         """Of the whole images and the boxes."""

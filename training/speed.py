@@ -5,6 +5,7 @@ matrix products and attention that the method asks for, two for each multiply-ad
 the last block for tokens that no loss reads.
 """
 
+import re
 import resource
 import sys
 import time
@@ -32,6 +33,7 @@ PEAK_TFLOP_PER_S = {
     "A100": (312, 156, 19.5),
     "V100": (125, 15.7, 15.7),
     "L40S": (362, 183, 91.6),
+    "L40": (181, 90.5, 90.5),
     "L4": (121, 60, 30.3),
     "A10G": (70, 35, 31.2),
     "A10": (125, 62.5, 31.2),
@@ -39,7 +41,7 @@ PEAK_TFLOP_PER_S = {
     "RTX 4090": (165, 82.6, 82.6),
     "RTX 3090": (71, 35.6, 35.6),
 }
-"""Dense peaks by a part of the device's name, the more specific names first: 16-bit floats, TF32, float32. From NVIDIA's data sheets."""
+"""Dense peaks by words of the device's name, the more specific names first: 16-bit floats, TF32, float32. From NVIDIA's data sheets."""
 PRODUCT = 1024
 """Side of the matrices whose product measures a device that is not in the table."""
 MEASURED = "measured product"
@@ -124,7 +126,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         name = torch.cuda.get_device_name(device)
         column = 0 if dtype.itemsize == 2 else 1 if torch.backends.cuda.matmul.allow_tf32 else 2
         for part, rates in PEAK_TFLOP_PER_S.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):  # whole words: an L4 is not an L40
                 return rates[column] * 1e12, f"data sheet of {part}"
     return product_rate(device, dtype), MEASURED
 

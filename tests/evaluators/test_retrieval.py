@@ -117,6 +117,9 @@ def test_queries_are_cropped_to_their_box_unless_the_preset_says_otherwise(oxfor
     assert cropped.image(0).shape == (33, 55, 3)
     assert whole.image(0).shape == (40, 70, 3)
     assert cropped.fingerprint() != whole.fingerprint()
+    part = cropped.subset([1, 0])  # as several processes share the queries out
+    assert [part.image(i).shape for i in range(2)] == [(40, 70, 3), (33, 55, 3)]
+    assert part.fingerprint() != whole.subset([1, 0]).fingerprint()
     assert RetrievalSpec(preset="dino").for_benchmark("roxford5k") == (224, (1.0,), False)
     assert RetrievalSpec(preset="dino").for_benchmark("rparis6k")[0] == 512
     assert RetrievalSpec().for_benchmark("rparis6k")[2]

@@ -52,6 +52,8 @@ def test_flops_of_a_step_agree_with_what_torch_counts(name: str) -> None:
         ("NVIDIA H200", torch.bfloat16, 989),
         ("NVIDIA A100-SXM4-40GB", torch.float32, 19.5),
         ("NVIDIA L40S", torch.bfloat16, 362),
+        ("NVIDIA L40", torch.bfloat16, 181),
+        ("NVIDIA L4", torch.bfloat16, 121),
         ("NVIDIA A10G", torch.bfloat16, 70),
     ],
 )
