@@ -19,6 +19,8 @@ from torch import Tensor
 
 from evaluators.extract import FeatureTable
 
+ROWS_LOOKED_AT = 64
+"""Images by which a network without CLS is told."""
 DINO_CONCATENATES_BELOW = 768
 """DINO reads the last 4 blocks of ViTs narrower than this, and CLS with mean patch of others."""
 
@@ -42,9 +44,19 @@ def combinations(table: FeatureTable) -> dict[str, np.ndarray]:
     return combined
 
 
+def has_cls(table: FeatureTable) -> bool:
+    """Whether the embedding says more than the mean patch. That of a ResNet is the mean patch, and twice the same are no more features."""
+    if "patch_mean" not in table.columns:
+        return True
+    embedding, mean = (table.columns[name][:ROWS_LOOKED_AT] for name in ("embedding", "patch_mean"))
+    return embedding.shape != mean.shape or not np.allclose(embedding, mean, rtol=1e-3, atol=1e-4)
+
+
 def names_for(preset: str | None, table: FeatureTable) -> tuple[str, ...]:
     """Combinations of a protocol, among those that the table has; without a preset, those of the last block, which
-    every engine gives."""
+    every engine gives. Of a network without CLS it is the embedding alone."""
+    if not has_cls(table):
+        return ("cls",)
     last, blocks = "patch_mean" in table.columns, "cls_last4" in table.columns
     if preset == "dino":
         if last and table.features.shape[1] >= DINO_CONCATENATES_BELOW:

@@ -13,7 +13,7 @@ from backbones.vit import ViT, ViTSpec
 from evaluators.classification import ClassificationRun
 from evaluators.combinations import combinations, interleaved, names_for, wide
 from evaluators.extract import FeatureTable, features_of
-from evaluators.linear import LinearSpec, run
+from evaluators.linear import LinearSpec, at_rate_for, run
 from evaluators.view_batches import ViewSpec, random_box
 from exports.to_onnx import export_onnx
 from runtimes.torch_runtime import TorchRuntime
@@ -60,6 +60,24 @@ def test_presets_ask_for_the_published_combinations() -> None:
     assert [names_for(preset, plain) for preset in ("dino", "dinov2", None)] == [("cls",)] * 3
     assert len(LinearSpec(preset="dinov2").lr) * len(four) == 52
     assert (LinearSpec(preset="dino").epochs, LinearSpec(preset="dino").lr) == (100, (1e-3,))
+
+
+def of_a_resnet(n: int = 5, width: int = 2048) -> FeatureTable:
+    """Its embedding is the mean of its last map's places."""
+    given = table(width, n)
+    return replace(given, columns=dict.fromkeys(("embedding", "patch_mean"), given.columns["patch_mean"]))
+
+
+def test_a_network_without_cls_has_one_combination() -> None:
+    """Published: the 2048 averaged features of a ResNet-50, once."""
+    assert [names_for(preset, of_a_resnet()) for preset in ("dino", "dinov2", None)] == [("cls",)] * 3
+
+
+def test_dinos_preset_takes_another_rate_for_a_resnet_unless_one_is_given() -> None:
+    by_default, given = LinearSpec(preset="dino"), LinearSpec(preset="dino", lr=(1e-3,))
+    assert [at_rate_for(of_a_resnet(), spec).lr for spec in (by_default, given)] == [(0.075,), (1e-3,)]
+    assert at_rate_for(table(768), by_default).lr == (1e-3,)
+    assert at_rate_for(of_a_resnet(), LinearSpec()) == LinearSpec()
 
 
 def test_random_views_repeat_for_a_name_and_differ_between_numbers() -> None:
