@@ -218,7 +218,7 @@ def evaluate_copydays(
         selected_on="nothing",
         chosen={},
         grid=[{"block": name.removeprefix("map_"), "map": metric.value} for name, metric in metrics.items()],
-        settings=asdict(spec),
+        settings=asdict(spec) | {"whitened": whitening is not None, "distractors": sum(map(len, extra))},
         predictions={
             "names": np.array(blocks[block].names),
             "score": found[block],

@@ -15,8 +15,10 @@ import pytest
 from backbones.catalog import CATALOG
 from data.errors import InputError
 from evaluators.compare import SCHEMA, compare, load_scored, mcnemar_exact, paired, table
+from evaluators.copies import CopiesSpec
 from evaluators.depth_protocol import DepthSpec, for_data
-from evaluators.linear import LinearSpec
+from evaluators.knn import KnnSpec
+from evaluators.linear import LR_PER_256, LinearSpec
 from evaluators.published_figures import DINO, DINOV2, FIGURES, REGISTERS, Figure, published_reference
 from evaluators.report import make_page
 from evaluators.report_groups import load_results
@@ -271,7 +273,21 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2")), 0.443),
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2-ms")), 0.472),
         ("segmentation", "ade20k", "miou", asdict(SegmentationSpec()), None),  # whole views are another protocol
+        ("segmentation", "ade20k", "miou", asdict(SegmentationSpec(preset="dinov2", steps=10)), None),
+        ("segmentation", "cityscapes", "miou", asdict(SegmentationSpec(preset="dinov2")), 0.666),
+        ("segmentation", "voc2012", "miou", asdict(SegmentationSpec(preset="dinov2-ms")), 0.826),
+        ("knn", "imagenet", "top1_best_on_val", asdict(KnnSpec()), 0.790),
+        ("knn", "imagenet", "top1_best_on_val", asdict(KnnSpec(temperature=0.1)), None),
         ("linear", "imagenet", "v2_top1", asdict(LinearSpec(preset="dinov2")), 0.708),
+        (
+            "linear",
+            "imagenet",
+            "v2_top1",
+            asdict(LinearSpec(preset="dinov2")) | {"lr": list(LR_PER_256)},
+            0.708,
+        ),  # as in a file
+        ("linear", "imagenet", "v2_top1", asdict(LinearSpec(preset="dinov2", epochs=1)), None),
+        ("linear", "imagenet", "v2_top1", asdict(LinearSpec(preset="dinov2", lr=(1e-3,))), None),
         ("linear", "imagenet", "v2_top1", asdict(LinearSpec()), None),
         ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec()), 0.870),
         ("video_actions", "ucf101", "top1_best_on_val", asdict(VideoActionsSpec(preset="dinov2")), 0.870),
@@ -283,6 +299,18 @@ def test_a_published_figure_belongs_to_one_protocol(
 ) -> None:
     found = published_reference(evaluator, "dinov2_vits14", f"{benchmark}:/data", {metric: {"value": 0.5}}, settings)
     assert (found[metric]["value"] if found else None) == wanted
+
+
+@pytest.mark.parametrize(
+    ("whitened", "distractors", "wanted"), [(True, 10_000, 0.858), (True, 0, None), (False, 10_000, None)]
+)
+def test_copydays_was_published_with_whitening_and_ten_thousand_distractors(
+    whitened: bool, distractors: int, wanted: float | None
+) -> None:
+    """Without them copies are easier to find."""
+    settings = asdict(CopiesSpec(preset="dino")) | {"whitened": whitened, "distractors": distractors}
+    found = published_reference("copies", "dino_vitb8", "copydays:/data", {"map_strong": {"value": 0.5}}, settings)
+    assert (found["map_strong"]["value"] if found else None) == wanted
 
 
 def test_no_two_published_figures_are_of_the_same_thing() -> None:

@@ -81,6 +81,8 @@ def test_copydays_is_read_as_distributed(tmp_path: Path) -> None:
     )
     assert "6 distractors" in more["protocol"]
     assert "whitened" in more["protocol"]
+    told = [(one["settings"]["whitened"], one["settings"]["distractors"]) for one in (result, more)]
+    assert told == [(False, 0), (True, 6)]
 
 
 def test_only_the_first_twenty_results_count_and_distractors_push_copies_out() -> None:
