@@ -143,7 +143,7 @@ class DepthRun(NetworkOptions):
     """Images with 16-bit depth PNG in millimetres (0: none): a packed set or tar shards with `depth_mm` (or
     `disparity_x64`), a CSV with a column `depth_mm`, a folder with images/ and depth_mm/, nyud:ROOT or kitti:ROOT."""
     group_by: str = "auto"
-    """Column that ties images together (views of one scene); `auto`: scene, room, objects, instance or group; `none`."""
+    """Column that ties images together (views of one scene); `auto`: scene, room, objects, instance, family, concept or group; `none`."""
     baselines: tuple[DepthBaseline, ...] = ()
     """Measured beside the network on the same images: mean (the mean training map for every image), colour (mean and
     spread of colour in each patch, linear1 probe), untrained (same network, random weights)."""

@@ -25,12 +25,10 @@ from evaluators.depth_benchmarks import BENCHMARKS, ScoredPart
 from evaluators.depth_cuts import DEPTH, DEPTH_256, DISPARITY, CutDataset
 from evaluators.image_sizes import upright_hw
 from evaluators.nyud_mat import LabelledDataset
-from evaluators.splits import Splits, split_dataset
+from evaluators.splits import Splits, scene_column, split_dataset
 
 STEPS = {DEPTH: 1000.0, DEPTH_256: 256.0, DISPARITY: 64.0}
 """Steps of the 16-bit values that make up a metre, or a pixel of disparity."""
-GROUP_COLUMNS = ("scene", "room", "objects")
-"""Columns that tie views of one scene together, before those of `splits`; `objects` lists what stands in a rendered room."""
 
 
 BEYOND_TRAINING = 2.0
@@ -89,13 +87,7 @@ def _open_set(data: str | Path) -> Dataset:
 
 
 def _split(dataset: Dataset, train_split: str | None, val_split: str | None, group_by: str) -> Splits:
-    if group_by == "auto":
-        columns = dataset.items[0].row if dataset.items else {}
-        group_by = next((name for name in GROUP_COLUMNS if name in columns), group_by)
-        values = {item.row.get(group_by) for item in dataset.items}
-        if len(values) == 1 and group_by in columns:  # one scene in all: its views cannot be held out as a whole
-            group_by = "none"
-    return split_dataset(dataset, train_split, val_split, group_by)
+    return split_dataset(dataset, train_split, val_split, scene_column(dataset.items, group_by))
 
 
 class MeasuredDepth(Sequence[np.ndarray]):

@@ -168,6 +168,9 @@ class SegmentationRun(NetworkOptions):
     data: str
     """Images with masks of classes (PNG; 255: does not count): ade20k:ROOT, voc2012:ROOT, cityscapes:ROOT, a folder with
     images/ and masks/, or a packed set, CSV or tar shards with `sem` or `masks`."""
+    group_by: str = "auto"
+    """Column that ties images together (views of one scene, a city of Cityscapes); `auto`: scene, room, objects, instance, family, concept
+    or group; `none`."""
     baselines: tuple[SegmentationBaseline, ...] = ()
     """Measured beside the network on the same images: colour (mean and spread of colour in each patch, same probe),
     untrained (same network, random weights)."""

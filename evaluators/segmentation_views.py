@@ -18,7 +18,7 @@ from evaluators.segmentation_cuts import Cut, CutImages, CutMasks, WindowTable, 
 from evaluators.segmentation_data import VOID_VALUE, MaskedImages, Masks, open_masks
 from evaluators.segmentation_probe import ImageTable, SegmentationTable
 from evaluators.segmentation_protocol import SegmentationSpec
-from evaluators.splits import Splits, group_of, split_dataset
+from evaluators.splits import Splits, group_of, scene_column, split_dataset
 from evaluators.view_batches import ViewSpec
 from runtimes.runtime import Runtime, step_px
 
@@ -38,7 +38,8 @@ def open_parts(options: NetworkOptions) -> Parts:
     classes = whole.class_names()
     if not 2 <= len(classes) <= VOID_VALUE:
         raise InputError(f"{options.data}: its masks tell {len(classes)} class apart; wanted 2 to {VOID_VALUE}")
-    splits = split_dataset(whole.dataset, options.train_split, options.val_split, options.group_by)
+    group_by = scene_column(whole.dataset.items, options.group_by)
+    splits = split_dataset(whole.dataset, options.train_split, options.val_split, group_by)
     images = {"train": replace(whole, dataset=splits.train), "val": replace(whole, dataset=splits.val)}
     return Parts(images, splits, classes)
 

@@ -23,6 +23,8 @@ VAL_NAMES = ("val", "test")
 """Names under which the held-out part of a set is looked for, in this order."""
 GROUP_COLUMNS = ("instance", "family", "concept", "group")
 """Columns that tie images together, in order of preference, where `--group-by` is auto."""
+SCENE_COLUMNS = ("scene", "room", "objects")
+"""Columns that tie views of one scene together, before those, where images have maps; `objects` lists what stands in a rendered room."""
 ONE_IN_NAMES, ONE_IN_GROUPS = 5, 4
 """Share held out: every fifth image by name, every fourth group (the rule of the packed set `objects`)."""
 FOLDS = 5
@@ -84,6 +86,18 @@ def pick_group_column(items: Sequence[Item], group_by: str, data: str) -> str | 
             raise InputError(f"--group-by {group_by}: {data} has no such column; it has {', '.join(columns) or 'none'}")
         return group_by
     return next((name for name in GROUP_COLUMNS if name in columns), None)
+
+
+def scene_column(items: Sequence[Item], group_by: str) -> str:
+    """What `--group-by` comes to for images with maps: where it is auto and there are columns of scenes, the first of these.
+
+    `none` where all training images are of one scene, whose views cannot be held out as a whole.
+    """
+    column = next((name for name in SCENE_COLUMNS if items and name in items[0].row), None)
+    if group_by != "auto" or column is None:
+        return group_by
+    scenes = {item.row.get(column) for item in items if item.split in ("train", None)}
+    return "none" if len(scenes) == 1 else column
 
 
 def group_of(item: Item, group_column: str | None) -> str:

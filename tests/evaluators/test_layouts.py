@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 from data.errors import InputError
 from evaluators.presets import evaluator_cli
 from evaluators.results import load_result
+from evaluators.segmentation import SegmentationRun
 from evaluators.segmentation_data import open_masks
+from evaluators.segmentation_views import open_parts
 from tests.data.test_imagenet import NAMED, devkit, flat_val, picture, train_folders
 from tests.evaluators.fakes import small_checkpoint
 from tests.evaluators.test_attention import voc_folder
@@ -127,6 +130,23 @@ def test_cityscapes_ids_become_its_nineteen_classes(tmp_path: Path) -> None:
     next(iter((tmp_path / "gtFine").rglob("*.png"))).unlink()
     with pytest.raises(InputError, match=r"labelIds\.png: nothing there"):
         open_masks(tmp_path, "classes")
+
+
+def grouped(data: object, group_by: str = "auto") -> str | None:
+    """The column that ties a set's images together for segmentation."""
+    return open_parts(SegmentationRun(ckpt="-", data=str(data), group_by=group_by)).splits.group_column
+
+
+def test_images_of_one_city_are_held_out_and_drawn_together(tmp_path: Path) -> None:
+    cities = cityscapes_folder(tmp_path)
+    assert [grouped(cities), grouped(cities, "none")] == ["scene", None]
+    shutil.rmtree(tmp_path / "leftImg8bit" / "train" / "bochum")
+    assert grouped(cities) is None, "the images of a single city are all there is to choose on"
+
+
+def test_two_views_of_a_room_are_of_one_scene(shared_data: Path) -> None:
+    """As for depth, which reads the same set."""
+    assert grouped(shared_data / "rooms") == "objects"
 
 
 def test_cityscapes_with_training_ids_alone_has_the_same_classes(tmp_path: Path) -> None:
