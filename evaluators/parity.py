@@ -18,10 +18,10 @@ import tyro
 
 from data.datasets import Dataset
 from data.errors import CheckFailed, InputError, run_cli
+from evaluators.benchmark_images import images_to_test
 from evaluators.classification import RunOptions, progress_bar, summary
 from evaluators.compare import load_scored, metric_pair, paired
 from evaluators.results import check_writable, load_result, replacing
-from evaluators.splits import open_splits
 from evaluators.suite import Entry, available, evaluate
 from evaluators.view_batches import Batch, ViewSpec, decoded_batches
 from runtimes.open import open_runtime
@@ -90,7 +90,7 @@ def compare_features(a: Runtime, b: Runtime, options: RunOptions, spec: ParitySp
     outputs = [name for name in a.outputs if name in b.outputs]
     if not outputs:
         raise InputError(f"A gives {', '.join(a.outputs)}, B {', '.join(b.outputs)}: nothing to compare")
-    dataset = open_splits(options.data).val
+    dataset = images_to_test(options.data)
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(spec.images, len(dataset))).round().astype(int))
     shown, found, names = dataset.subset(rows), {name: ([], []) for name in outputs}, []  # type: ignore[var-annotated]
     with progress_bar("parity") as progress:

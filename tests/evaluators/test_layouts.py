@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
+from evaluators import parity
+from evaluators.parity import ParityRun, ParitySpec
 from evaluators.presets import evaluator_cli
 from evaluators.results import load_result
 from evaluators.segmentation import SegmentationRun
@@ -98,6 +100,30 @@ def test_a_benchmark_as_distributed(
     result = measured(tmp_path, name, data, words)
     assert (result["evaluator"], result["data"]["source"]) == (name, data)
     assert (result["headline"], result["metrics"][result["headline"]]["n"]) == (headline, n)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "folder", "n"),
+    [
+        ("imagenet", imagenet_folder, 4),
+        ("copydays", copydays, 5),
+        ("roxford5k", oxford_folder, 6),
+        ("rparis6k", paris_folder, 6),
+        ("ade20k", ade_folder, 6),
+        ("voc2012", voc_with_training, 1),
+        ("cityscapes", cityscapes_folder, 2),
+        ("nyud", nyud_folder, 1),
+        ("kitti", kitti_folder, 1),
+        ("davis", davis_folder, 5),
+        ("ucf101", ucf_folder, 4),
+    ],
+)
+def test_two_runtimes_can_be_compared_on_the_test_images_of_every_benchmark(
+    tmp_path: Path, benchmark: str, folder: Callable[[Path], Path], n: int
+) -> None:
+    ckpt, data = str(small_checkpoint(tmp_path / "a.safetensors")), f"{benchmark}:{folder(tmp_path / 'benchmark')}"
+    found = parity.run(ckpt, ckpt, ParityRun(data=data, threads=1), ParitySpec(evaluators=()))
+    assert (found["features"]["embedding"]["n"], found["complaints"]) == (n, [])
 
 
 @pytest.mark.parametrize(
