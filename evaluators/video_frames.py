@@ -107,8 +107,8 @@ def read_frames(path: Path, wanted: int, limits: DecodeLimits = DEFAULT_LIMITS) 
         return [decode_image(read_bytes(Member(str(files[k]))), limits) for k in places(len(files), wanted)]
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file comes as an error, not as chatter
     declared = _declared_frames(path, limits)
-    found = _frames_at(path, places(max(1, declared), wanted))
-    if len(found) < wanted:  # headers of some files promise more frames than there are
+    found = _frames_at(path, places(declared, wanted)) if declared else []
+    if len(found) < wanted:  # headers of some files promise more frames than there are, those of others tell none
         there = _count_frames(path)
         if not there:
             raise DecodeError("corrupt", f"{path.name}: no frame of this video can be decoded")
@@ -119,9 +119,10 @@ def read_frames(path: Path, wanted: int, limits: DecodeLimits = DEFAULT_LIMITS) 
 
 
 def _declared_frames(path: Path, limits: DecodeLimits) -> int:
+    """How many frames a file says that it has; 0 where it does not say, as those that a browser or a camera recorded in one go."""
     capture = _open(path)
     width, height = (int(capture.get(what)) for what in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
-    declared = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    declared = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     capture.release()
     if width * height > limits.max_pixels:
         raise DecodeError("too_many_pixels", f"{path.name}: frames of {width}x{height} pixels; scale the video down")

@@ -75,6 +75,18 @@ def test_a_film_gives_the_frames_of_its_places(tmp_path: Path) -> None:
     assert red[..., 0].mean() > 180 > 60 > red[..., 2].mean()
 
 
+def test_a_film_that_does_not_say_how_long_it_is_is_counted(tmp_path: Path) -> None:
+    """Frames one after another, without a header or an index, as recorders leave them."""
+    frames = [cv2.imencode(".jpg", np.full((48, 64, 3), 10 * k, np.uint8))[1].tobytes() for k in range(20)]
+    path = tmp_path / "a.mpg"
+    path.write_bytes(b"".join(frames))
+    capture = cv2.VideoCapture(str(path))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) < 0
+    capture.release()
+    found = [int(frame.mean().round()) for frame in read_frames(path, 4)]
+    np.testing.assert_allclose(found, [20, 70, 120, 170], atol=2)
+
+
 def test_frames_of_a_video_are_averaged_or_set_side_by_side_and_broken_videos_left_out() -> None:
     features = np.arange(10, dtype=np.float32).reshape(5, 2)
     table = FeatureTable(
