@@ -5,7 +5,7 @@
                                             frame of each clip at least, frames without one are not scored
     NAME.csv beside NAME.zip                a packed set with a column `clip` and the kind `instances`
 
-DAVIS is also known by its folders, without the prefix. Frames of a video come in the order of their names.
+DAVIS is also known by its folders, without the prefix. Frames of a video come in the order of their names, numbers in them by size.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from data.errors import InputError
 from data.listings import IMAGE, Item, Record, images_under
 from data.members import Member
 from evaluators.segmentation_data import VOID_VALUE, decode_mask, read_names
+from evaluators.video_frames import in_time
 
 MASK_FOLDERS = ("masks", "instances", "annotations")
 MASK = "instances"
@@ -109,7 +110,7 @@ def _videos(dataset: Dataset, score_last: bool, source: str) -> VideoSet:
         rows.setdefault(item.row["clip"], []).append(row)
     videos = []
     for name, own in rows.items():
-        own.sort(key=lambda row: dataset.items[row].name)
+        own.sort(key=lambda row: in_time(dataset.items[row].name))
         video = MaskedVideo(name, dataset.subset(own))
         if len(video) < (2 if score_last else 3):
             raise InputError(

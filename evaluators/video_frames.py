@@ -5,10 +5,12 @@
     train/CLASS/clip.mp4, val/... a folder of splits and classes, or of classes alone; a clip is a video file (.avi .mp4
                                   .mkv .mov .webm .mpg) or a folder of frames
 
+Frames in a folder come in the order of their names, numbers in them by size: 2.jpg before 10.jpg.
 A set's rows are frames, evenly spaced over each video, so that extraction and its cache work as for images.
 """
 
 import os
+import re
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
@@ -88,8 +90,18 @@ class VideoFrames(Dataset):
         return f"videos-{len(self.items)}-{digest:08x}"
 
 
+def in_time(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sorts the names of frames: where they are not padded, frame 10 is not the second one."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], name
+
+
+def _frames_in(folder: Path) -> list[Path]:
+    return sorted(images_under(folder), key=lambda path: in_time(path.relative_to(folder).as_posix()))
+
+
 def _mark(path: Path) -> str:
-    files = images_under(path) if path.is_dir() else [path]
+    files = _frames_in(path) if path.is_dir() else [path]
     return " ".join(content_mark(Member(str(file))) for file in files)
 
 
@@ -101,7 +113,7 @@ def places(n: int, wanted: int) -> list[int]:
 def read_frames(path: Path, wanted: int, limits: DecodeLimits = DEFAULT_LIMITS) -> list[np.ndarray]:
     """Evenly spaced frames, uint8 [H, W, 3] in RGB. Raises DecodeError for what is no video, or has no frames."""
     if path.is_dir():
-        files = list(images_under(path))
+        files = _frames_in(path)
         if not files:
             raise DecodeError("empty", f"{path.name}: a folder without frames")
         return [decode_image(read_bytes(Member(str(files[k]))), limits) for k in places(len(files), wanted)]

@@ -75,6 +75,13 @@ def test_a_film_gives_the_frames_of_its_places(tmp_path: Path) -> None:
     assert red[..., 0].mean() > 180 > 60 > red[..., 2].mean()
 
 
+def test_frames_in_a_folder_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """As tools write them that do not pad: 1.png, 2.png ... 12.png."""
+    for k in range(12):
+        cv2.imwrite(str(tmp_path / f"frame{k + 1}.png"), np.full((4, 4, 3), 10 * k, np.uint8))
+    assert [int(frame.mean()) for frame in read_frames(tmp_path, 12)] == [10 * k for k in range(12)]
+
+
 def test_a_film_that_does_not_say_how_long_it_is_is_counted(tmp_path: Path) -> None:
     """Frames one after another, without a header or an index, as recorders leave them."""
     frames = [cv2.imencode(".jpg", np.full((48, 64, 3), 10 * k, np.uint8))[1].tobytes() for k in range(20)]

@@ -178,6 +178,15 @@ def test_davis_is_read_as_distributed_and_its_last_frame_does_not_count(tmp_path
     assert open_videos(clip_folder(tmp_path / "own", ("a",))).score_last
 
 
+def test_frames_that_are_not_padded_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "clip").mkdir(parents=True)
+        for k in (1, 2, 3, 10, 11):
+            cv2.imwrite(str(tmp_path / kind / "clip" / f"{k}.png"), np.ones((8, 8), np.uint8))
+    (video,) = open_videos(tmp_path).videos
+    assert [video.frame_name(k) for k in range(len(video))] == ["1", "2", "3", "10", "11"]
+
+
 def test_the_preset_divides_red_by_the_scripts_deviation(tmp_path: Path) -> None:
     video = open_videos(clip_folder(tmp_path, ("a",))).videos[0]
     runtime = MeanColourRuntime(preprocess=Preprocess(size_px=32, resize_px=32, whole_px=32))
