@@ -1,6 +1,6 @@
 """Other test sets for a classifier that was trained on ImageNet, as distributed; logits in, accuracies out.
 
-    imagenet-v2:ROOT       ROOT/0 ... ROOT/999: the folder's number is a place among the sorted classes
+    imagenet-v2:ROOT       ROOT/0 ... ROOT/999: the folder's number is a place among the sorted classes (of numbers: by size)
     imagenet-real:FILE     real.json, whose k-th entry lists the right classes of ILSVRC2012_val_(k+1): any of them counts,
                            images without any are skipped; the images are the test images themselves
     imagenet-a:ROOT        ROOT/WNID/* or ROOT/imagenet-a/WNID/*; answers are taken among the classes that occur (so is imagenet-r:ROOT)
@@ -67,6 +67,7 @@ UNPACKED: dict[Kind, str] = {
 }
 """Folder that a set's archive unpacks to."""
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
+_WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class ExtraSet:
     """For each image, its corruption and severity, one of `STRATA` (imagenet-c)."""
     originals: tuple[str, ...] = ()
     """For each image, the photograph that was corrupted, WNID/NAME (imagenet-c)."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of its answers."""
 
     def view(self, preprocess: Preprocess) -> ViewSpec:
         """Centre views; images of imagenet-c come cropped, and lose no margin."""
@@ -136,7 +139,8 @@ def open_set(kind: Kind, path: Path, classes: Sequence[str], test: Dataset) -> E
             records.append(_record(image, root))
             answers.append(frozenset([index[folder.name]]))
     among = tuple(sorted(index.values())) if kind in ("a", "r") else None
-    return ExtraSet(kind, _dataset(records, root), tuple(answers), among)
+    notes = _doubts(kind, classes) if kind == "v2" else ()
+    return ExtraSet(kind, _dataset(records, root), tuple(answers), among, notes=notes)
 
 
 def score(extra: ExtraSet, logits_nC: np.ndarray, rows: Sequence[int]) -> Scores:
@@ -159,7 +163,7 @@ def score(extra: ExtraSet, logits_nC: np.ndarray, rows: Sequence[int]) -> Scores
         f"{extra.kind}_correct": right,
     }
     if extra.kind != "c":
-        return Scores({f"{extra.kind}_top1": mean_metric(right)}, {}, predictions)
+        return Scores({f"{extra.kind}_top1": mean_metric(right)}, {}, predictions, extra.notes)
     originals_n = np.unique([extra.originals[rows[place]] for place in asked], return_inverse=True)[1]
     strata_n = np.array([STRATA.index(extra.strata[rows[place]]) for place in asked])
     metric, errors = corruption_error(right, strata_n, originals_n)
@@ -260,7 +264,7 @@ def _open_real(path: Path, classes: Sequence[str], test: Dataset) -> ExtraSet:
         raise InputError(f"{path}: not a list of label lists such as real.json ({type(error).__name__})") from error
     highest = max((max(labels) for labels in answers_of if labels), default=-1)
     _check_count(highest, classes, path)
-    answers = []
+    at, answers = _in_places(classes), []
     for item in test.items:
         number = _VAL_NUMBER.search(item.name)
         if number is None or not 1 <= int(number[1]) <= len(answers_of):
@@ -268,8 +272,8 @@ def _open_real(path: Path, classes: Sequence[str], test: Dataset) -> ExtraSet:
                 f"imagenet-real: {item.name} is none of the {len(answers_of)} images of {path.name}; "
                 "wanted ImageNet's own validation images, named ILSVRC2012_val_00000001 and so on"
             )
-        answers.append(answers_of[int(number[1]) - 1])
-    return ExtraSet("real", test, tuple(answers))
+        answers.append(frozenset(at[place] for place in answers_of[int(number[1]) - 1]))
+    return ExtraSet("real", test, tuple(answers), notes=_doubts("real", classes))
 
 
 def _open_corruptions(root: Path, classes: Sequence[str]) -> ExtraSet:
@@ -310,7 +314,28 @@ def _by_position(folders: Sequence[Path], classes: Sequence[str], root: Path) ->
     if strange:
         raise InputError(f"{root}: folder {strange[0]!r} is no number; wanted 0 to 999, as distributed")
     _check_count(max(int(folder.name) for folder in folders), classes, root)
-    return {folder.name: int(folder.name) for folder in folders}
+    at = _in_places(classes)
+    return {folder.name: at[int(folder.name)] for folder in folders}
+
+
+def _in_places(classes: Sequence[str]) -> list[int]:
+    """Which class is at each place of ImageNet's order, that of the WordNet ids.
+
+    Tar shards label by the place, and as text 10 comes before 2.
+    """
+    if all(name.isdecimal() for name in classes):
+        return sorted(range(len(classes)), key=lambda number: int(classes[number]))
+    return list(range(len(classes)))
+
+
+def _doubts(kind: Kind, classes: Sequence[str]) -> tuple[str, ...]:
+    """What to say where nothing tells that the classes are in ImageNet's order."""
+    if all(name.isdecimal() for name in classes) or all(_WNID.fullmatch(name) for name in classes):
+        return ()
+    return (
+        f"imagenet-{kind} counts classes in the order of their WordNet ids, and the labels here are neither those nor numbers (such as "
+        f"{classes[0]!r}): its figure is right only if they sort in the same order",
+    )
 
 
 def _by_name(folders: Sequence[Path], classes: Sequence[str], root: Path) -> dict[str, int]:

@@ -38,6 +38,32 @@ def test_v2_folders_are_places_among_the_classes_not_names_to_sort(tmp_path: Pat
         open_set("v2", tmp_path, WNIDS[:3], None)  # type: ignore[arg-type]
 
 
+def test_classes_that_are_numbers_are_in_their_own_places(tmp_path: Path) -> None:
+    """ImageNet in tar shards is labelled 0 to 999, and as text 10 sorts before 2."""
+    from data.datasets import open_dataset
+
+    for number in range(12):
+        picture(tmp_path / "v2" / str(number) / "a.jpeg")
+    classes = sorted(str(number) for number in range(12))
+    v2 = open_set("v2", tmp_path / "v2", classes, None)  # type: ignore[arg-type]
+    for item, (answer,) in zip(v2.dataset.items, v2.answers, strict=True):
+        assert item.name == f"{classes[answer]}/a.jpeg"
+    picture(tmp_path / "val" / "10" / "ILSVRC2012_val_00000001.JPEG")
+    (tmp_path / "real.json").write_text("[[10, 2]]")
+    (answer,) = open_set("real", tmp_path / "real.json", classes, open_dataset(tmp_path / "val")).answers
+    assert {classes[number] for number in answer} == {"10", "2"}
+
+
+def test_classes_whose_order_is_not_known_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "1" / "a.jpeg")
+    told = [
+        score(open_set("v2", tmp_path, names, None), right_logits([1]), [0]).notes
+        for names in (WNIDS, ["shark", "tench"] * 6)
+    ]  # type: ignore[arg-type]
+    assert told[0] == ()
+    assert "'shark'" in told[1][0]
+
+
 def test_any_of_the_real_labels_counts_and_images_without_one_are_skipped(tmp_path: Path) -> None:
     from data.datasets import open_dataset
 
