@@ -20,7 +20,7 @@ from backbones.checkpoints import load_backbone
 from backbones.resnet import ResNet
 from backbones.vit import ViT
 from data.errors import InputError
-from data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from data.preprocess import Preprocess
 from runtimes.connection import REMOTE_SCHEMES
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime, step_px
@@ -64,8 +64,11 @@ class Said:
 class FeatureTeacher:
     """A frozen backbone on the training device, on its own engine, or on a server."""
 
-    def __init__(self, source: str, device: torch.device) -> None:
-        """Raises InputError where `source` is nothing that gives embeddings and patches."""
+    def __init__(self, source: str, device: torch.device, views: Preprocess | None = None) -> None:
+        """`views`: how the views that it will be shown are normalised; None: by ImageNet's statistics.
+
+        Raises InputError where `source` is nothing that gives embeddings and patches.
+        """
         self.source, self.device = source, device
         self.backbone: nn.Module | None = None
         self.runtime: Runtime | None = None
@@ -79,10 +82,9 @@ class FeatureTeacher:
             self.backbone, self.manifest = loaded.model.requires_grad_(False).to(device).eval(), loaded.manifest
         self.patch_px = step_px(self.manifest)
         seen = self.manifest.preprocess
-        shape = (1, 3, 1, 1)
+        shape, views = (1, 3, 1, 1), views or Preprocess()
         mean, std = (torch.tensor(v, device=device).view(shape) for v in (seen.mean, seen.std))
-        ours_mean, ours_std = (torch.tensor(v, device=device).view(shape) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        # Views come normalised by ImageNet's statistics.
+        ours_mean, ours_std = (torch.tensor(v, device=device).view(shape) for v in (views.mean, views.std))
         self.gain, self.shift = ours_std / std, (ours_mean - mean) / std
         self._last: tuple[Sequence[Tensor], list[Said]] | None = None
         self.width = self.says([torch.zeros(1, 3, 2 * self.patch_px, 2 * self.patch_px, device=device)])[

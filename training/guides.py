@@ -30,7 +30,7 @@ def learn_from(
     if RunFolder(Path(source)).recipe.is_file() and not features:
         guide = frozen_teacher(source, recipes[0], device, recipes[1:])
         return [without_dropping(one) for one in recipes], guide if len(recipes) == 1 else Shared(guide, n_parts)
-    teacher = FeatureTeacher(source, device)
+    teacher = FeatureTeacher(source, device, recipes[0].preprocess)
     return [as_feature_student(recipe, teacher.width) for recipe in recipes], teacher
 
 

@@ -98,7 +98,8 @@ def train(
     list(parts_of(share, scale.accumulate))  # raises at once where they do not divide
     places, rank, world_size = out / "places.jsonl", parallel.rank(), parallel.world_size()
     loader = ViewLoader(
-        dataset, recipe.crops, share, seed, workers, views=views, device=device, rank=rank, world_size=world_size, places=places
+        dataset, recipe.crops, share, seed, workers, views=views, mean=recipe.preprocess.mean, std=recipe.preprocess.std,
+        device=device, rank=rank, world_size=world_size, places=places,
     )  # fmt: skip
     steps_per_epoch = recipe.epoch_steps or len(loader)
     probe = KnnProbe(eval_data, (eval_every or EvalEvery()).steps(steps_per_epoch)) if eval_data else None
@@ -154,6 +155,15 @@ def check_alike(students: Sequence[Student], teacher: str | None) -> None:
                     f"recipes {first.name} and {other.name} have different {name}; students of one teacher see the same views: "
                     "give both --epochs and --batch-size, and choose recipes of equal crops"
                 )
+        if statistics_of(first.recipe) != statistics_of(other.recipe):
+            raise InputError(
+                f"recipes {first.name} and {other.name} normalise images by another mean or std; students of one teacher see the same views"
+            )
+
+
+def statistics_of(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which the recipe's network sees images, in training and afterwards."""
+    return recipe.preprocess.mean, recipe.preprocess.std
 
 
 def prepare(

@@ -89,7 +89,7 @@ def frozen_teacher(source: str, recipe: Recipe, device: torch.device, beside: Se
     return guide.eval()
 
 
-def describe_targets(recipe: Recipe) -> dict[str, int]:
+def describe_targets(recipe: Recipe) -> dict[str, Any]:
     """What teacher and student must agree on for their targets to be comparable."""
     assert isinstance(recipe.step, Dinov2Spec)
     assert isinstance(recipe.backbone, ViTSpec)
@@ -97,6 +97,8 @@ def describe_targets(recipe: Recipe) -> dict[str, int]:
         "patches of px": recipe.backbone.patch_px,
         "prototypes": recipe.head.prototypes,
         "prototypes for patches": (recipe.step.ibot_head or recipe.head).prototypes,
+        "the mean of images": recipe.preprocess.mean,
+        "the deviation of images": recipe.preprocess.std,
     }
 
 

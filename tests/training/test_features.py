@@ -91,6 +91,8 @@ def test_a_teacher_of_other_statistics_sees_its_own(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = F.layer_norm(model.eval()((pixels - own_mean) / own_std), (12,))
     torch.testing.assert_close(said.cls_BE, wanted, atol=1e-5, rtol=1e-4)
+    same = FeatureTeacher(str(tmp_path / "t.safetensors"), CPU, views=seen).says([(pixels - own_mean) / own_std])[0]
+    torch.testing.assert_close(same.cls_BE, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_an_exported_file_teaches_what_its_checkpoint_teaches(teacher: Path, tmp_path: Path) -> None:

@@ -311,6 +311,27 @@ def test_an_epoch_of_a_fixed_number_of_steps_does_not_depend_on_the_data(folder:
     assert [record["epoch"] for record in records] == [0, 0, 1, 1, 2, 2]
 
 
+def test_views_are_normalised_as_the_checkpoint_will_see_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[torch.Tensor] = []
+
+    def step_(state: object, views: list[torch.Tensor], *_: object) -> dict[str, float]:
+        shown.extend(view.clone() for view in views)
+        return {"loss": 0.0}
+
+    monkeypatch.setattr(loop, "take_step_", step_)
+    plain = replace(RECIPES["smoke"].preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    for name, preprocess in (("imagenet", RECIPES["smoke"].preprocess), ("plain", plain)):
+        checkpoint = train(
+            smoke(preprocess=preprocess), open_dataset(str(folder)), tmp_path / name, workers=0, stop_at_step=1, **WORDS
+        )
+        assert load_backbone(checkpoint).manifest.preprocess == preprocess
+    imagenet, zero_to_one = (torch.cat([view.flatten() for view in half]) for half in (shown[:4], shown[4:]))
+    assert imagenet.min() < -0.5
+    assert 0 <= zero_to_one.min() < zero_to_one.max() <= 1
+
+
 def test_a_resnet_learns_too(folder: Path, tmp_path: Path) -> None:
     recipe = smoke(backbone=ResNetSpec(), optim=OptimSpec(optimizer="sgd", lr=0.03, warmup_epochs=1), epochs=1)
     checkpoint = train(recipe, open_dataset(str(folder)), tmp_path / "run", workers=0, stop_at_step=1, **WORDS)
