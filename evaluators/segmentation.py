@@ -236,7 +236,7 @@ def run(
     result = result_json(measurement, context, baselines) | {"per_class": {HEADLINE: evaluated.per_class}}
     if options.out is not None:
         names, val = measurement.predictions["names"].tolist(), parts.images["val"]
-        save_masks(masks_path(options.out), names, evaluated.predicted, val.zero_is_void)
+        save_masks(masks_path(options.out), names, evaluated.predicted, val)
         save_pictures(picture_path(options.out), val, names, evaluated.predicted, measurement.predictions["score"])
         files = {"picture_file": picture_path(options.out).name, "masks_folder": masks_path(options.out).name}
         save_result(options.out, result | files, measurement.predictions)

@@ -23,8 +23,9 @@ def masks_path(out: Path) -> Path:
     return out.with_suffix(".masks")
 
 
-def save_masks(folder: Path, names: Sequence[str], predicted: Sequence[np.ndarray], zero_is_void: bool) -> None:
-    """NAME.png for each image, in the set's own numbers. Raises InputError where they cannot be written."""
+def save_masks(folder: Path, names: Sequence[str], predicted: Sequence[np.ndarray], images: MaskedImages) -> None:
+    """NAME.png for each image, in the set's own numbers, as its masks have them. Raises InputError where they cannot be written."""
+    own_numbers = np.array(images.ids or np.arange(256) + images.zero_is_void).astype(np.uint8)
     palette = number_colours().flatten().tolist()
     try:
         for name, classes_HW in zip(names, predicted, strict=True):
@@ -32,7 +33,7 @@ def save_masks(folder: Path, names: Sequence[str], predicted: Sequence[np.ndarra
             if folder.resolve() not in path.resolve().parents:
                 raise InputError(f"--out: {name!r} is no name of a file in {folder}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(classes_HW + np.uint8(zero_is_void))
+            picture = Image.fromarray(own_numbers[classes_HW])
             picture.putpalette(palette)
             body = io.BytesIO()
             picture.save(body, "PNG")

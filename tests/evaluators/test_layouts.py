@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.errors import InputError
 from evaluators import parity
@@ -17,7 +18,7 @@ from evaluators.parity import ParityRun, ParitySpec
 from evaluators.presets import evaluator_cli
 from evaluators.results import load_result
 from evaluators.segmentation import SegmentationRun
-from evaluators.segmentation_data import open_masks
+from evaluators.segmentation_data import CITYSCAPES, open_masks
 from evaluators.segmentation_views import open_parts
 from tests.data.test_imagenet import NAMED, devkit, flat_val, picture, train_folders
 from tests.evaluators.fakes import small_checkpoint
@@ -168,6 +169,14 @@ def test_images_of_one_city_are_held_out_and_drawn_together(tmp_path: Path) -> N
     assert [grouped(cities), grouped(cities, "none")] == ["scene", None]
     shutil.rmtree(tmp_path / "leftImg8bit" / "train" / "bochum")
     assert grouped(cities) is None, "the images of a single city are all there is to choose on"
+
+
+def test_predicted_masks_of_cityscapes_are_in_the_numbers_of_its_own(tmp_path: Path) -> None:
+    """So that its authors' evaluation reads them: road is 7, a car 26."""
+    data = f"cityscapes:{cityscapes_folder(tmp_path / 'cities')}"
+    measured(tmp_path, "segmentation", data, "--lr 0.03 --steps 2 --batch 4")
+    (first, *_) = sorted((tmp_path / "out" / "result.masks").rglob("*.png"))
+    assert set(np.unique(np.asarray(Image.open(first))).tolist()) == {7, 26} <= set(CITYSCAPES)
 
 
 def test_two_views_of_a_room_are_of_one_scene(shared_data: Path) -> None:
