@@ -44,15 +44,14 @@ class Video:
 
 
 class VideoFrames(Dataset):
-    """`n_frames` rows a video, in order; the frames of the video read last are kept, so that it is decoded once."""
+    """`n_frames` rows a video, in order; each thread keeps the frames of the video that it read last, so that it is decoded once."""
 
     def __init__(
         self, records: Sequence[Record], n_frames: int, name: str, classes: Sequence[str] | None = None
     ) -> None:
         super().__init__(records, classes, name)
         self._n_frames = n_frames
-        self._lock = threading.Lock()
-        self._last: tuple[str, list[np.ndarray]] = ("", [])
+        self._kept = threading.local()
 
     @staticmethod
     def of(videos: Sequence[Video], n_frames: int, name: str) -> "VideoFrames":
@@ -68,10 +67,10 @@ class VideoFrames(Dataset):
     def image(self, i: int, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
         """One frame, uint8 [H, W, 3]. Raises DecodeError where the video cannot be read."""
         path, place = self._records[i].members[IMAGE].path, int(self.items[i].row["place"])
-        with self._lock:
-            if self._last[0] != path:
-                self._last = (path, read_frames(Path(path), self._n_frames, limits))
-            return self._last[1][place]
+        last: tuple[str, list[np.ndarray]] = getattr(self._kept, "last", ("", []))
+        if last[0] != path:
+            last = self._kept.last = (path, read_frames(Path(path), self._n_frames, limits))
+        return last[1][place]
 
     def subset(self, indices: Iterable[int]) -> "VideoFrames":
         """As `Dataset.subset`."""

@@ -1,5 +1,6 @@
 """Video actions: UCF-101 as distributed, folders of clips, frames in their places, and videos that are none."""
 
+import time
 from pathlib import Path
 
 import cv2
@@ -8,11 +9,13 @@ import pytest
 
 from data.decode import DecodeError
 from data.errors import InputError
+from evaluators import video_frames
 from evaluators.extract import FeatureTable
 from evaluators.results import load_result
 from evaluators.video_actions import VideoActionsRun, VideoActionsSpec, check_videos, main, pooled, run
-from evaluators.video_frames import open_actions, places, read_frames
-from tests.evaluators.fakes import small_checkpoint
+from evaluators.video_frames import Video, VideoFrames, open_actions, places, read_frames
+from evaluators.view_batches import ViewSpec, decoded_batches
+from tests.evaluators.fakes import SMALL, small_checkpoint
 
 COLOURS = {"Run": (200, 40, 40), "Swim": (40, 40, 200)}
 
@@ -73,6 +76,22 @@ def test_a_film_gives_the_frames_of_its_places(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, [20, 70, 120, 170], atol=3)
     red = read_frames(write_video(tmp_path / "b.avi", [(0, 0, 220)] * 3), 1)[0]
     assert red[..., 0].mean() > 180 > 60 > red[..., 2].mean()
+
+
+def test_threads_that_decode_do_not_take_each_others_films_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def read(path: Path, wanted: int, _: object) -> list[np.ndarray]:
+        decoded.append(path.name)
+        time.sleep(0.01)  # as long as others need to come
+        return [np.zeros((40, 40, 3), np.uint8)] * wanted
+
+    monkeypatch.setattr(video_frames, "read_frames", read)
+    frames = VideoFrames.of([Video(str(k), "a", None, tmp_path / str(k)) for k in range(8)], 4, "films")
+    assert sum(len(batch.views) for batch in decoded_batches(frames, SMALL, ViewSpec(), batch_size=8, workers=4)) == 32
+    assert sorted(decoded) == [str(k) for k in range(8)], "each once"
 
 
 def test_frames_in_a_folder_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
