@@ -3,7 +3,8 @@
     images/train/a.jpg + masks/train/a.png    two folders with files of the same names; train/ and val/ if there are splits;
                                               names of classes 0, 1, ... in classes.txt, one a line, if they are wanted
     NAME.csv beside NAME.zip, a CSV, tars     with a further file an image: `masks`, `sem` or `instances`
-    voc2012:ROOT                              VOCdevkit/VOC2012 (or ROOT itself): JPEGImages, SegmentationClass, -Object
+    voc2012:ROOT                              VOCdevkit/VOC2012 (or ROOT itself): JPEGImages, SegmentationClass, -Object; with the training
+                                              masks of SegmentationClassAug, or of the Semantic Boundaries Dataset, where they are there
     ade20k:ROOT                               ADEChallengeData2016 (or ROOT itself): images, annotations
     cityscapes:ROOT                           leftImg8bit and gtFine, both unpacked in ROOT; masks of labelIds, or, where they are
                                               not, of labelTrainIds (as its authors' tool makes them)
@@ -27,6 +28,7 @@ from data.errors import InputError
 from data.listings import IMAGE, Item, Record, images_under, scan_folder
 from data.members import Member
 from evaluators.image_sizes import upright_hw
+from evaluators.voc_boundaries import MAT_HEAD, decode_mat, enlarged_training, find_boundaries
 
 Purpose = Literal["objects", "classes"]
 """`objects`: each thing its own number. `classes`: numbers that mean the same in every image."""
@@ -147,6 +149,8 @@ class Masks(Sequence[np.ndarray]):
 
 def decode_mask(data: bytes, name: str) -> tuple[np.ndarray, Coding]:
     """Values int32 [H, W] and what they may be: of RGBA the alpha, of a bit mask 0 and 1. JPEG holds no exact values."""
+    if data.startswith(MAT_HEAD):
+        return decode_mat(data, name), "palette"
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as image:
             if image.width * image.height > DEFAULT_LIMITS.max_pixels:
@@ -232,25 +236,34 @@ def find_voc(root: Path) -> Path | None:
 
 
 def open_voc(root: Path, purpose: Purpose) -> MaskedImages:
-    """PASCAL VOC 2012; the larger training list (trainaug, 10,582) where it and SegmentationClassAug/ are there."""
+    """PASCAL VOC 2012; the larger training set (trainaug, 10,582) where SegmentationClassAug/ with its list is there, or the Semantic
+    Boundaries Dataset, out of which it was made."""
     lists = root / "ImageSets" / "Segmentation"
     folder = "SegmentationObject" if purpose == "objects" else "SegmentationClass"
     train = "train"
     augmented = (root / "SegmentationClassAug").is_dir() and (lists / "trainaug.txt").is_file()
     if purpose == "classes" and augmented:
         folder, train = "SegmentationClassAug", "trainaug"
+    paths = {split: lists / f"{listed}.txt" for split, listed in (("train", train), ("val", "val"))}
+    names = {split: read_voc_names(path) if path.is_file() else [] for split, path in paths.items()}
+    added = find_boundaries(root) if purpose == "classes" and not augmented else None
+    if added is not None:
+        more = [read_names(path) for path in (added / "train.txt", added / "val.txt") if path.is_file()]
+        names["train"] = enlarged_training(names["train"], names["val"], sum(more, []))
     records = []
-    for split, listed in (("train", train), ("val", "val")):
-        path = lists / f"{listed}.txt"
-        for name in read_voc_names(path) if path.is_file() else []:
+    for split, listed in names.items():
+        for name in listed:
             image, mask = root / "JPEGImages" / f"{name}.jpg", root / folder / f"{name}.png"
             if split == "val" and purpose == "classes" and (root / "SegmentationClass" / mask.name).is_file():
                 mask = root / "SegmentationClass" / mask.name  # the added masks are coarser
-            records.append(listed_record(name, split, image, "masks", mask, path))
+            if added is not None and not mask.is_file():
+                image, mask = (image if image.is_file() else added / "img" / image.name), added / "cls" / f"{name}.mat"
+            records.append(listed_record(name, split, image, "masks", mask, paths[split]))
     if not records:
         raise InputError(f"{lists}: no train.txt or val.txt with names in it; wanted VOC2012 as distributed")
     dataset = Dataset(records, name=str(root))
-    return MaskedImages(dataset, "masks", True, classes=VOC_CLASSES, source=f"PASCAL VOC 2012, {folder}")
+    source = f"PASCAL VOC 2012, {folder}" + (", Semantic Boundaries Dataset" if added is not None else "")
+    return MaskedImages(dataset, "masks", True, classes=VOC_CLASSES, source=source)
 
 
 def find_ade(root: Path) -> Path | None:

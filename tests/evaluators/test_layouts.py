@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from data.errors import InputError
 from evaluators import parity
@@ -143,6 +144,30 @@ def test_the_larger_training_list_of_voc_names_images_or_paths(tmp_path: Path, l
         listed.write_text(f"{leads_out}\n")
         with pytest.raises(InputError, match=r"trainaug\.txt: .* climbs out of the set's folder"):
             open_masks(voc, "classes")
+
+
+def test_voc_learns_from_the_semantic_boundaries_dataset_where_it_is_there(tmp_path: Path) -> None:
+    voc = voc_folder(tmp_path) / "VOCdevkit" / "VOC2012"
+    lists = voc / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_text("2007_000002\n")
+    (lists / "val.txt").write_text("2007_000001\n")
+    added = tmp_path / "benchmark_RELEASE" / "dataset"
+    (added / "cls").mkdir(parents=True)
+    classes = np.kron(np.array([[0, 20], [7, 0]]), np.ones((10, 12), int)).astype(np.uint8)
+    for name in ("2008_000009", "2007_000001"):  # the second is one of VOC's validation
+        savemat(added / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": classes, "CategoriesPresent": [7, 20]}})
+        picture(added / "img" / f"{name}.jpg", 90)
+    (added / "train.txt").write_text("2008_000009\n")
+    (added / "val.txt").write_text("2007_000001\n")
+    images = open_masks(f"voc2012:{tmp_path}", "classes")
+    assert [(item.name, item.split) for item in images.dataset.items] == [
+        ("2007_000002", "train"), ("2008_000009", "train"), ("2007_000001", "val"),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(images.mask(1), classes)
+    assert images.mask(2).max() == 2, "VOC's own masks test"
+    (added / "cls" / "2008_000009.mat").write_bytes(b"MATLAB 5.0 MAT-file, cut short")
+    with pytest.raises(InputError, match=r"2008_000009: its mask is no \.mat file"):
+        open_masks(f"voc2012:{tmp_path}", "classes").mask(1)
 
 
 def test_cityscapes_ids_become_its_nineteen_classes(tmp_path: Path) -> None:
