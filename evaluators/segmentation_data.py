@@ -249,7 +249,7 @@ def open_voc(root: Path, purpose: Purpose) -> MaskedImages:
     added = find_boundaries(root) if purpose == "classes" and not augmented else None
     if added is not None:
         more = [read_names(path) for path in (added / "train.txt", added / "val.txt") if path.is_file()]
-        names["train"] = enlarged_training(names["train"], names["val"], sum(more, []))
+        names["train"] = enlarged_training(names["val"], names["train"], *more)
     records = []
     for split, listed in names.items():
         for name in listed:

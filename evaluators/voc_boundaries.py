@@ -26,10 +26,10 @@ def find_boundaries(voc: Path) -> Path | None:
     return next((one for one in found if (one / "cls").is_dir() and (one / "train.txt").is_file()), None)
 
 
-def enlarged_training(voc_train: Sequence[str], voc_val: Sequence[str], added: Sequence[str]) -> list[str]:
-    """VOC's training images and those added, each once, none of VOC's validation."""
-    tested = set(voc_val)
-    return [name for name in dict.fromkeys((*voc_train, *added)) if name not in tested]
+def enlarged_training(tested: Sequence[str], *lists: Sequence[str]) -> list[str]:
+    """The images of all lists, each once, without those that VOC's validation tests."""
+    excluded = set(tested)
+    return list(dict.fromkeys(name for one in lists for name in one if name not in excluded))
 
 
 def decode_mat(data: bytes, name: str) -> np.ndarray:
