@@ -23,6 +23,8 @@ from evaluators.classification import summary
 from evaluators.results import check_writable, load_predictions, load_result, replacing
 
 SCHEMA = "dinoscope.comparison/1"
+MEASURED = ("corruption_errors",)
+"""Kept among the settings of a result, though it is none."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def compare(a: Scored, b: Scored) -> dict[str, Any]:
         "metrics": {name: metric_pair(a.result, b.result, name) for name in shared},
         "paired": compared | further,
         "not_paired": unlike,
+        "settings_differ": differing_settings(a.result["settings"], b.result["settings"]),
         "n_groups": len(np.unique(groups)),
         "score_is_headline": all(
             math.isclose(score.mean(dtype=np.float64), one.result["metrics"][headline]["value"], abs_tol=1e-5)
@@ -112,6 +115,11 @@ def pair_further_sets(a: Scored, b: Scored) -> tuple[dict[str, Any], list[str]]:
         pair = paired(score_a.astype(float), score_b.astype(float), groups)
         found[f"{kind}_top1"] = pair | {"n_groups": len(np.unique(groups))}
     return found, unlike
+
+
+def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Settings in which two results differ, so that what is compared is more than their networks."""
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in MEASURED)
 
 
 def truth_of(result: Mapping[str, Any]) -> str:
@@ -220,6 +228,10 @@ def table(found: Mapping[str, Any]) -> str:
             )
     if not found["score_is_headline"]:
         lines.append(f"note: {found['headline']} is no mean over test items; the verdict is about the mean score")
+    if found["settings_differ"]:
+        lines.append(
+            f"note: measured with other settings ({', '.join(found['settings_differ'])}): not the networks alone are compared"
+        )
     if found["not_paired"]:
         lines.append(f"note: not paired, as different images were scored: {', '.join(found['not_paired'])}")
     better = {"a": "A is better", "b": "B is better", "neither": "no difference beyond chance"}[found["verdict"]]

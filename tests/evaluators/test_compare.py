@@ -96,6 +96,19 @@ def test_a_better_network_is_found_better_and_both_ways_round(
     assert compare(a, a)["verdict"] == "neither"
 
 
+def test_other_settings_are_told_since_not_the_networks_alone_differ_then(
+    tmp_path: Path, scores: tuple[np.ndarray, np.ndarray]
+) -> None:
+    a, b = (load_scored(make_result(tmp_path / f"{name}.json", one)) for name, one in zip("ab", scores, strict=True))
+    assert compare(a, b)["settings_differ"] == []
+    assert "other settings" not in table(compare(a, b))
+    a.result["settings"] |= {"head": "linear1", "steps": 10, "corruption_errors": {"fog": 0.5}}
+    b.result["settings"] |= {"head": "dpt", "steps": 10, "corruption_errors": {"fog": 0.4}}
+    found = compare(a, b)
+    assert found["settings_differ"] == ["head"]
+    assert "measured with other settings (head)" in table(found)
+
+
 def test_the_order_of_the_images_does_not_matter(tmp_path: Path, scores: tuple[np.ndarray, np.ndarray]) -> None:
     names = [f"{i:03d}.jpg" for i in range(N)]
     straight = load_scored(make_result(tmp_path / "a.json", scores[0]))
