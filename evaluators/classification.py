@@ -7,7 +7,7 @@ feature tables, is applied to each; differences are paired, image by image.
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -320,19 +320,32 @@ def index_labels(train: FeatureTable, test: FeatureTable) -> tuple[np.ndarray, n
 
 
 def check_tables(*tables: FeatureTable) -> None:
-    """Raise CheckFailed for features that are not finite, InputError for tables that are empty or of two widths."""
+    """Raise CheckFailed for features that are not finite, InputError for tables that are empty, of two widths, or not a row an image."""
     widths = {table.features.shape[1] for table in tables}
     if len(widths) > 1:
         raise InputError(f"the tables hold features of {sorted(widths)} numbers; wanted all from one network")
     for table in tables:
         if not len(table):
             raise InputError("a table has no rows; wanted features of at least one image")
+        counts = {"names": len(table.names), "labels": len(table.labels), "groups": len(table.groups)}
+        counts |= {f"rows of {name}": len(values) for name, values in table.columns.items()}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{count} {what}" for what, count in counts.items())
+            raise InputError(f"a table has {said}; wanted one of each for every image, in one order")
         for name, values in table.columns.items():
             bad = [row for row in range(len(values)) if not np.isfinite(values[row]).all()] if _any_odd(values) else []
             if bad:
                 raise CheckFailed(
                     f"{name} of {len(bad)} images is not finite, first of {table.names[bad[0]]!r}; nothing was evaluated"
                 )
+
+
+def check_length(what: str, values: Sequence[Any], table: FeatureTable) -> None:
+    """Raise InputError unless there is one of `values` for each image of the table."""
+    if len(values) != len(table):
+        raise InputError(
+            f"{len(values)} {what} for {len(table)} images; wanted one for every image, in the table's order"
+        )
 
 
 def _any_odd(values: np.ndarray, rows_at_once: int = 65_536) -> bool:

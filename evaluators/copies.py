@@ -20,7 +20,7 @@ from data.errors import InputError, run_cli
 from data.listings import IMAGE, Item, Record, images_under
 from data.members import Member
 from evaluators.accuracy import mean_metric
-from evaluators.classification import RunOptions, check_tables, print_result
+from evaluators.classification import RunOptions, check_length, check_tables, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.measuring import Parts, evaluate_parts
 from evaluators.neighbours import nearest, unit_rows
@@ -109,6 +109,7 @@ def evaluate_pairs(
 ) -> Measurement:
     """Average precision over all pairs of images; a pair of one group is a hit. Raises InputError without such a pair."""
     check_tables(table)
+    check_length("groups", groups_n, table)
     n = len(table)
     if n > MAX_PAIRED_IMAGES:
         raise InputError(f"{n} images have {n * (n - 1) // 2:,} pairs; wanted at most {MAX_PAIRED_IMAGES} images")

@@ -18,7 +18,7 @@ import tyro
 from data.datasets import open_dataset
 from data.errors import InputError, run_cli
 from evaluators.accuracy import mean_metric
-from evaluators.classification import RunOptions, check_tables, index_groups, print_result
+from evaluators.classification import RunOptions, check_length, check_tables, index_groups, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.landmarks import Landmarks, landmarks_at, open_landmarks
 from evaluators.measuring import Parts, evaluate_parts
@@ -77,6 +77,8 @@ def evaluate(
     Images that have nothing to find are no queries. Raises InputError where none has.
     """
     check_tables(table)
+    check_length("keys", keys_n, table)
+    check_length("sides", keys_n if sides_n is None else sides_n, table)
     keys = np.unique(np.asarray(keys_n), return_inverse=True)[1]
     if not keys.any():
         raise InputError(

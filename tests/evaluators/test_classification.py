@@ -1,10 +1,15 @@
-"""What the classification commands have in common: the arithmetic of the process that asked is left as it was found."""
+"""What the classification commands have in common: arithmetic that is left as it was found, and tables that are a row an image."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data.errors import InputError
+from evaluators import copies, knn, linear, logistic, retrieval, ridge
 from evaluators.classification import RunOptions, denormals_flushed, measure_parts
 from evaluators.extract import FeatureTable
 from evaluators.results import Measurement
@@ -53,3 +58,23 @@ def test_an_evaluation_sees_no_denormals_and_leaves_them_to_others(tmp_path: Pat
         )
     assert within == [0.0]
     assert half_of_the_smallest_normal() > 0.0
+
+
+@pytest.mark.parametrize("lacking", ["names", "labels", "groups", "columns"])
+@pytest.mark.parametrize("evaluate", [knn.evaluate, linear.evaluate, logistic.evaluate, ridge.evaluate])
+def test_labels_that_do_not_match_the_features_are_one_clear_error(
+    evaluate: Callable[[FeatureTable, FeatureTable], Measurement], lacking: str
+) -> None:
+    names, labels = tuple("abcdef"), tuple("xyxyxy")
+    whole = FeatureTable(names, labels, names, {"embedding": np.eye(6, dtype=np.float32)})
+    shorter = {"embedding": whole.features[:5]} if lacking == "columns" else getattr(whole, lacking)[:5]
+    with pytest.raises(InputError, match="wanted one of each for every image"):
+        evaluate(replace(whole, **{lacking: shorter}), whole)
+
+
+def test_keys_that_do_not_match_the_features_are_one_clear_error() -> None:
+    names = tuple("abcdef")
+    table = FeatureTable(names, (None,) * 6, names, {"embedding": np.eye(6, dtype=np.float32)})
+    for evaluate in (retrieval.evaluate, copies.evaluate_pairs):
+        with pytest.raises(InputError, match=r"5 (keys|groups) for 6 images"):
+            evaluate(table, ["x"] * 5)
