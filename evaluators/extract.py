@@ -170,7 +170,10 @@ def available_columns(runtime: Runtime, wanted: Sequence[Column]) -> tuple[Colum
 def _gives(runtime: Runtime, name: Column) -> bool:
     if name == "cls_last4":
         architecture = runtime.manifest.architecture
-        return isinstance(runtime, TorchRuntime) and int(architecture.get("depth", 0)) >= 4
+        blocks = (
+            0 if architecture.get("family") == "resnet" else int(architecture.get("depth", 0))
+        )  # a ResNet's depth counts layers
+        return isinstance(runtime, TorchRuntime) and blocks >= 4
     return _output_of(name) in runtime.outputs
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from backbones.checkpoints import Manifest, save_backbone
+from backbones.resnet import ResNet, ResNetSpec
 from backbones.vit import ViT, ViTSpec
+from evaluators import knn
 from evaluators.classification import ClassificationRun
 from evaluators.combinations import combinations, interleaved, names_for, wide
 from evaluators.extract import FeatureTable, features_of
-from evaluators.linear import LinearSpec, at_rate_for, run
+from evaluators.linear import LR_PER_256, LinearSpec, at_rate_for, run
 from evaluators.view_batches import ViewSpec, random_box
 from exports.to_onnx import export_onnx
 from runtimes.torch_runtime import TorchRuntime
@@ -71,6 +74,19 @@ def of_a_resnet(n: int = 5, width: int = 2048) -> FeatureTable:
 def test_a_network_without_cls_has_one_combination() -> None:
     """Published: the 2048 averaged features of a ResNet-50, once."""
     assert [names_for(preset, of_a_resnet()) for preset in ("dino", "dinov2", None)] == [("cls",)] * 3
+
+
+@pytest.mark.parametrize("preset", ["dino", "dinov2", None])
+def test_a_resnet_is_measured_like_any_network(preset: Literal["dino", "dinov2"] | None, tmp_path: Path) -> None:
+    """Its manifest tells a depth of 50, which are layers and no blocks with a CLS token each."""
+    torch.manual_seed(0)
+    save_backbone(tmp_path / "r.safetensors", ResNet(ResNetSpec()), Manifest(architecture={}, preprocess=SMALL))
+    data = colour_folder(tmp_path / "data", n_train=2, n_val=1)
+    options = ClassificationRun(ckpt=str(tmp_path / "r.safetensors"), data=str(data), cache_dir=None, threads=1)
+    assert knn.run(options)["metrics"]["top1"]["n"] == 3
+    result = run(options, LinearSpec(preset=preset, views=0, epochs=1, min_steps=2, held_out=1))
+    assert {entry["features"] for entry in result["grid"]} == {"cls"}
+    assert result["settings"]["lr"] == ([0.075] if preset == "dino" else list(LR_PER_256))
 
 
 def test_dinos_preset_takes_another_rate_for_a_resnet_unless_one_is_given() -> None:
