@@ -73,6 +73,12 @@ def split_dataset(
                 f"{data}: the {part} part is empty ({len(dataset.items)} images, {how}); "
                 "wanted images in both, name them with a `split` column or with train/ and val/ folders"
             )
+    if group_column is not None:
+        seen, tested = ({group_of(dataset.items[row], group_column) for row in rows} for rows in (train_rows, val_rows))
+        if both := len(seen & tested):
+            notes.append(
+                f"{both} of {len(tested)} test groups (`{group_column}`) have training images too, which makes them easier to tell"
+            )
     return Splits(dataset.subset(train_rows), dataset.subset(val_rows), how, group_column, notes)
 
 

@@ -44,6 +44,13 @@ def test_split_column_is_followed_and_test_stands_in_for_val_with_a_note(tmp_pat
     assert names(open_splits(data, val_split="test")) == (train, val)
 
 
+def test_groups_that_a_set_has_on_both_sides_are_told(tmp_path: Path) -> None:
+    rows = plain_rows(8, label=["a", "b"], split=["train", "train", "val", "val"], instance=["x", "y", "y", "z"])
+    (note,) = open_splits(csv_set(tmp_path, rows)).notes
+    assert note.startswith("1 of 2 test groups (`instance`) have training images too")
+    assert open_splits(tmp_path / "list.csv", group_by="none").notes == []
+
+
 def test_without_splits_one_in_five_names_is_held_out_and_stays_so_when_images_are_added(tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()
