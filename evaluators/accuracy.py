@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluators.bootstrap import interval95, mean_interval95
+from evaluators.bootstrap import drawn_interval95, mean_interval95
 from evaluators.results import Metric
 
 NOT_GUESSED = np.iinfo(np.int64).max
@@ -54,8 +54,10 @@ def _counts(flags_NC: np.ndarray) -> np.ndarray:
 
 def mean_per_class(correct_N: np.ndarray, labels_N: np.ndarray) -> float:
     """Mean over the classes present of the accuracy within the class (macro top-1)."""
-    present = np.unique(labels_N)
-    return float(np.mean([correct_N[labels_N == label].mean() for label in present]))
+    sizes_C = np.bincount(labels_N)
+    hits_C = np.bincount(labels_N, weights=correct_N)
+    present = sizes_C > 0
+    return float(np.mean(hits_C[present] / sizes_C[present]))
 
 
 def accuracies(guesses: Guesses, labels_N: np.ndarray, n_classes: int) -> dict[str, float]:
@@ -91,14 +93,16 @@ def mean_metric(scores_N: np.ndarray, groups_N: np.ndarray | None = None) -> Met
 
 def _macro_interval95(correct_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarray | None) -> tuple[float, float]:
     """Interval of the macro accuracy; a resample that misses a class averages over the classes it has."""
-    present, label_of_N = np.unique(labels_N, return_inverse=True)
-    members_NC = np.eye(len(present))[label_of_N]
-    columns = np.concatenate([members_NC * correct_N[:, None], members_NC], axis=1)
+    order_N = np.argsort(labels_N, kind="stable")  # items of one class side by side
+    _, first_C = np.unique(labels_N[order_N], return_index=True)
+    correct_in_order_N = correct_N[order_N]
 
-    def macro(sums: np.ndarray) -> np.ndarray:
-        hits, sizes = sums[:, : len(present)], sums[:, len(present) :]
+    def macro(drawn_RN: np.ndarray) -> np.ndarray:
+        by_class_RN = drawn_RN[:, order_N]
+        sizes = np.add.reduceat(by_class_RN, first_C, axis=1)
+        hits = np.add.reduceat(by_class_RN * correct_in_order_N, first_C, axis=1)
         shares = np.divide(hits, sizes, out=np.zeros_like(hits), where=sizes > 0)
         values: np.ndarray = shares.sum(axis=1) / (sizes > 0).sum(axis=1)
         return values
 
-    return interval95(columns, macro, groups_N)
+    return drawn_interval95(len(labels_N), macro, groups_N)

@@ -11,7 +11,7 @@ import numpy as np
 
 RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 100
-"""Rows of the count matrix held at a time; bounds memory to 100 x G doubles."""
+"""Rows of the count matrix held at a time; bounds memory to 100 x G doubles (`drawn_interval95`: a few times 100 x N)."""
 
 
 def interval95(
@@ -37,6 +37,26 @@ def mean_interval95(scores_N: np.ndarray, groups_N: np.ndarray | None = None, se
     """Interval of the mean over items; for a paired difference give the differences item by item."""
     columns_N2 = np.stack([scores_N, np.ones(len(scores_N))], axis=1)
     return interval95(columns_N2, lambda sums: sums[:, 0] / sums[:, 1], groups_N, seed=seed)
+
+
+def drawn_interval95(
+    n_items: int,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    groups_N: np.ndarray | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """As `interval95`, of a statistic that is told how often each item was drawn, [R, N], in the same resamples.
+
+    For what has too many sums of scores to hold them for each item, a class each for example.
+    """
+    group_of_N = None if groups_N is None else np.unique(np.asarray(groups_N), return_inverse=True)[1]
+    n_groups = n_items if group_of_N is None else int(group_of_N.max()) + 1
+    drawn = _counts(n_groups, resamples, seed)
+    values_R = np.concatenate([statistic(one if group_of_N is None else one[:, group_of_N]) for one in drawn])
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def group_sums(scores_NM: np.ndarray, groups_N: np.ndarray | None) -> np.ndarray:
