@@ -51,6 +51,8 @@ DINO_RESNET_LR_PER_256 = (0.075,)
 """For features of a ResNet, from which the default learns next to nothing: 0.3 at the published batch of 1024, as in the authors' log."""
 ROWS_AT_ONCE = 8192
 """Test images that are classified at a time."""
+LOGITS_AT_ONCE = 2**24
+"""Logits of held-out images by all heads of a combination, about; those of a fifth of ImageNet would take 13 GB."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -136,11 +138,13 @@ def held_out_scores(
     for fold in parts:
         out = np.flatnonzero(folds_n == fold)
         grid = _train(seen, np.flatnonzero(folds_n != fold), labels_n, n_classes, spec, seed)
-        truth, features = labels_n[out], center.take(out)
-        for name, heads in grid.items():
-            logits = heads.logits(features[:, center.slices[name]])
-            hits[name].append((logits.argmax(dim=2) == truth[:, None]).float())
-            losses[name].append(-logits.log_softmax(dim=2)[torch.arange(len(truth)), :, truth])
+        at_once = max(1, LOGITS_AT_ONCE // (len(spec.lr) * n_classes))
+        for rows in (out[start : start + at_once] for start in range(0, len(out), at_once)):
+            truth, features = labels_n[rows], center.take(rows)
+            for name, heads in grid.items():
+                logits = heads.logits(features[:, center.slices[name]])
+                hits[name].append((logits.argmax(dim=2) == truth[:, None]).float())
+                losses[name].append(-logits.log_softmax(dim=2)[torch.arange(len(truth)), :, truth])
     return {
         name: (torch.cat(hits[name]).mean(dim=0).numpy(), torch.cat(losses[name]).mean(dim=0).numpy()) for name in hits
     }

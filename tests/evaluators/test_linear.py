@@ -12,11 +12,12 @@ import torch
 from backbones.checkpoints import CheckpointError
 from backbones.heads import LinearHead, load_head
 from data.errors import CheckFailed, InputError
+from evaluators import linear
 from evaluators.classification import ClassificationRun
 from evaluators.combinations import combinations, names_for, wide
 from evaluators.extract import FeatureTable, extract
 from evaluators.linear import LinearSpec, choose, evaluate, held_out_scores, run
-from evaluators.linear_grid import train_heads
+from evaluators.linear_grid import Heads, train_heads
 from evaluators.splits import FOLDS, hash_bucket, open_splits
 from runtimes.open import open_runtime
 from tests.evaluators.fakes import colour_folder, small_checkpoint
@@ -52,6 +53,28 @@ def test_a_head_of_the_grid_is_the_head_trained_alone() -> None:
         for entry in alone.grid:
             (same,) = (e for e in together.grid if (e["features"], e["lr_per_256"]) == (entry["features"], lr))
             assert {**same} == pytest.approx(entry)
+
+
+def test_held_out_images_are_judged_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once they would be 13 GB of logits on ImageNet."""
+    table = blobs(200, 0)
+    data, labels = wide([table], names_for(None, table)), torch.arange(200) % 3
+    folds = np.array([hash_bucket(f"fold/{group}", FOLDS) for group in table.groups])
+    at_once = held_out_scores(data, data, labels, folds, 3, QUICK, 0)
+    shapes: list[int] = []
+    judge = Heads.logits
+
+    def counted(heads: Heads, features: torch.Tensor) -> torch.Tensor:
+        logits = judge(heads, features)
+        shapes.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(linear, "LOGITS_AT_ONCE", 60)
+    monkeypatch.setattr(Heads, "logits", counted)
+    in_parts = held_out_scores(data, data, labels, folds, 3, QUICK, 0)
+    assert max(shapes) <= 60
+    for name, figures in at_once.items():
+        np.testing.assert_allclose(in_parts[name], figures, rtol=1e-5)
 
 
 def entry(top1: float, loss: float | None, diverged: bool = False) -> dict[str, Any]:
