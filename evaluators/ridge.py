@@ -4,12 +4,13 @@ One-hot targets are regressed on centred features of length 1. One singular valu
 images gives the answer at every strength of the penalty, and how each of these images fares when it is left out of its
 own fit, without fitting again: the strength is chosen by that. Seconds where a linear probe takes minutes, with nothing
 random but the draw of images, so it suits curves during training.
-Read in this order: RidgeSpec, ridge_path, evaluate, run.
+Read in this order: RidgeSpec, Ridge, evaluate, run.
 Legend: n few training images, q test images, D feature size, K classes, L strengths.
 """
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -55,28 +56,43 @@ class RidgeSpec:
             raise InputError(f"--strength {' '.join(map(str, self.strength)) or '(empty)'}: wanted numbers above 0")
 
 
+class Ridge:
+    """Ridge regression at any strength: min |X W + b - Y|^2 + strength * s |W|^2 with s the mean squared singular value of centred X."""
+
+    def __init__(self, features_nD: Tensor, targets_nK: Tensor) -> None:
+        self.targets_nK, self.mean_D = targets_nK, features_nD.double().mean(dim=0)
+        self.mean_K = targets_nK.double().mean(dim=0)
+        centred_nD = features_nD.double() - self.mean_D
+        self.left_nr, self.values_r, self.right_rD = torch.linalg.svd(centred_nD, full_matrices=False)
+        self.turned_rK = self.left_nr.T @ (targets_nK.double() - self.mean_K)
+        self.scale = float(self.values_r.square().mean().clamp_min(1e-12))
+
+    def _shrink_r(self, strength: float) -> Tensor:
+        return self.values_r / (self.values_r.square() + strength * self.scale)
+
+    def predict(self, queries_qD: Tensor, strength: float) -> Tensor:
+        """For queries, [q, K]."""
+        queries_qr = (queries_qD.double() - self.mean_D) @ self.right_rD.T
+        return queries_qr @ (self._shrink_r(strength)[:, None] * self.turned_rK) + self.mean_K
+
+    def left_out(self, strength: float) -> Tensor:
+        """For each training image by the fit without it, [n, K].
+
+        It is y - r / (1 - h) with residual r and leverage h (Allen 1974), the intercept's 1/n included.
+        """
+        hat_nr = self.left_nr * (self.values_r * self._shrink_r(strength))
+        n = len(hat_nr)
+        leverage_n1 = ((hat_nr * self.left_nr).sum(dim=1, keepdim=True) + 1 / n).clamp_max(1 - 1e-9)
+        fitted_nK = hat_nr @ self.turned_rK + self.mean_K
+        return self.targets_nK - (self.targets_nK - fitted_nK) / (1 - leverage_n1)
+
+
 def ridge_path(
     features_nD: Tensor, targets_nK: Tensor, queries_qD: Tensor, strengths: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Predictions for queries [L, q, K], and for each training image by the fit without it [L, n, K].
-
-    min |X W + b - Y|^2 + strength * s |W|^2 with s the mean squared singular value of centred X. The left-out prediction
-    is y - r / (1 - h) with residual r and leverage h (Allen 1974), the intercept's 1/n included.
-    """
-    n = len(features_nD)
-    mean_D, mean_K = features_nD.double().mean(dim=0), targets_nK.double().mean(dim=0)
-    left_nr, values_r, right_rD = torch.linalg.svd(features_nD.double() - mean_D, full_matrices=False)
-    turned_rK = left_nr.T @ (targets_nK.double() - mean_K)
-    queries_qr = (queries_qD.double() - mean_D) @ right_rD.T
-    scale = float(values_r.square().mean().clamp_min(1e-12))
-    found, left_out = [], []
-    for strength in strengths:
-        shrink_r = values_r / (values_r.square() + strength * scale)
-        found.append(queries_qr @ (shrink_r[:, None] * turned_rK) + mean_K)
-        hat_nr = left_nr * (values_r * shrink_r)
-        leverage_n1 = ((hat_nr * left_nr).sum(dim=1, keepdim=True) + 1 / n).clamp_max(1 - 1e-9)
-        fitted_nK = hat_nr @ turned_rK + mean_K
-        left_out.append(targets_nK - (targets_nK - fitted_nK) / (1 - leverage_n1))
+    """Predictions for queries [L, q, K], and for each training image by the fit without it [L, n, K]."""
+    path = Ridge(features_nD, targets_nK)
+    found, left_out = ([of(one) for one in strengths] for of in (partial(path.predict, queries_qD), path.left_out))
     return torch.stack(found), torch.stack(left_out)
 
 
@@ -96,17 +112,18 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: RidgeSpec = RidgeSpe
             assert some.rows is not None
             labels_n = train_labels_n[some.rows.numpy()]
             targets_nK = identity_KK[torch.from_numpy(labels_n)]
-            found_LqK, left_LnK = ridge_path(bank_nD[some.rows], targets_nK, queries_qD, spec.strength)
-            left_out_L = (left_LnK.argmax(dim=2).numpy() == labels_n).mean(axis=1)
-            at = int(left_out_L.argmax())
-            guesses = rank_classes(found_LqK[at].numpy(), test_labels_q)
+            path = Ridge(bank_nD[some.rows], targets_nK)
+            # one strength at a time: all of them, for all test images and classes, are 5 GB on ImageNet
+            left_out_L = [float((path.left_out(one).argmax(dim=1).numpy() == labels_n).mean()) for one in spec.strength]
+            at = int(np.argmax(left_out_L))
+            guesses = rank_classes(path.predict(queries_qD, spec.strength[at]).numpy(), test_labels_q)
             per_try.append(guesses.correct_N)
             grid.append(
                 {
                     "n_per_class": n_per_class,
                     "try": seed,
                     "strength": spec.strength[at],
-                    "train_left_out_top1": float(left_out_L[at]),
+                    "train_left_out_top1": left_out_L[at],
                     "top1": float(guesses.correct_N.mean()),
                     "mean_per_class": mean_per_class(guesses.correct_N, test_labels_q),
                 }

@@ -6,7 +6,7 @@ import torch
 
 from data.errors import InputError
 from evaluators.extract import FeatureTable
-from evaluators.ridge import RidgeSpec, evaluate, ridge_path
+from evaluators.ridge import Ridge, RidgeSpec, evaluate, ridge_path
 
 
 def by_normal_equations(x: np.ndarray, y: np.ndarray, queries: np.ndarray, strength: float) -> np.ndarray:
@@ -48,6 +48,20 @@ def test_more_images_a_class_help_and_the_figures_are_means_over_tries() -> None
     assert len(few) == 3
     assert found.metrics["top1_20_per_class"].value == pytest.approx(np.mean(few))
     assert found.predictions["score"].mean() == pytest.approx(np.mean(few))
+
+
+def test_test_images_are_asked_about_at_the_chosen_strength_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All strengths at once are gigabytes where there are many test images and classes."""
+    asked: list[float] = []
+    predict = Ridge.predict
+
+    def noted(path: Ridge, queries: torch.Tensor, strength: float) -> torch.Tensor:
+        asked.append(strength)
+        return predict(path, queries, strength)
+
+    monkeypatch.setattr(Ridge, "predict", noted)
+    found = evaluate(blobs(60, 0), blobs(30, 1), RidgeSpec(n_per_class=(5,), tries=2))
+    assert asked == [entry["strength"] for entry in found.grid]
 
 
 @pytest.mark.parametrize("flags", [{"n_per_class": ()}, {"n_per_class": (0,)}, {"tries": 0}, {"strength": (-1.0,)}])
