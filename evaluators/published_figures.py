@@ -43,7 +43,8 @@ V2: dict[str, Any] = {
     "preset": "dinov2", "epochs": 10, "lr": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
 }  # fmt: skip
 NYU, KITTI = ({"lr": (1e-4,), "steps": 38_400, "mirror": True, "max_depth": metres} for metres in (10.0, 80.0))
-OXFORD, PARIS = ({"size_px": size_px, "queries_cropped": False} for size_px in (224, 512))
+OXFORD = {"size_px": 224, "scales": (1.0,), "queries_cropped": False}
+PARIS = {"size_px": 512, "scales": (1.0, 2**-0.5, 0.5), "queries_cropped": False}
 COPIES = {"whitened": True, "distractors": 10_000}
 HEAD = {"lr": (1e-3,), "steps": 40_000, "seen": "crops"}
 LINEAR = {**HEAD, "layers": "last", "scales": (1.0,), "mirror": False}

@@ -32,6 +32,7 @@ from evaluators.results import (
     result_table,
     save_result,
 )
+from evaluators.retrieval import RetrievalSpec
 from evaluators.segmentation_protocol import SegmentationSpec
 from evaluators.video_actions import VideoActionsSpec
 
@@ -312,6 +313,20 @@ def test_a_published_figure_belongs_to_one_protocol(
 ) -> None:
     found = published_reference(evaluator, "dinov2_vits14", f"{benchmark}:/data", {metric: {"value": 0.5}}, settings)
     assert (found[metric]["value"] if found else None) == wanted
+
+
+def test_dinos_landmarks_were_published_at_their_sizes_and_scales() -> None:
+    spec = RetrievalSpec(preset="dino")
+    for benchmark, wanted in (("roxford5k", 0.418), ("rparis6k", 0.631)):
+        size_px, scales, cropped = spec.for_benchmark(benchmark)
+        settings = asdict(spec) | {"size_px": size_px, "scales": list(scales), "queries_cropped": cropped}
+
+        def published(**changes: object) -> dict[str, Any]:
+            metrics = {"map_medium": {"value": 0.5}}
+            return published_reference("retrieval", "dino_vits16", f"{benchmark}:/d", metrics, settings | changes)  # noqa: B023
+
+        assert published()["map_medium"]["value"] == wanted
+        assert published(scales=[0.5]) == published(size_px=100) == published(queries_cropped=True) == {}
 
 
 @pytest.mark.parametrize(
