@@ -23,6 +23,16 @@ def everything(state: State[Any], step: int) -> dict[str, torch.Tensor]:
     return found | {"step": torch.tensor(step)}
 
 
+def room_for(parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """What a value of this shape that an optimiser keeps of a parameter is read into.
+
+    On the parameter's device: on a GPU the fused AdamW reads its count of steps there too, and not from the host's memory.
+    """
+    if shape == parameter.shape:
+        return torch.zeros_like(parameter).detach()
+    return torch.zeros(shape, device=parameter.device)
+
+
 def restore_(state: State[Any], folder: RunFolder) -> int:
     """Load the newest saved state into `state`, whatever number of processes saved it; returns the step to take next."""
     saved = folder.states.newest_sound()
@@ -30,9 +40,8 @@ def restore_(state: State[Any], folder: RunFolder) -> int:
     for name, parameter in state.student.named_parameters():
         for full in (full for full in shapes if full.startswith(f"optimizer.{name}.")):
             key = full.removeprefix(f"optimizer.{name}.")
-            like = torch.zeros_like(parameter) if shapes[full] == parameter.shape else torch.zeros(shapes[full])
             if "." not in key:
-                state.optimizer.state[parameter][key] = like.detach()
+                state.optimizer.state[parameter][key] = room_for(parameter, shapes[full])
     tensors = everything(state, 0)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     wrong = [name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name)]

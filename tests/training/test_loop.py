@@ -31,6 +31,7 @@ from training.loop import Plan, train
 from training.methods import make_state
 from training.recipe import OptimSpec, Recipe
 from training.recipes import RECIPES, find_recipe
+from training.resume import room_for
 from training.run_folder import RunFolder
 from training.run_log import read_steps
 
@@ -192,6 +193,15 @@ def test_knn_of_the_teacher_is_what_the_evaluator_measures_on_its_checkpoint(fol
     plain = train(smoke(), open_dataset(str(folder)), tmp_path / "plain", workers=0, **WORDS)
     one, other = load_backbone(checkpoint), load_backbone(plain)
     assert one.manifest.weights_sha256 == other.manifest.weights_sha256, "measuring changes nothing"
+
+
+def test_what_an_optimiser_counts_is_restored_where_its_parameter_is() -> None:
+    """On a GPU fused AdamW reads the count of steps there. No test machine has one: a device of shapes without values stands for it."""
+    parameter = torch.nn.Parameter(torch.empty(3, 2, device="meta"))
+    moments, steps = (room_for(parameter, torch.Size(shape)) for shape in ((3, 2), ()))
+    assert (moments.device.type, steps.device.type) == ("meta", "meta")
+    assert (moments.shape, steps.shape, steps.dtype) == ((3, 2), (), torch.float32)
+    assert not moments.requires_grad
 
 
 def test_another_recipe_in_the_same_folder_is_refused(folder: Path, tmp_path: Path) -> None:
