@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor
 
 from data.errors import InputError, run_cli
+from data.preprocess import Preprocess
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
 from evaluators.classification import (
     ClassificationRun,
@@ -40,6 +41,10 @@ from evaluators.view_batches import ViewSpec
 VERSION = 1
 PROTOCOL_C = tuple(float(10**power) for power in np.linspace(-6, 5, 45))
 """Values of C of DINOv2's evaluation."""
+OTHER_VIEWS = (
+    "the saved head was fitted to images without the margin that is cut off where the network is served; leave --preset out "
+    "to fit it to what it will see"
+)
 HELD_OUT_ONE_IN = 10
 """Share of the training groups on which C is chosen."""
 
@@ -207,12 +212,22 @@ def run(
     if save_head_to is not None:
         check_writable(save_head_to, "--save-head", ".safetensors")
 
-    def shown(preprocess: Any) -> ExtractSpec:
+    margin_px = 0
+
+    def shown(preprocess: Preprocess) -> ExtractSpec:
         if spec.preset != "dinov2":
             return ExtractSpec()
+        nonlocal margin_px
+        margin_px = preprocess.resize_px - preprocess.size_px
         return ExtractSpec(view=ViewSpec(resize_px=preprocess.size_px))
 
-    result, measurement = run_classification(options, lambda train, test: evaluate(train, test, spec), shown)
+    def fitted(train: FeatureTable, test: FeatureTable) -> Measurement:
+        found = evaluate(train, test, spec)
+        if save_head_to is not None and margin_px:
+            found.notes.append(OTHER_VIEWS)
+        return found
+
+    result, measurement = run_classification(options, fitted, shown)
     if save_head_to is not None:
         save_linear_head(save_head_to, measurement, result)
     return result

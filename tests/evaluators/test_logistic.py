@@ -9,8 +9,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from backbones.checkpoints import Manifest, save_backbone
 from backbones.heads import load_head
+from backbones.vit import ViT, ViTSpec
 from data.errors import InputError
+from data.preprocess import Preprocess
 from evaluators.classification import ClassificationRun
 from evaluators.extract import FeatureTable
 from evaluators.logistic import PROTOCOL_C, LogisticSpec, evaluate, run
@@ -155,3 +158,15 @@ def test_the_saved_head_and_the_published_view(tmp_path: Path) -> None:
     published = run(options, LogisticSpec(C=(0.1, 10.0), preset="dinov2"))
     assert published["preprocess"]["view_resize_px"] == 32
     assert run(options, LogisticSpec(C=(1.0,)))["timing"]["features_from_cache"]
+
+
+def test_a_head_that_was_fitted_to_other_views_than_are_served_says_so(tmp_path: Path) -> None:
+    model = ViT(ViTSpec(patch_px=8, width=16, depth=2, heads=2, img_px=32))
+    seen = Preprocess(size_px=32, resize_px=40, whole_px=32)
+    save_backbone(tmp_path / "a.safetensors", model, Manifest(architecture={}, preprocess=seen))
+    data = colour_folder(tmp_path / "data", n_train=3, n_val=1)
+    options = ClassificationRun(ckpt=str(tmp_path / "a.safetensors"), data=str(data), cache_dir=None, threads=1)
+    for preset, head, told in ((None, "a", False), ("dinov2", None, False), ("dinov2", "b", True)):
+        path = tmp_path / f"{head}.safetensors" if head else None
+        result = run(options, LogisticSpec(preset=preset, C=(1.0,)), path)  # type: ignore[arg-type]
+        assert any("without the margin" in note for note in result["notes"]) is told
