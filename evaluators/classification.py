@@ -4,6 +4,7 @@ The network, then each baseline asked for, is run over the same two parts of the
 feature tables, is applied to each; differences are paired, image by image.
 """
 
+import json
 import math
 import sys
 import time
@@ -15,9 +16,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from backbones.checkpoints import Manifest
+from backbones.checkpoints import MANIFEST_KEY, Manifest
+from backbones.heads import HEADS
 from data.datasets import Dataset
 from data.errors import CheckFailed, InputError
 from data.preprocess import Preprocess
@@ -338,6 +341,20 @@ def check_tables(*tables: FeatureTable) -> None:
                 raise CheckFailed(
                     f"{name} of {len(bad)} images is not finite, first of {table.names[bad[0]]!r}; nothing was evaluated"
                 )
+
+
+def check_head_place(path: Path) -> None:
+    """As `check_writable`, for --save-head. Raises InputError too where a file lies there that is no head: weights would be lost."""
+    check_writable(path, "--save-head", ".safetensors")
+    if not path.exists():
+        return
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            kind = json.loads((file.metadata() or {})[MANIFEST_KEY])["kind"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        kind = "file that is no head of ours"
+    if kind not in HEADS:
+        raise InputError(f"--save-head {path}: there is a {kind} already, which would be lost; name another file")
 
 
 def check_length(what: str, values: Sequence[Any], table: FeatureTable) -> None:

@@ -26,6 +26,7 @@ from evaluators.baselines import open_baseline
 from evaluators.classification import (
     NetworkOptions,
     baseline_json,
+    check_head_place,
     describe_data,
     describe_model,
     print_result,
@@ -224,7 +225,7 @@ def run(
     if options.out is not None:
         check_writable(options.out, "--out", ".json")
     if save_head_to is not None:
-        check_writable(save_head_to, "--save-head", ".safetensors")
+        check_head_place(save_head_to)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     depth = open_depth(options.data, options.train_split, options.val_split, options.group_by)

@@ -26,6 +26,7 @@ from data.preprocess import Interpolation
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
 from evaluators.classification import (
     ClassificationRun,
+    check_head_place,
     index_groups,
     index_labels,
     print_result,
@@ -348,9 +349,10 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
     extras = parse_sets(test_data)
-    for path, flag, suffix in ((save_head_to, "--save-head", ".safetensors"), (options.out, "--out", ".json")):
-        if path is not None:
-            check_writable(path, flag, suffix)
+    if save_head_to is not None:
+        check_head_place(save_head_to)
+    if options.out is not None:
+        check_writable(options.out, "--out", ".json")
     if extras:
         open_sets(extras, options)  # what is wrong with them is told before anything is fitted
     result, measurement = run_classification(

@@ -24,6 +24,7 @@ from data.preprocess import Preprocess
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
 from evaluators.classification import (
     ClassificationRun,
+    check_head_place,
     index_groups,
     index_labels,
     print_result,
@@ -34,7 +35,7 @@ from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.linear import save_linear_head
 from evaluators.logistic_path import Fit, fit_path
 from evaluators.presets import check_words, evaluator_cli
-from evaluators.results import Measurement, check_writable
+from evaluators.results import Measurement
 from evaluators.splits import hash_bucket
 from evaluators.view_batches import ViewSpec
 
@@ -210,7 +211,7 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate `options.ckpt` (and its baselines) on `options.data`; returns the result, written where asked."""
     if save_head_to is not None:
-        check_writable(save_head_to, "--save-head", ".safetensors")
+        check_head_place(save_head_to)
 
     margin_px = 0
 

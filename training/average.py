@@ -37,6 +37,8 @@ def main(ckpt: list[str], out: Path, weights: list[float] | None = None) -> None
         out: Checkpoint to write.
         weights: Of each, in the same order, together 1; all the same if not given.
     """
+    if any(out.resolve() == Path(one).resolve() for one in ckpt):
+        raise InputError(f"--out {out}: is one of the networks that are averaged, and would be lost; name another file")
     shares = [1 / len(ckpt)] * len(ckpt) if weights is None else weights
     backbones = [load_backbone(one) for one in ckpt]
     state = average(backbones, shares)

@@ -1,5 +1,6 @@
 """What the classification commands have in common: arithmetic that is left as it was found, and tables that are a row an image."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 
 from data.errors import InputError
 from evaluators import copies, knn, linear, logistic, retrieval, ridge
-from evaluators.classification import RunOptions, denormals_flushed, measure_parts
+from evaluators.classification import ClassificationRun, RunOptions, denormals_flushed, measure_parts
 from evaluators.extract import FeatureTable
+from evaluators.presets import evaluator_cli
 from evaluators.results import Measurement
 from evaluators.splits import open_splits
 from runtimes.open import open_runtime
@@ -78,3 +80,23 @@ def test_keys_that_do_not_match_the_features_are_one_clear_error() -> None:
     for evaluate in (retrieval.evaluate, copies.evaluate_pairs):
         with pytest.raises(InputError, match=r"5 (keys|groups) for 6 images"):
             evaluate(table, ["x"] * 5)
+
+
+@pytest.mark.parametrize("evaluator", ["linear", "logistic", "segmentation", "depth"])
+def test_a_head_is_not_written_over_a_network(evaluator: str, tmp_path: Path) -> None:
+    ckpt = small_checkpoint(tmp_path / "a.safetensors")
+    before = ckpt.read_bytes()
+    words = ["--ckpt", str(ckpt), "--data", str(tmp_path), "--save-head", str(ckpt)]
+    with pytest.raises(InputError, match="there is a backbone already, which would be lost"):
+        evaluator_cli(importlib.import_module(f"evaluators.{evaluator}").main, words)
+    assert ckpt.read_bytes() == before
+
+
+def test_a_head_may_take_the_place_of_a_head(tmp_path: Path) -> None:
+    ckpt, data = small_checkpoint(tmp_path / "a.safetensors"), colour_folder(tmp_path / "data")
+    options = ClassificationRun(ckpt=str(ckpt), data=str(data), cache_dir=None, threads=1)
+    for _ in range(2):
+        logistic.run(options, logistic.LogisticSpec(C=(1.0,)), tmp_path / "head.safetensors")
+    (tmp_path / "notes.safetensors").write_text("mine")
+    with pytest.raises(InputError, match="there is a file that is no head of ours already"):
+        logistic.run(options, logistic.LogisticSpec(C=(1.0,)), tmp_path / "notes.safetensors")

@@ -166,7 +166,7 @@ def test_a_head_that_was_fitted_to_other_views_than_are_served_says_so(tmp_path:
     save_backbone(tmp_path / "a.safetensors", model, Manifest(architecture={}, preprocess=seen))
     data = colour_folder(tmp_path / "data", n_train=3, n_val=1)
     options = ClassificationRun(ckpt=str(tmp_path / "a.safetensors"), data=str(data), cache_dir=None, threads=1)
-    for preset, head, told in ((None, "a", False), ("dinov2", None, False), ("dinov2", "b", True)):
+    for preset, head, told in ((None, "h", False), ("dinov2", None, False), ("dinov2", "h", True)):
         path = tmp_path / f"{head}.safetensors" if head else None
         result = run(options, LogisticSpec(preset=preset, C=(1.0,)), path)  # type: ignore[arg-type]
         assert any("without the margin" in note for note in result["notes"]) is told

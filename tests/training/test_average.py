@@ -88,6 +88,13 @@ def test_a_phase_at_high_resolution_is_a_copy_whose_positions_are_resized(saved:
         torch.testing.assert_close(value, wanted, atol=1e-6, rtol=1e-6)
 
 
+def test_an_average_is_not_written_over_what_it_is_of(saved: Path) -> None:
+    before = (saved / "a.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is one of the networks that are averaged"):
+        main([str(saved / "a.safetensors"), str(saved / "b.safetensors")], saved / "." / "a.safetensors")
+    assert (saved / "a.safetensors").read_bytes() == before
+
+
 def test_an_average_that_cannot_be_written_is_told_in_one_line(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"cannot be written .*; choose another place"):
