@@ -249,6 +249,10 @@ def main(
         out: Write the comparison to this .json file.
     """
     if out is not None:
+        if out.resolve() in (a.resolve(), b.resolve()):
+            raise InputError(
+                f"--out {out}: is one of the results that are compared, and would be lost; name another file"
+            )
         check_writable(out, "--out", ".json")
     found = compare(load_scored(a), load_scored(b))
     print(table(found))

@@ -242,6 +242,8 @@ def test_the_command_prints_and_writes_what_it_found(
     tmp_path: Path, scores: tuple[np.ndarray, np.ndarray], capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (str(make_result(tmp_path / f"{name}.json", one)) for name, one in zip("ab", scores, strict=True))
+    assert command(a, b, "--out", a) == 2
+    assert "is one of the results that are compared" in capsys.readouterr().err
     assert command(a, b, "--out", str(tmp_path / "c.json")) == 0
     said = capsys.readouterr().out
     for words in ("B is better", "only A right 0, only B right", "exact p", "95 %"):
