@@ -196,6 +196,16 @@ def test_images_of_one_city_are_held_out_and_drawn_together(tmp_path: Path) -> N
     assert grouped(cities) is None, "the images of a single city are all there is to choose on"
 
 
+def test_intervals_are_over_images_where_there_are_too_few_scenes_to_draw(tmp_path: Path) -> None:
+    """Of a single test city all resamples would be alike, and the interval of no width."""
+    data = f"cityscapes:{cityscapes_folder(tmp_path / 'cities')}"
+    result = measured(tmp_path, "segmentation", data, "--lr 0.03 --steps 2 --batch 4")
+    assert result["data"]["grouped_by"] == "scene"
+    assert (
+        "the test images are of 1 groups only (`scene`): intervals are over images, and too narrow" in result["notes"]
+    )
+
+
 def test_predicted_masks_of_cityscapes_are_in_the_numbers_of_its_own(tmp_path: Path) -> None:
     """So that its authors' evaluation reads them: road is 7, a car 26."""
     data = f"cityscapes:{cityscapes_folder(tmp_path / 'cities')}"
