@@ -170,10 +170,8 @@ def available_columns(runtime: Runtime, wanted: Sequence[Column]) -> tuple[Colum
 def _gives(runtime: Runtime, name: Column) -> bool:
     if name == "cls_last4":
         architecture = runtime.manifest.architecture
-        blocks = (
-            0 if architecture.get("family") == "resnet" else int(architecture.get("depth", 0))
-        )  # a ResNet's depth counts layers
-        return isinstance(runtime, TorchRuntime) and blocks >= 4
+        is_resnet = architecture.get("family") == "resnet"  # its depth counts layers, which have no CLS token
+        return isinstance(runtime, TorchRuntime) and not is_resnet and int(architecture.get("depth", 0)) >= 4
     return _output_of(name) in runtime.outputs
 
 
