@@ -25,8 +25,8 @@ from server.tensors import TensorSpec, object_array
 IMAGE = TensorSpec("image", "BYTES", (-1,), shades=True)
 """Encoded JPEG, PNG, WebP, BMP or TIFF, one image a row."""
 FLOAT_MAP = ("fp16", "uint8", "png")
-NEIGHBOUR_BYTES = 200
-"""What a neighbour takes until it is in a reply: its place and cosine, and its id and label as bytes."""
+NEIGHBOUR_BYTES = 1000
+"""What a neighbour takes until it is in a reply: its place and cosine, its id and label as bytes, and for people what is told of its item."""
 
 
 class ServedModel(ABC):
