@@ -26,7 +26,7 @@ IMAGE = TensorSpec("image", "BYTES", (-1,), shades=True)
 """Encoded JPEG, PNG, WebP, BMP or TIFF, one image a row."""
 FLOAT_MAP = ("fp16", "uint8", "png")
 NEIGHBOUR_BYTES = 1000
-"""What a neighbour takes until it is in a reply: its place and cosine, its id and label as bytes, and for people what is told of its item."""
+"""What a neighbour takes until it is in a reply: its place and cosine, its id and label as bytes, for people what is told of its item."""
 
 
 class ServedModel(ABC):
