@@ -89,8 +89,9 @@ bench: $(TEST_STAMP)  ## every performance figure of the README, as ratios measu
 bench-exports: $(TEST_STAMP)  ## exported files beside the engine's bare matrix product and a plain export; what an export needs
 	$(BIN)/python -m benchmarks.exports
 
-bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's matrix product rate, and its memory
+bench-training: $(TEST_STAMP)  ## what a training step reaches of the machine's matrix product rate, and its memory; bfloat16 beside float32
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.narrow
 
 bench-evaluators: $(TEST_STAMP)  ## evaluators beside the products they need, faiss and scikit-learn
 	$(BIN)/python -m benchmarks.evaluators

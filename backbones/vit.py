@@ -117,7 +117,7 @@ class PatchEmbed(nn.Module):
     """Pixels [B, C, H, W] to patches [B, N, D]; rows and columns beyond the last whole patch are dropped.
 
     The convolution holds the weights. Each pixel meets its kernel once, so it is a product, which is faster than a convolution in
-    training, in bfloat16 on a CPU many times (`benchmarks/narrow.py`).
+    training, in bfloat16 on a CPU two to four times (`benchmarks/narrow.py`).
     """
 
     def __init__(self, spec: ViTSpec) -> None:
