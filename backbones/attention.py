@@ -91,7 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class _NarrowAttention(torch.autograd.Function):
     """Attention in bfloat16 or float16 on a CPU, with gradients, as products over all heads at once.
 
-    torch's own (2.13) multiplies head by head on the way back, and for each product makes the objects of the library anew: 2 to 7 times
+    torch's own (2.13) multiplies head by head on the way back, and for each product makes the objects of the library anew: 1.5 to 7 times
     the time of this for the crops of a training step (`benchmarks/narrow.py`).
     """
 

@@ -137,7 +137,7 @@ def _devkit_labels(truth: Path, meta: Path) -> dict[str, str]:
 
 def _synsets(meta: Path) -> dict[int, str]:
     """WordNet ids by ILSVRC id, of the classes without children: a thousand in the published file."""
-    from scipy.io import loadmat  # a library that nothing else here needs
+    from scipy.io import loadmat  # large, and needed for such files alone
 
     try:
         synsets = loadmat(str(meta), squeeze_me=True, variable_names=["synsets"])["synsets"]

@@ -90,7 +90,7 @@ def open_labelled(root: Path, cuts: dict[str, Cut]) -> LabelledDataset:
 
 
 def _split_places(listed: Path) -> dict[str, Sequence[int]]:
-    from scipy.io import loadmat  # a library that nothing else here needs
+    from scipy.io import loadmat  # large, and needed for such files alone
 
     try:
         found = loadmat(str(listed), variable_names=["trainNdxs", "testNdxs"])

@@ -142,8 +142,8 @@ def published_reference(
 
 
 def _set_to(settings: Mapping[str, Any], name: str, wanted: Any) -> bool:
-    """Whether a result was set so, or does not know the setting."""
-    value = settings.get(name, wanted)
+    """Whether a result was set so; lists of a file are tuples here."""
+    value = settings.get(name)
     return bool((tuple(value) if isinstance(value, list) else value) == wanted)
 
 

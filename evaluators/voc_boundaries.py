@@ -34,7 +34,7 @@ def enlarged_training(tested: Sequence[str], *lists: Sequence[str]) -> list[str]
 
 def decode_mat(data: bytes, name: str) -> np.ndarray:
     """Classes int32 [H, W] of a file of cls/. Raises InputError."""
-    from scipy.io import loadmat  # a library that nothing else here needs
+    from scipy.io import loadmat  # large, and needed for such files alone
 
     try:
         values = np.asarray(loadmat(io.BytesIO(data), variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])

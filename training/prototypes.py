@@ -77,9 +77,8 @@ def targets_of_pairs(targets_TBK: Tensor) -> Targets:
         """Rows of the teacher's own views leave out what it says of the same view."""
         numbers = torch.arange(rows.start, rows.stop, device=sum_BK.device)
         targets_rK = sum_BK[numbers % n_images]
-        n_own = max(
-            min(rows.stop, n_teacher * n_images) - rows.start, 0
-        )  # counted here: asking a GPU would wait for it
+        # Counted here: to ask a GPU would be to wait for it.
+        n_own = max(min(rows.stop, n_teacher * n_images) - rows.start, 0)
         targets_rK[:n_own] -= targets_TBK.flatten(0, 1)[rows.start : rows.start + n_own]
         return targets_rK
 

@@ -259,7 +259,7 @@ def test_a_published_figure_stands_beside_the_same_network_and_benchmark_only(tm
     assert load_predictions(path, load_result(path))["score"].tolist() == [1, 1, 1, 1]
     measurement = Measurement(
         evaluator="knn", protocol="", version=1, metrics={"top1_best_on_val": Metric(0.78, None, 9)}, headline="top1_best_on_val",
-        selected_on="", chosen={}, grid=[],
+        selected_on="", chosen={}, grid=[], settings=asdict(KnnSpec()),
     )  # fmt: skip
 
     def of(ckpt: str, source: str) -> dict[str, Any]:

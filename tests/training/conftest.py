@@ -20,3 +20,11 @@ def write_images(folder: Path, n: int, width: int = 48, height: int = 40) -> Pat
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten images: one step of eight an epoch."""
     return write_images(tmp_path_factory.mktemp("images"), 10, 80, 72)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty small images without labels, one of them broken."""
+    root = write_images(tmp_path_factory.mktemp("images"), 20)
+    (root / "07.jpg").write_bytes(b"not a picture")
+    return root
