@@ -1,6 +1,7 @@
-"""What a gRPC call passes before its RPC sees it: the bound on calls, the token, a reader that never raises; and how an error ends it.
+"""What a gRPC call passes before its RPC sees it: the bound on calls, the token, a message in time, a reader that never raises; and how an
+error ends it.
 
-Read in this order: ReadableCalls, GuardedCalls, guarded, abort.
+Read in this order: ReadableCalls, GuardedCalls, Messages, guarded, abort.
 """
 
 import asyncio
@@ -14,8 +15,9 @@ from google.protobuf.message import DecodeError as ProtobufError
 from data.errors import InputError
 from server.access import Access, Role, client, needed_on_grpc
 from server.admission import Admission
-from server.errors import Forbidden, Overloaded, Unauthenticated, message, outcome, retry_after
+from server.errors import Forbidden, Overloaded, TooSlow, Unauthenticated, message, outcome, retry_after
 from server.infer_message import read_infer
+from server.patience import BODY_S
 from server.tracing import parent
 
 
@@ -27,7 +29,7 @@ class ReadableCalls(grpc.GenericRpcHandler):
     """
 
     def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+        self.admission, self.messages = admission, Messages()
         self._added: list[grpc.GenericRpcHandler] = []
         self._found: dict[str, Any] = {}
 
@@ -43,7 +45,7 @@ class ReadableCalls(grpc.GenericRpcHandler):
         handler = self._found.get(details.method)
         if handler is None:
             found = (one.service(details) for one in self._added)
-            handler = next((guarded(one, details.method, self.admission) for one in found if one is not None), None)
+            handler = next((guarded(one, details.method, self.admission, self.messages) for one in found if one), None)
             if handler is not None:
                 self._found[details.method] = handler
         return handler
@@ -88,6 +90,58 @@ class GuardedCalls(ReadableCalls):
         self.admission.leave()
 
 
+class Messages:
+    """The message of each unary call. A call whose message has not come whole in time is ended: it would hold its place for ever.
+
+    gRPC itself closes only connections whose other end is gone, and tells nothing of a message that is half there. One timer serves all
+    calls, as one for each would cost more than the rest of this.
+    """
+
+    whole_s = BODY_S
+    """From a call's head to the end of its message, of which all must come in the time that HTTP has between two parts of a body."""
+
+    def __init__(self) -> None:
+        self._since: dict[asyncio.Task[Any], float] = {}
+        """Tasks that read, the oldest first."""
+        self._late: set[asyncio.Task[Any]] = set()
+        self._look: asyncio.TimerHandle | None = None
+
+    async def read(self, context: grpc.aio.ServicerContext) -> Any:
+        """The call's message. Raises TooSlow where it does not come, InputError where the call ends without one."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._since[task] = loop.time()
+        if self._look is None:
+            self._look = loop.call_later(self.whole_s, self._end_late, loop)
+        try:
+            request = await context.read()
+        except asyncio.CancelledError:
+            if task not in self._late:
+                raise
+            task.uncancel()
+            raise TooSlow(
+                f"the request did not come whole within {self.whole_s:g} s; send fewer images at a time"
+            ) from None
+        finally:
+            self._since.pop(task, None)
+            self._late.discard(task)
+        if request is grpc.aio.EOF:
+            raise InputError("the call has no message; send one")
+        return request
+
+    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the calls that are due, and look again when the next one is."""
+        self._look = None
+        for task, since in list(self._since.items()):
+            due = since + self.whole_s
+            if due > loop.time():
+                self._look = loop.call_at(due, self._end_late, loop)
+                return
+            del self._since[task]
+            self._late.add(task)
+            task.cancel()
+
+
 def _host(peer: str) -> str:
     """`ipv4:127.0.0.1:5000` without scheme and port: a client keeps its name over its connections."""
     return peer.partition(":")[2].rpartition(":")[0] or peer
@@ -106,11 +160,12 @@ def _refusing(error: Exception) -> Any:
     return grpc.stream_unary_rpc_method_handler(refuse)  # of a stream, nothing is read unasked
 
 
-def guarded(handler: Any, method: str, admission: Admission) -> Any:
+def guarded(handler: Any, method: str, admission: Admission, messages: Messages) -> Any:
     """The handler with a reader that never raises, and with its client's name; a server that leaves waits for its answer.
 
     Bytes that are no message of the protocol are the client's mistake, not an exception of the server. An RPC that is not offered is
-    refused whatever the bytes are. The health service's Watch stays as it is: it is open.
+    refused unread. The health service's Watch stays as it is: it is open. A unary RPC is given to gRPC as one of a stream, since it
+    reads the message of the others before we know of the call, and leaves a client without an answer whose call is ended then.
     """
     method = method.rpartition("/")[2]
     if handler.stream_stream is not None:
@@ -127,10 +182,14 @@ def guarded(handler: Any, method: str, admission: Admission) -> Any:
         return handler
     offered = asyncio.iscoroutinefunction(handler.unary_unary)
 
-    async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def answer(requests: Any, context: grpc.aio.ServicerContext) -> Any:
         _name(context)
         if not offered:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not offered by this server")
+        try:
+            request = await messages.read(context)
+        except (InputError, TooSlow) as error:
+            await abort(context, error)
         if isinstance(request, InputError):
             await abort(context, request)
         counted = admission.begin()
@@ -141,8 +200,8 @@ def guarded(handler: Any, method: str, admission: Admission) -> Any:
                 admission.end()
 
     if not offered:
-        return grpc.unary_unary_rpc_method_handler(answer, bytes, bytes)
-    return grpc.unary_unary_rpc_method_handler(answer, _reader(handler, method), handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(answer, bytes, bytes)
+    return grpc.stream_unary_rpc_method_handler(answer, _reader(handler, method), handler.response_serializer)
 
 
 def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2_grpc
 
+from server.grpc_calls import Messages
 from server.http_body import Guard
 from server.patience import PatientProtocol
 from server.run import Running
@@ -123,6 +125,62 @@ def test_messages_of_grpc_count_among_the_bytes_and_are_not_read_while_those_fil
             assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status
         wait_for(lambda: gauge(running, "dinoscope_body_bytes") == 0)
         stub.ModelInfer(one_image(), timeout=30)
+
+
+def begun_call(address):
+    """A connection with the head of a ModelInfer and the first bytes of its message, as no gRPC library leaves it."""
+    headers = {":method": "POST", ":scheme": "http", ":path": "/inference.GRPCInferenceService/ModelInfer"}
+    headers |= {":authority": "x", "content-type": "application/grpc", "te": "trailers"}
+    packed = b"".join(b"\0" + b"".join(bytes([len(one)]) + one.encode() for one in pair) for pair in headers.items())
+    message = b"\0" + (1000).to_bytes(4, "big") + b"some"
+
+    def frame(kind, flags, stream, data):
+        return len(data).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + data
+
+    host, port = address.split(":")
+    one = socket.create_connection((host, int(port)), 30)
+    one.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+    one.sendall(frame(1, 4, 1, packed) + frame(0, 0, 1, message))
+    return one, lambda: one.sendall(frame(0, 0, 1, b"x"))
+
+
+def test_a_grpc_call_whose_message_does_not_come_is_ended_and_leaves_its_place_to_others(gated, monkeypatch):
+    """Silent, or with a byte now and then; a call that waits for its answer and a stream that says nothing are not ended."""
+    running, runtime = gated
+    monkeypatch.setattr(Messages, "whole_s", 1.0)
+    runtime.gate.clear()
+    over = threading.Event()
+
+    def silence():
+        over.wait()
+        yield from ()
+
+    with grpc.insecure_channel(running.addresses.grpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        waits, idle = stub.ModelInfer.future(one_image()), stub.ModelStreamInfer(silence())
+        methods = ["inference.GRPCInferenceService/ModelInfer", "inference.GRPCInferenceService/ServerLive"]
+        silent = [channel.stream_unary(f"/{method}").future(silence()) for method in methods]
+        slow, trickle = begun_call(running.addresses.grpc)
+        wait_for(lambda: gauge(running, "dinoscope_calls") == 4)
+        for call in silent:
+            assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert call.details() == "the request did not come whole within 1 s; send fewer images at a time"
+        with slow, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while gauge(running, "dinoscope_calls") > 2:
+                trickle()
+                time.sleep(0.1)
+        assert (waits.done(), idle.done()) == (False, False)
+        runtime.gate.set()
+        assert waits.result(30).outputs
+        over.set()
+        assert list(idle) == []
+        wait_for(lambda: gauge(running, "dinoscope_calls") == 0)
+
+
+def test_a_grpc_call_that_ends_without_a_message_is_told_so(gated):
+    with grpc.insecure_channel(gated[0].addresses.grpc) as channel:
+        call = channel.stream_unary("/inference.GRPCInferenceService/ServerLive").future(iter(()), timeout=30)
+        assert (call.code(), call.details()) == (grpc.StatusCode.INVALID_ARGUMENT, "the call has no message; send one")
 
 
 LONG = 16 << 20
