@@ -3,6 +3,7 @@
 Axes: B rows, D features, E bottleneck, K prototypes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,9 @@ class WeightNormLinear(nn.Module):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(width_out, 1))
         self.weight_v = nn.Parameter(torch.empty(width_out, width_in))
-        nn.init.trunc_normal_(self.weight_v, std=0.02)
+        nn.init.kaiming_uniform_(
+            self.weight_v, a=math.sqrt(5)
+        )  # torch's own for a linear, which the published heads keep here
 
     def weight(self) -> Tensor:
         """[K, E]"""

@@ -12,7 +12,7 @@ from training.distillation import Learner, Schedule, State, StepSpec, make_learn
 from training.losses import koleo_loss
 from training.methods import make_state, take_step_
 from training.optimizer import dino_multipliers, make_optimizer
-from training.projection_head import HeadSpec
+from training.projection_head import HeadSpec, ProjectionHead
 from training.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -116,3 +116,14 @@ def test_every_optimiser_drives_a_run(optimizer: str) -> None:
     held = state.student.head.last_layer.weight_v.clone()
     take_step_(state, views(8), frozen, recipe, np.random.default_rng(0))
     assert torch.equal(state.student.head.last_layer.weight_v, held)
+
+
+def test_prototypes_begin_as_torch_makes_a_linear_and_the_mlp_as_the_backbone_does() -> None:
+    torch.manual_seed(0)
+    head = ProjectionHead(48, HeadSpec(prototypes=512, hidden=256, bottleneck=64))
+    like = torch.nn.Linear(64, 512, bias=False).weight
+    of_v, of_mlp = head.last_layer.weight_v.detach(), head.mlp[0].weight.detach()
+    assert of_v.std().item() == pytest.approx(like.std().item(), rel=0.02)
+    assert of_v.abs().max().item() == pytest.approx(64**-0.5, rel=0.01)  # uniform, not normal
+    assert of_mlp.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(head.last_layer.weight_g, torch.ones(512, 1))
