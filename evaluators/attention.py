@@ -21,7 +21,7 @@ from data.errors import CheckFailed, InputError, run_cli
 from data.preprocess import Interpolation, Preprocess, check_view_px, whole_view
 from evaluators.attention_baselines import AttentionBaseline, open_attention_baseline
 from evaluators.attention_maps import cell_of_pixels, head_jaccards, top_mass
-from evaluators.bootstrap import mean_interval95
+from evaluators.bootstrap import drawn_groups, mean_interval95
 from evaluators.classification import (
     NetworkOptions,
     baseline_json,
@@ -210,14 +210,13 @@ def _attention(runtime: Runtime, pixels: np.ndarray, names: list[str]) -> np.nda
 
 def evaluate(test: Overlaps, spec: AttentionSpec, train: Overlaps | None = None) -> Measurement:
     """The figures on `test`; the fixed head is the one that is best on `train`, or without it on `test` itself."""
-    groups_n = np.unique(test.groups, return_inverse=True)[1].astype(np.int64)
+    groups_n, notes = drawn_groups(test.groups)
     head = int((test if train is None else train).heads_nh.mean(axis=0).argmax())
     columns = {
         HEADLINE: test.best_n,
         "jaccard_head_mean": test.heads_nh.mean(axis=1),
         "jaccard_fixed_head": test.heads_nh[:, head],
     }
-    notes = []
     if test.without_objects:
         notes.append(f"{test.without_objects} images without an object were left out")
     if test.skipped:

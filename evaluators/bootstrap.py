@@ -1,17 +1,33 @@
 """Per-item scores in, 95 % intervals out: the bootstrap, as one product of resampling counts and sums.
 
 A resample draws as many groups as there are, with replacement. A group is one test item, or several that cannot be
-called independent (five views of one model): resampling such items one by one would make intervals too narrow.
+called independent (five views of one model): resampling such items one by one would make intervals too narrow. Of very
+few groups, though, resamples are nearly all alike: see `drawn_groups`.
 Legend: N items, G groups, M columns of scores, R resamples.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 RESAMPLES = 1000
+FEWEST_DRAWN = 5
+"""Groups below which items are drawn: of one group all resamples are alike, and of two or three nearly so."""
 RESAMPLES_AT_ONCE = 100
 """Rows of the count matrix held at a time; bounds memory to 100 x G doubles (`drawn_interval95`: a few times 100 x N)."""
+
+
+def drawn_groups(tied_N: Sequence[str] | np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """What is drawn as a whole, a number [N] per item (int64), and the note that a result needs about it, if any.
+
+    Items of one value in `tied_N` are drawn together; where there are fewer than `FEWEST_DRAWN` values, each item by itself.
+    """
+    values, groups_N = np.unique(np.asarray(tied_N), return_inverse=True)
+    if len(values) >= min(FEWEST_DRAWN, len(groups_N)):
+        return groups_N.astype(np.int64), []
+    groups = f"{len(values)} group{'s' if len(values) > 1 else ''}"
+    note = f"the test part is of {groups} only: intervals are over its single items, and too narrow"
+    return np.arange(len(groups_N)), [note]
 
 
 def interval95(

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from data.errors import InputError, run_cli
-from evaluators.bootstrap import mean_interval95
+from evaluators.bootstrap import drawn_groups, mean_interval95
 from evaluators.classification import summary
 from evaluators.results import check_writable, load_predictions, load_result, replacing
 
@@ -67,7 +67,7 @@ def compare(a: Scored, b: Scored) -> dict[str, Any]:
     refuse_unlike(a, b)
     order_a, order_b = (np.argsort(one.predictions["names"], kind="stable") for one in (a, b))
     score_a, score_b = a.predictions["score"][order_a], b.predictions["score"][order_b]
-    groups = a.predictions["groups"][order_a]
+    groups, _ = drawn_groups(a.predictions["groups"][order_a])
     headline = a.result["headline"]
     # Higher scores may be worse, as an error of depth is.
     lower = bool(a.result["metrics"][headline].get("lower_is_better"))

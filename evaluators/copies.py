@@ -7,7 +7,7 @@ Read in this order: CopiesSpec, describe, evaluate_pairs, evaluate_copydays, run
 Legend: n images, q queries, D feature size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +20,14 @@ from data.errors import InputError, run_cli
 from data.listings import IMAGE, Item, Record, images_under
 from data.members import Member
 from evaluators.accuracy import mean_metric
+from evaluators.bootstrap import drawn_groups
 from evaluators.classification import RunOptions, check_length, check_tables, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.measuring import Parts, evaluate_parts
 from evaluators.neighbours import nearest, unit_rows
+from evaluators.pair_precision import RankedPairs
 from evaluators.presets import check_words, evaluator_cli, settled_by
-from evaluators.ranking import average_precisions, pair_average_precision, trapezoid_precision
+from evaluators.ranking import average_precisions, trapezoid_precision
 from evaluators.results import Measurement, Metric
 from evaluators.view_batches import ViewSpec
 from runtimes.runtime import Runtime, step_px
@@ -38,8 +40,9 @@ PREFIX = 4
 WHITENING_POWER, WHITENING_FLOOR = 0.5, 1e-5
 """Published: eigenvalues to the power -0.5; those below 1e-5 of the largest are raised to it."""
 MAX_PAIRED_IMAGES = 20_000
-"""All pairs of more images than this do not fit into memory."""
-PAIR_RESAMPLES = 200
+"""Similarities of more images than this, and where their pairs stand among those of one group, do not fit into 4 GB."""
+QUERIES_AT_ONCE = 256
+"""Images whose rankings of all others are held at a time."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {"dino": {"size_px": 320}, "dinov2": {"size_px": 322}}
@@ -117,63 +120,51 @@ def evaluate_pairs(
     features_nD = describe(table)
     bank_nD = unit_rows(features_nD if whitening is None else whitening.apply(features_nD))
     similarity_nn = (bank_nD @ bank_nD.T).numpy()
-    first_m, second_m = np.triu_indices(n, 1)
-    scores_m, positive_m = similarity_nn[first_m, second_m], group_n[first_m] == group_n[second_m]
-    if not positive_m.any():
-        raise InputError(f"no two of the {n} images share a group; is --group {spec.group} the right column?")
-    np.fill_diagonal(similarity_nn, -np.inf)
     grouped = np.flatnonzero(np.bincount(group_n)[group_n] > 1)
-    ranking = np.argsort(-similarity_nn[grouped], axis=1, kind="stable")[:, :-1]  # the image itself comes last
-    relevant = group_n[ranking] == group_n[grouped, None]
-    precision = average_precisions(relevant)
-    value = pair_average_precision(scores_m, positive_m)
+    if not len(grouped):
+        raise InputError(f"no two of the {n} images share a group; is --group {spec.group} the right column?")
+    ranked = zip(*_rankings(similarity_nn, group_n, grouped), strict=True)
+    precision, neighbours, relevant = (np.concatenate(parts) for parts in ranked)
+    drawn_q, notes = drawn_groups(group_n[grouped])
+    pairs = RankedPairs.of(similarity_nn, group_n)
     return Measurement(
         evaluator="copies",
         protocol="average precision of pairs of one group among all pairs of images, cosine of CLS ++ GeM patches"
         + (", whitened" if whitening is not None else ""),
         version=VERSION,
         metrics={
-            "ap": Metric(value, _pair_interval(similarity_nn, group_n), int(positive_m.sum())),
-            "map": mean_metric(precision, group_n[grouped]),
-            "top1": mean_metric(relevant[:, 0], group_n[grouped]),
+            "ap": Metric(pairs.precision(), pairs.interval95(), len(pairs.first_P)),
+            "map": mean_metric(precision, drawn_q),
+            "top1": mean_metric(relevant[:, 0], drawn_q),
         },
         headline="ap",
         selected_on="nothing",
         chosen={},
         grid=[],
         settings=asdict(spec),
+        notes=notes,
         predictions={
             "names": np.array(table.names)[grouped],
             "score": precision,
-            "groups": group_n[grouped],
-            "neighbours": ranking[:, :SEARCHED],
+            "groups": drawn_q,
+            "neighbours": neighbours,
             "database": np.array(table.names),
-            "relevant": relevant[:, :SEARCHED],
+            "relevant": relevant,
         },
     )
 
 
-def _pair_interval(similarity_nn: np.ndarray, group_n: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the pairs' average precision: whole groups are drawn with replacement.
-
-    A group drawn twice stands for two other groups of its kind, whose images are no pairs of each other, so no pair of
-    an image with itself gets in.
-    """
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(group_n == group) for group in range(group_n.max() + 1)]
-    values = []
-    for _ in range(PAIR_RESAMPLES):
-        drawn = rng.integers(0, len(members), len(members))
-        rows = np.concatenate([members[group] for group in drawn])
-        copy = np.repeat(np.arange(len(drawn)), [len(members[group]) for group in drawn])
-        first, second = np.triu_indices(len(rows), 1)
-        between = (copy[first] == copy[second]) | (group_n[rows[first]] != group_n[rows[second]])
-        first, second = first[between], second[between]
-        positive = copy[first] == copy[second]
-        if positive.any():
-            values.append(pair_average_precision(similarity_nn[rows[first], rows[second]], positive))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def _rankings(
+    similarity_nn: np.ndarray, group_n: np.ndarray, queries_q: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For some queries at a time average precision, the first `SEARCHED` rows, and which of these are of their group."""
+    for start in range(0, len(queries_q), QUERIES_AT_ONCE):
+        rows = queries_q[start : start + QUERIES_AT_ONCE]
+        similarity = similarity_nn[rows]
+        similarity[np.arange(len(rows)), rows] = -np.inf  # the image itself comes last
+        ranking = np.argsort(-similarity, axis=1, kind="stable")[:, :-1]
+        relevant = group_n[ranking] == group_n[rows, None]
+        yield average_precisions(relevant), ranking[:, :SEARCHED], relevant[:, :SEARCHED]
 
 
 def evaluate_copydays(
@@ -193,6 +184,8 @@ def evaluate_copydays(
     metrics: dict[str, Metric] = {}
     found: dict[str, np.ndarray] = {}
     rankings: dict[str, np.ndarray] = {}
+    drawn: dict[str, np.ndarray] = {}
+    notes: list[str] = []
     for (block, table), queries_qD in zip(blocks.items(), described[1:], strict=False):
         ranking = np.concatenate([rows.numpy() for _, rows in nearest(bank_nD, queries_qD, SEARCHED)])
         rankings[block], precisions = ranking, []
@@ -203,9 +196,9 @@ def evaluate_copydays(
                 raise InputError(f"{name}: no original shares its first {PREFIX} characters; is this Copydays?")
             precisions.append(trapezoid_precision(np.flatnonzero(keys_n[row] == key), n_positive))
         found[block] = np.array(precisions)
-        metrics[f"map_{block}"] = mean_metric(
-            found[block], np.array([Path(name).name[:PREFIX] for name in table.names])
-        )
+        drawn[block], too_few = drawn_groups([Path(name).name[:PREFIX] for name in table.names])
+        metrics[f"map_{block}"] = mean_metric(found[block], drawn[block])
+        notes += [f"{block}: {note}" for note in too_few]
     headline = "map_strong" if "strong" in blocks else next(iter(metrics))
     block = headline.removeprefix("map_")
     keys_q = np.array([Path(name).name[:PREFIX] for name in blocks[block].names])
@@ -220,10 +213,11 @@ def evaluate_copydays(
         chosen={},
         grid=[{"block": name.removeprefix("map_"), "map": metric.value} for name, metric in metrics.items()],
         settings=asdict(spec) | {"whitened": whitening is not None, "distractors": sum(map(len, extra))},
+        notes=notes,
         predictions={
             "names": np.array(blocks[block].names),
             "score": found[block],
-            "groups": np.unique(keys_q, return_inverse=True)[1],
+            "groups": drawn[block],
             "neighbours": rankings[block],
             "database": np.array([*originals.names, *(distractors.names if distractors is not None else ())]),
             "relevant": keys_n[rankings[block]] == keys_q[:, None],

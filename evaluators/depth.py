@@ -52,7 +52,7 @@ from evaluators.results import (
     save_result,
 )
 from evaluators.rgbd import DepthSet, MeasuredDepth, open_depth, truth_fingerprint
-from evaluators.splits import FOLDS, drawn_column, hash_bucket, held_out_words, parts_to_hold_out
+from evaluators.splits import FOLDS, hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
 from runtimes.open import open_runtime
 from runtimes.runtime import Runtime, step_px
@@ -169,7 +169,7 @@ def measure(title: str, runtime: Runtime, depth: DepthSet, options: DepthRun, sp
         layers = spread_layers(runtime)
         runtime = with_layers(runtime, layers, norm=False)
     started = time.perf_counter()
-    features, tied_by = {}, {"train": depth.splits.group_column, "val": drawn_column(depth.splits)}
+    features = {}
     for what in ("train", "val", *["mirrored"] * spec.mirror):
         part = depth.splits.train if what == "train" else depth.splits.val
         extraction = ExtractSpec(
@@ -178,7 +178,7 @@ def measure(title: str, runtime: Runtime, depth: DepthSet, options: DepthRun, sp
             batch_size=options.batch_size,
             workers=options.workers,
             cache_dir=options.cache_dir,
-            group_column=tied_by["train" if what == "train" else "val"],
+            group_column=depth.splits.group_column,
         )
         with progress_bar(f"{title}: {what}") as progress:
             features[what] = extract(

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from data.errors import InputError
-from evaluators.bootstrap import mean_interval95
+from evaluators.bootstrap import drawn_groups, mean_interval95
 from evaluators.depth_metrics import LOWER_IS_BETTER, METRE_METRICS, image_metrics
 from evaluators.depth_probe import DepthTable, sample_nearest
 from evaluators.depth_protocol import DepthSpec
@@ -97,7 +97,7 @@ def score(
         notes.append(
             f"{beyond} measured test pixels lie beyond {spec.max_depth:g} {short} and do not count; see --max-depth"
         )
-    groups_n = np.unique([test.groups[row] for row in rows], return_inverse=True)[1].astype(np.int64)
+    groups_n, too_few = drawn_groups([test.groups[row] for row in rows])
     columns = {name: np.array([one[name] for one in figures]) for name in figures[0]}
     return Measurement(
         evaluator="depth",
@@ -109,7 +109,7 @@ def score(
         chosen=chosen,
         grid=grid,
         settings=asdict(spec),
-        notes=notes,
+        notes=notes + too_few,
         predictions={
             "names": np.array([test.names[row] for row in rows]),
             "rows": np.array(rows),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.errors import InputError, run_cli
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, mean_metric, rank_classes
+from evaluators.bootstrap import drawn_groups
 from evaluators.classification import (
     ClassificationRun,
     index_groups,
@@ -199,7 +200,7 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec())
     by = "train_left_out_top1" if spec.select_on == "train" else "top1"
     chosen = max(grid, key=lambda entry: entry[by])["k"]
     best = max(grid, key=lambda entry: entry["top1"])["k"]
-    groups_q = index_groups(test)
+    groups_q, too_few = drawn_groups(test.groups)
     metrics = accuracy_metrics(guesses[chosen], test_labels_q, len(classes), groups_q)
     metrics["top1_best_on_val"] = accuracy_metrics(guesses[best], test_labels_q, len(classes), groups_q)["top1"]
     for n in shots:
@@ -217,7 +218,7 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: KnnSpec = KnnSpec())
         chosen={"k": chosen},
         grid=grid,
         settings=asdict(spec) | {"k": list(ks)},
-        notes=notes,
+        notes=notes + too_few,
         predictions={
             "names": np.array(test.names),
             "labels": test_labels_q,

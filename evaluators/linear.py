@@ -24,10 +24,10 @@ from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, save_head
 from data.errors import CheckFailed, InputError, run_cli
 from data.preprocess import Interpolation
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
+from evaluators.bootstrap import drawn_groups
 from evaluators.classification import (
     ClassificationRun,
     check_head_place,
-    index_groups,
     index_labels,
     print_result,
     run_classification,
@@ -244,7 +244,7 @@ def _measurement(
     best = max(range(len(grid)), key=lambda row: (not grid[row]["diverged"], grid[row]["top1"]))
     chosen = choose(grid, n_held_out) if spec.select_on == "train" else best
     guesses, weight_CD, bias_C = fitted[chosen]
-    groups_n = index_groups(test)
+    groups_n, too_few = drawn_groups(test.groups)
     metrics = accuracy_metrics(guesses, test_labels_n, len(classes), groups_n)
     metrics["top1_best_on_val"] = accuracy_metrics(fitted[best][0], test_labels_n, len(classes), groups_n)["top1"]
     n = len(train)
@@ -267,7 +267,7 @@ def _measurement(
             "lr": list(spec.lr),
             "views": len(train.augmented),
         },
-        notes=_notes(grid, chosen, spec, train),
+        notes=_notes(grid, chosen, spec, train) + too_few,
         predictions={
             "names": np.array(test.names),
             "labels": test_labels_n,

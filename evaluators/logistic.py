@@ -22,10 +22,10 @@ from torch import Tensor
 from data.errors import InputError, run_cli
 from data.preprocess import Preprocess
 from evaluators.accuracy import Guesses, accuracies, accuracy_metrics, rank_classes
+from evaluators.bootstrap import drawn_groups
 from evaluators.classification import (
     ClassificationRun,
     check_head_place,
-    index_groups,
     index_labels,
     print_result,
     progress_bar,
@@ -146,7 +146,7 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: LogisticSpec = Logis
     if held_out:  # all training images, at the C that were chosen
         wanted = sorted({chosen["C"], best["C"]})
         final = dict(zip(wanted, fit(features_nD, labels_n, len(classes), wanted, spec), strict=True))
-    groups_n = index_groups(test)
+    groups_n, too_few = drawn_groups(test.groups)
     guesses = _guess(final[chosen["C"]], test_nD, test_labels_n)
     metrics = accuracy_metrics(guesses, test_labels_n, len(classes), groups_n)
     best_guesses = _guess(final[best["C"]], test_nD, test_labels_n)
@@ -162,7 +162,7 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: LogisticSpec = Logis
         chosen={"C": chosen["C"], "features": "cls"},
         grid=grid,
         settings=asdict(spec) | {"C": list(spec.C)},
-        notes=_notes(grid, chosen, winner),
+        notes=_notes(grid, chosen, winner) + too_few,
         predictions={
             "names": np.array(test.names),
             "labels": test_labels_n,

@@ -28,17 +28,6 @@ def average_precisions(relevant_qn: np.ndarray) -> np.ndarray:
     return np.divide(total_q, n_positive_q, out=np.full(len(total_q), np.nan), where=n_positive_q > 0)
 
 
-def pair_average_precision(scores_m: np.ndarray, positive_m: np.ndarray) -> float:
-    """Average precision of m scored pairs, best first; equal scores are one step, so their order has no say."""
-    order = np.argsort(-scores_m, kind="stable")
-    scores, positive = scores_m[order], positive_m[order]
-    found = np.cumsum(positive)
-    last_of_step = np.append(scores[1:] != scores[:-1], True)
-    precision = found[last_of_step] / (np.flatnonzero(last_of_step) + 1)
-    gained = np.diff(found[last_of_step], prepend=0)
-    return float((precision * gained).sum() / max(positive.sum(), 1))
-
-
 def trapezoid_precision(ranks_P: np.ndarray, n_positive: int) -> float:
     """Average precision as the area under the precision-recall curve by trapezoids (Philbin et al. 2007).
 

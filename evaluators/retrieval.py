@@ -18,7 +18,8 @@ import tyro
 from data.datasets import open_dataset
 from data.errors import InputError, run_cli
 from evaluators.accuracy import mean_metric
-from evaluators.classification import RunOptions, check_length, check_tables, index_groups, print_result
+from evaluators.bootstrap import drawn_groups
+from evaluators.classification import RunOptions, check_length, check_tables, print_result
 from evaluators.extract import ExtractSpec, FeatureTable
 from evaluators.landmarks import Landmarks, landmarks_at, open_landmarks
 from evaluators.measuring import Parts, evaluate_parts
@@ -105,8 +106,8 @@ def evaluate(
     asked = np.flatnonzero(~np.isnan(columns["map"]))
     if not len(asked):
         raise InputError(f"none of the {n} images shares its value with another; is --by the right column?")
-    groups_q = index_groups(table)[asked]
-    notes = [f"{n - len(asked)} images have nothing to find and are no queries"] if len(asked) < n else []
+    groups_q, notes = drawn_groups(np.array(table.groups)[asked])
+    notes += [f"{n - len(asked)} images have nothing to find and are no queries"] if len(asked) < n else []
     return Measurement(
         evaluator="retrieval",
         protocol="every image searches the others by cosine similarity; mean average precision over queries"

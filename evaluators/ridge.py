@@ -20,9 +20,9 @@ from torch import Tensor
 
 from data.errors import InputError, run_cli
 from evaluators.accuracy import Guesses, mean_metric, mean_per_class, rank_classes
+from evaluators.bootstrap import drawn_groups
 from evaluators.classification import (
     ClassificationRun,
-    index_groups,
     index_labels,
     print_result,
     run_classification,
@@ -100,7 +100,7 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: RidgeSpec = RidgeSpe
     """The few-shot accuracy of `test`; each try chooses its strength on its own few images."""
     train_labels_n, test_labels_q, classes = index_labels(train, test)
     bank_nD, queries_qD = unit_rows(train.features), unit_rows(test.features)
-    groups_q, identity_KK = index_groups(test), torch.eye(len(classes))
+    (groups_q, too_few), identity_KK = drawn_groups(test.groups), torch.eye(len(classes))
     grid: list[dict[str, Any]] = []
     hits: dict[int, np.ndarray] = {}
     guesses: Guesses | None = None
@@ -141,6 +141,7 @@ def evaluate(train: FeatureTable, test: FeatureTable, spec: RidgeSpec = RidgeSpe
         chosen={"n_per_class": most},
         grid=grid,
         settings=asdict(spec),
+        notes=too_few,
         predictions={
             "names": np.array(test.names),
             "labels": test_labels_q,

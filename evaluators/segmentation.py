@@ -20,6 +20,7 @@ import tyro
 from backbones.heads import HeadManifest, SegmentationHead, SegmentationHeadSpec, save_head
 from data.errors import InputError, run_cli
 from evaluators.baselines import open_baseline
+from evaluators.bootstrap import drawn_groups
 from evaluators.classification import (
     NetworkOptions,
     baseline_json,
@@ -104,7 +105,7 @@ def evaluate(
     counts = Counts.of(counted)
     if not counts.true.sum():
         raise InputError(f"none of the {len(test.names)} test masks has a labelled pixel; wanted class numbers in them")
-    groups_n = np.unique(np.array(test.groups), return_inverse=True)[1].astype(np.int64)
+    groups_n, notes = drawn_groups(test.groups)
     iou_C = class_iou(counts.columns.sum(axis=0).astype(np.float64))
     folds = parts_to_hold_out(_folds(train), spec.held_out)
     measurement = Measurement(
@@ -117,6 +118,7 @@ def evaluate(
         chosen={"lr": lr},
         grid=grid,
         settings=asdict(spec),
+        notes=notes,
         predictions={
             "names": np.array(test.names),
             "score": image_mean_iou(counts),

@@ -18,7 +18,7 @@ from evaluators.segmentation_cuts import Cut, CutImages, CutMasks, WindowTable, 
 from evaluators.segmentation_data import VOID_VALUE, MaskedImages, Masks, open_masks
 from evaluators.segmentation_probe import ImageTable, SegmentationTable
 from evaluators.segmentation_protocol import SegmentationSpec
-from evaluators.splits import Splits, drawn_column, group_of, scene_column, split_dataset
+from evaluators.splits import Splits, group_of, scene_column, split_dataset
 from evaluators.view_batches import ViewSpec
 from runtimes.runtime import Runtime, step_px
 
@@ -67,7 +67,7 @@ class Views:
 def look(title: str, runtime: Runtime, parts: Parts, options: NetworkOptions, spec: SegmentationSpec) -> Views:
     """Run the network over both parts as `spec` says. Raises InputError and CheckFailed as `extract`."""
     px, found = view_px(runtime, spec), []
-    tied_by = {"train": parts.splits.group_column, "val": drawn_column(parts.splits)}
+    tied_by = parts.splits.group_column
 
     def extracted(what: str, dataset: Dataset, side: int, mirrored: bool = False) -> FeatureTable:
         extraction = ExtractSpec(
@@ -76,7 +76,7 @@ def look(title: str, runtime: Runtime, parts: Parts, options: NetworkOptions, sp
             batch_size=options.batch_size,
             workers=options.workers,
             cache_dir=options.cache_dir,
-            group_column=tied_by[what],
+            group_column=tied_by,
         )
         with progress_bar(f"{title}: {what}") as progress:
             table = extract(MirroredRuntime(runtime) if mirrored else runtime, dataset, extraction, progress)
@@ -106,7 +106,7 @@ def look(title: str, runtime: Runtime, parts: Parts, options: NetworkOptions, sp
         else:
             windows = CutImages(images, window_cuts(images, px, spec.stride, scale), px, runtime.manifest.preprocess)
             features = extracted("val", windows, px, mirrored)
-            tests.append(window_table(windows, features, tied_by["val"]))
+            tests.append(window_table(windows, features, tied_by))
     by_part = dict(reversed(found))  # of the test images the first scale
     counts = {f"n_{what}": len(set(by_part[what].names)) for what in ("train", "val")}
     return Views(

@@ -25,8 +25,6 @@ GROUP_COLUMNS = ("instance", "family", "concept", "group")
 """Columns that tie images together, in order of preference, where `--group-by` is auto."""
 SCENE_COLUMNS = ("scene", "room", "objects")
 """Columns that tie views of one scene together, before those, where images have maps; `objects` lists what stands in a rendered room."""
-FEWEST_DRAWN = 5
-"""Scenes in the test part below which images are drawn for intervals: of one or two, resamples are all alike."""
 ONE_IN_NAMES, ONE_IN_GROUPS = 5, 4
 """Share held out: every fifth image by name, every fourth group (the rule of the packed set `objects`)."""
 FOLDS = 5
@@ -106,18 +104,6 @@ def scene_column(items: Sequence[Item], group_by: str) -> str:
         return group_by
     scenes = {item.row.get(column) for item in items if item.split in ("train", None)}
     return "none" if len(scenes) == 1 else column
-
-
-def drawn_column(splits: Splits) -> str | None:
-    """The column whose groups are drawn for intervals of the test part; None, with a note in `splits`, where these are too few."""
-    column = splits.group_column
-    n_groups = len({group_of(item, column) for item in splits.val.items})
-    if column is None or n_groups >= min(FEWEST_DRAWN, len(splits.val)):
-        return column
-    note = f"the test images are of {n_groups} groups only (`{column}`): intervals are over images, and too narrow"
-    if note not in splits.notes:
-        splits.notes.append(note)
-    return None
 
 
 def group_of(item: Item, group_column: str | None) -> str:

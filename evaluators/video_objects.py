@@ -24,7 +24,7 @@ from data.decode import DecodeError
 from data.errors import CheckFailed, InputError, run_cli
 from data.preprocess import check_view_px, normalise
 from evaluators.baselines import open_baseline
-from evaluators.bootstrap import mean_interval95
+from evaluators.bootstrap import drawn_groups, mean_interval95
 from evaluators.classification import (
     RunOptions,
     baseline_json,
@@ -181,7 +181,7 @@ def first_size(video: MaskedVideo) -> tuple[int, int]:
 def evaluate(followed: list[Followed], spec: VideoObjectsSpec) -> Measurement:
     """The figures over all objects of all videos; intervals are over videos."""
     names = [f"{one.name}/{number}" for one in followed for number in one.numbers]
-    groups_n = np.array([k for k, one in enumerate(followed) for _ in one.numbers], np.int64)
+    groups_n, notes = drawn_groups(np.array([k for k, one in enumerate(followed) for _ in one.numbers]))
     columns: dict[str, np.ndarray] = {}
     for letter in ("j", "f"):
         rows = np.array([series_figures(series) for one in followed for series in getattr(one, letter)])
@@ -198,7 +198,7 @@ def evaluate(followed: list[Followed], spec: VideoObjectsSpec) -> Measurement:
         metrics={
             name: Metric(
                 float(values.mean()),
-                mean_interval95(values, groups_n) if len(followed) > 1 else None,
+                mean_interval95(values, groups_n) if len(values) > 1 else None,
                 len(values),
                 lower_is_better=name.endswith("decay"),
             )
@@ -209,6 +209,7 @@ def evaluate(followed: list[Followed], spec: VideoObjectsSpec) -> Measurement:
         chosen={},
         grid=[],
         settings=asdict(spec),
+        notes=notes,
         predictions={"names": np.array(names), "score": columns[HEADLINE], "groups": groups_n, **columns},
     )
 
@@ -308,10 +309,9 @@ def _save_masks(folder: Path, videos: VideoSet, followed: list[Followed]) -> Non
 
 def _shown(videos: VideoSet, followed: list[Followed], measurement: Measurement) -> list[tuple[str, list[np.ndarray]]]:
     """Rows of the picture: first frame with its mask, then of a later frame the truth and what was followed."""
-    predictions = measurement.predictions
-    scores = np.array(
-        [predictions["score"][predictions["groups"] == k].mean() for k in range(len(followed))], np.float64
-    )
+    first_objects = np.cumsum([0, *(len(one.numbers) for one in followed[:-1])])
+    totals = np.add.reduceat(measurement.predictions["score"], first_objects)
+    scores = totals / [len(one.numbers) for one in followed]
     rows = []
     for k in spread_picks(scores):
         video, one = videos.videos[k], followed[k]

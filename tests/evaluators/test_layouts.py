@@ -201,9 +201,7 @@ def test_intervals_are_over_images_where_there_are_too_few_scenes_to_draw(tmp_pa
     data = f"cityscapes:{cityscapes_folder(tmp_path / 'cities')}"
     result = measured(tmp_path, "segmentation", data, "--lr 0.03 --steps 2 --batch 4")
     assert result["data"]["grouped_by"] == "scene"
-    assert (
-        "the test images are of 1 groups only (`scene`): intervals are over images, and too narrow" in result["notes"]
-    )
+    assert "the test part is of 1 group only: intervals are over its single items, and too narrow" in result["notes"]
 
 
 def test_predicted_masks_of_cityscapes_are_in_the_numbers_of_its_own(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from evaluators.ranking import (
     average_precisions,
-    pair_average_precision,
     precision_at,
     revisited_figures,
     trapezoid_precision,
@@ -59,11 +58,3 @@ def test_plain_average_precision_by_hand() -> None:
     found = average_precisions(relevant)
     assert found[:2] == pytest.approx([(1 + 2 / 3) / 2, 1 / 4])
     assert math.isnan(found[2])
-
-
-def test_equal_pairs_are_one_step_whatever_their_order() -> None:
-    scores = np.array([0.9, 0.5, 0.5, 0.5, 0.1])
-    positive = np.array([True, False, True, False, True])
-    wanted = (1 * 1 + 1 * 2 / 4 + 1 * 3 / 5) / 3
-    assert pair_average_precision(scores, positive) == pytest.approx(wanted)
-    assert pair_average_precision(scores[[0, 2, 1, 3, 4]], positive[[0, 2, 1, 3, 4]]) == pytest.approx(wanted)
