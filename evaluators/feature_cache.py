@@ -3,7 +3,8 @@
 An entry is a folder `<root>/<key>/` with one `<column>.npy` a column. `progress.json` says how far a running
 extraction got (a killed one goes on there); `meta.json` appears last, by rename, and makes the entry complete. The key
 is a hash of everything the features depend on, so nothing is ever out of date. A lock file beside the entry keeps a
-second process waiting until the first has finished, and then hands it the result.
+second process waiting until the first has finished, and then hands it the result. A complete entry is only read, without
+the lock: it may lie where nothing can be written.
 
 Disk space is taken before anything is written: a map of a file with holes is killed (SIGBUS) where a full disk cannot fill them.
 """
@@ -26,6 +27,8 @@ from data.errors import InputError
 
 FORMAT = 1
 """Part of every key: raise it when the files or the meaning of a column change."""
+_UNSOUND = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged entry raises."""
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -142,10 +145,21 @@ class FeatureStore:
                 continue
             except InputError:  # no room to go on: what is there stays
                 raise
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except _UNSOUND:
                 break
         shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
+
+    @classmethod
+    def completed(cls, n_items: int, folder: Path) -> "FeatureStore | None":
+        """The complete entry in a folder, of which nothing is written or opened for writing; None where there is no sound one."""
+        store = cls(n_items)
+        store.folder = folder
+        try:
+            store._take_up(json.loads((folder / "meta.json").read_text()), finished=True)
+        except _UNSOUND:
+            return None
+        return store
 
     def _take_up(self, body: dict[str, Any], finished: bool) -> None:
         assert self.folder is not None
@@ -197,9 +211,12 @@ def _not_written(root: Path, error: OSError, wanted_bytes: int = 0) -> InputErro
 
 @contextmanager
 def open_store(root: Path | None, key: str, n_items: int) -> Iterator[FeatureStore]:
-    """The entry of `key`, locked while the block runs; without a root, a store in memory. Raises InputError."""
+    """The entry of `key`, locked while the block runs unless it is complete; without a root, a store in memory. Raises InputError."""
     if root is None:
         yield FeatureStore(n_items)
+        return
+    if (complete := FeatureStore.completed(n_items, root / key)) is not None:
+        yield complete
         return
     try:
         root.mkdir(parents=True, exist_ok=True)

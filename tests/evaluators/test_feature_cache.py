@@ -1,10 +1,13 @@
 """The cache holds what was finished, goes on where a killed extraction stopped, and trusts nothing that is damaged."""
 
+import builtins
 import errno
+import io
 import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +82,7 @@ def test_skipped_rows_leave_no_gap_and_are_remembered(tmp_path: Path) -> None:
         assert store.columns()["patch_mean"][:, 0].tolist() == [0, 2, 3]
 
 
-@pytest.mark.parametrize("damage", ["meta", "array", "missing"])
+@pytest.mark.parametrize("damage", ["meta", "array", "empty", "missing"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     fill(tmp_path)
     array = tmp_path / KEY / "embedding.npy"
@@ -87,6 +90,8 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
         (tmp_path / KEY / "meta.json").write_text("{")
     elif damage == "array":
         array.write_bytes(array.read_bytes()[:-8])
+    elif damage == "empty":
+        array.write_bytes(b"")
     else:
         array.unlink()
     fill(tmp_path)
@@ -141,6 +146,61 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--cache-dir"), open_store(tmp_path / "file", KEY, 2):
         pass
+
+
+def test_a_complete_entry_is_used_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a read-only disk whatever opens a file for writing, makes a folder or takes a lock fails."""
+    fill(tmp_path)
+    (tmp_path / f"{KEY}.lock").unlink()
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+    read_only_disk(monkeypatch)
+    with open_store(tmp_path, KEY, 10) as store:
+        assert store.complete
+        np.testing.assert_array_equal(store.columns()["embedding"], rows(0, 10)["embedding"])
+        store.finish()
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
+
+
+@pytest.mark.parametrize("damage", ["half done", "damaged", "absent"])
+def test_an_entry_that_has_to_be_written_to_a_read_only_disk_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    if damage == "half done":
+        with pytest.raises(KeyboardInterrupt):
+            fill(tmp_path, stop_after=4)
+    elif damage == "damaged":
+        fill(tmp_path)
+        (tmp_path / KEY / "embedding.npy").write_bytes(b"")
+    read_only_disk(monkeypatch)
+    with pytest.raises(InputError, match=r"cannot write there \(Read-only file system\); name another folder or use"):
+        fill(tmp_path)
+
+
+def read_only_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be opened for writing any more, whoever asks: permissions do not bind root."""
+    real_open, real_os_open = io.open, os.open
+
+    def refused() -> OSError:
+        return OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def open_(file: Any, mode: str = "r", *args: Any, **others: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise refused()
+        return real_open(file, mode, *args, **others)
+
+    def os_open(path: Any, flags: int, *args: Any, **others: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise refused()
+        return real_os_open(path, flags, *args, **others)
+
+    def change(*_: Any, **__: Any) -> Any:
+        raise refused()
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", open_)
+    monkeypatch.setattr(os, "open", os_open)
+    for name in ("replace", "unlink", "rmdir", "utime"):
+        monkeypatch.setattr(os, name, change)
 
 
 def test_disk_space_is_taken_before_a_row_is_written(tmp_path: Path) -> None:
