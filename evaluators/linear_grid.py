@@ -11,6 +11,7 @@ Legend: n images, B batch, D feature size, H heads, C classes.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 Take = Callable[[Tensor, int, slice, Tensor], object]
 """`take(rows, epoch, columns, out)` writes these columns of the features of a batch [B, W] to `out`, for which there is no other place: a
 copy of a batch costs a hundredth of a step."""
+Anneal = Literal["step", "epoch"]
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
 """Weights start from N(0, 0.01), biases from 0 (DINO, DINOv2)."""
@@ -53,6 +55,7 @@ def train_heads(
     steps: int,
     batch: int,
     seed: int,
+    anneal: Anneal = "step",
 ) -> Heads:
     """Train one head per learning rate on all features; see `train_grid`."""
     whole = {"all": slice(0, features_nD.shape[1])}
@@ -65,6 +68,7 @@ def train_heads(
         steps=steps,
         batch=batch,
         seed=seed,
+        anneal=anneal,
     )
     return grid["all"]
 
@@ -79,9 +83,11 @@ def train_grid(
     steps: int,
     batch: int,
     seed: int,
+    anneal: Anneal = "step",
 ) -> dict[str, Heads]:
-    """Train one head per combination and learning rate: SGD, momentum 0.9, no decay, cosine to 0 per step, mean loss.
+    """Train one head per combination and learning rate: SGD, momentum 0.9, no decay, cosine to 0, mean loss.
 
+    Learning rates follow the cosine from step to step (DINOv2), or stand still within an epoch (DINO).
     A combination is a range of the columns of what `take` gives. The column of ones is put where the first range ends,
     so no range may begin beyond that. All heads share each batch. Batches are cut from a fresh permutation each epoch;
     an incomplete last one is dropped, as published.
@@ -98,6 +104,7 @@ def train_grid(
     order, epoch = torch.empty(0, dtype=torch.int64), -1
     width = max(columns.stop for columns in combinations.values())
     x_BW = torch.ones(batch, width + 1)
+    n_epochs = math.ceil(steps / (len(labels_n) // batch))
     for step in range(steps):
         if len(order) < batch:
             order, epoch = torch.randperm(len(labels_n), generator=generators[0]), epoch + 1
@@ -105,7 +112,8 @@ def train_grid(
         take(rows, epoch, slice(0, ones), x_BW[:, :ones])
         if ones < width:
             take(rows, epoch, slice(ones, width), x_BW[:, ones + 1 :])
-        shrink = (1 + math.cos(math.pi * step / steps)) / 2
+        passed = step / steps if anneal == "step" else epoch / n_epochs
+        shrink = (1 + math.cos(math.pi * passed)) / 2
         for heads in group.values():
             heads.step_(x_BW, labels_n[rows], shrink)
     return {name: heads.result() for name, heads in group.items()}

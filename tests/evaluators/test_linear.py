@@ -17,7 +17,7 @@ from evaluators.classification import ClassificationRun
 from evaluators.combinations import combinations, names_for, wide
 from evaluators.extract import FeatureTable, extract
 from evaluators.linear import LinearSpec, choose, evaluate, held_out_scores, run
-from evaluators.linear_grid import Heads, train_heads
+from evaluators.linear_grid import Heads, train_grid, train_heads
 from evaluators.splits import FOLDS, hash_bucket, open_splits
 from runtimes.open import open_runtime
 from tests.evaluators.fakes import colour_folder, small_checkpoint
@@ -53,6 +53,24 @@ def test_a_head_of_the_grid_is_the_head_trained_alone() -> None:
         for entry in alone.grid:
             (same,) = (e for e in together.grid if (e["features"], e["lr_per_256"]) == (entry["features"], lr))
             assert {**same} == pytest.approx(entry)
+
+
+@pytest.mark.parametrize(("preset", "anneal"), [("dino", "epoch"), ("dinov2", "step"), (None, "step")])
+def test_rates_fall_once_an_epoch_in_dinos_protocol_and_each_step_in_dinov2s(
+    preset: Any, anneal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = blobs(90, 0), blobs(60, 1)
+    spec = LinearSpec(preset=preset, lr=(0.1,), epochs=5, min_steps=1, batch=10, views=0, select_on="val")
+    taught = []
+
+    def recorded(*args: Any, **how: Any) -> dict[str, Heads]:
+        taught.append(how["anneal"])
+        return train_grid(*args, **how)
+
+    monkeypatch.setattr(linear, "train_grid", recorded)
+    found = evaluate(train, test, spec, seed=4)
+    assert taught == [anneal]
+    assert f"cosine by {anneal}" in found.protocol
 
 
 def test_held_out_images_are_judged_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """The fused heads are the same classifiers as separate modules under torch's own SGD."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluators.linear_grid import Heads, train_grid, train_heads
+from evaluators.linear_grid import Anneal, Heads, train_grid, train_heads
 
 RATES = (0.01, 0.1, 1.0)
 STEPS, BATCH, CLASSES, WIDTH = 50, 16, 7, 12
@@ -18,7 +20,7 @@ def problem() -> tuple[Tensor, Tensor]:
     return means[labels] + torch.randn(70, WIDTH, generator=generator), labels
 
 
-def separate_module(features: Tensor, labels: Tensor, rate: float, seed: int) -> nn.Linear:
+def separate_module(features: Tensor, labels: Tensor, rate: float, seed: int, anneal: Anneal) -> nn.Linear:
     """One `nn.Linear` under torch's SGD, cosine schedule and cross-entropy, on the batches described in train_heads."""
     generator = torch.Generator().manual_seed(seed)
     module = nn.Linear(WIDTH, CLASSES)
@@ -26,23 +28,29 @@ def separate_module(features: Tensor, labels: Tensor, rate: float, seed: int) ->
         module.weight.copy_(torch.empty(WIDTH, CLASSES).normal_(0.0, 0.01, generator=generator).T)
         module.bias.zero_()
     optim = torch.optim.SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, STEPS, eta_min=0)
+    epochs = math.ceil(STEPS / (len(labels) // BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, STEPS if anneal == "step" else epochs, eta_min=0)
     order: list[int] = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         if len(order) < BATCH:
+            if anneal == "epoch" and step:
+                schedule.step()
             order = torch.randperm(len(labels), generator=generator).tolist()
         rows, order = order[:BATCH], order[BATCH:]
         optim.zero_grad()
         nn.functional.cross_entropy(module(features[rows]), labels[rows]).backward()
         optim.step()
-        schedule.step()
+        if anneal == "step":
+            schedule.step()
     return module
 
 
-def test_fused_grid_equals_separate_modules_after_fifty_steps(problem: tuple[Tensor, Tensor]) -> None:
-    heads = train_heads(*problem, CLASSES, RATES, steps=STEPS, batch=BATCH, seed=3)
+@pytest.mark.parametrize("anneal", ["step", "epoch"])
+def test_fused_grid_equals_separate_modules_after_fifty_steps(problem: tuple[Tensor, Tensor], anneal: Anneal) -> None:
+    """Rates that follow the cosine each step as DINOv2's, or once an epoch as in DINO's script."""
+    heads = train_heads(*problem, CLASSES, RATES, steps=STEPS, batch=BATCH, seed=3, anneal=anneal)
     for head, rate in enumerate(RATES):
-        module = separate_module(*problem, rate, seed=3)
+        module = separate_module(*problem, rate, seed=3, anneal=anneal)
         torch.testing.assert_close(heads.weight_DHC[:, head].T, module.weight.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(heads.bias_HC[head], module.bias.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(heads.logits(problem[0])[:, head], module(problem[0]).detach(), atol=1e-4, rtol=1e-4)
