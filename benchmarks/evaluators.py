@@ -175,8 +175,7 @@ def linear_cases(sizes: Sizes) -> dict[str, Case]:
 
     def steps() -> None:
         rates = [lr * sizes.batch / 256 for lr in LR_PER_256]
-        how = {"steps": sizes.steps, "batch": sizes.batch, "seed": 0}
-        train_grid(take, slices, labels, sizes.classes, rates, **how)
+        train_grid(take, slices, labels, sizes.classes, rates, steps=sizes.steps, batch=sizes.batch, seed=0)
 
     return {"products": products, "52 heads, whole steps": steps}
 

@@ -16,7 +16,6 @@ from typing import overload
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.heads import SegmentationHead
@@ -25,7 +24,7 @@ from data.decode import DEFAULT_LIMITS, DecodeLimits
 from data.errors import InputError
 from data.preprocess import Preprocess
 from evaluators.segmentation_data import VOID, MaskedImages
-from evaluators.segmentation_probe import square_grid
+from evaluators.segmentation_probe import LogitMap, enlarged, square_grid
 
 LONGEST = 4
 """The long side becomes at most so many times the wanted short one, as published (2048 for 512)."""
@@ -206,17 +205,22 @@ class WindowTable:
     """Of each image: rows of `patches_mND`, and what they show."""
     px: int
 
-    def enlarged(self, head: SegmentationHead, row: int, hw: tuple[int, int]) -> Tensor:
-        """Logits of one image at the size `hw`, [C, H, W]."""
-        height, width = self.windows[row][0][1].scaled_hw
-        total = torch.zeros(head.spec.n_classes, max(height, self.px), max(width, self.px))
-        times = torch.zeros(total.shape[1:])
+    def logit_map(self, head: SegmentationHead, row: int) -> LogitMap:
+        """What the head says of one image: the mean over its windows."""
+        parts: list[tuple[Cut, Tensor]] = []
         for place, cut in self.windows[row]:
             patches = torch.from_numpy(np.array(self.patches_mND[place : place + 1]))
-            logits = head.logits(patches, square_grid(patches.shape[1]))
-            large = F.interpolate(logits, size=(self.px, self.px), mode="bilinear", align_corners=False)[0]
-            here = (slice(cut.top, cut.top + self.px), slice(cut.left, cut.left + self.px))
-            total[:, *here] += large
-            times[here] += 1
-        mean_CHW = (total / times)[:, :height, :width]
-        return F.interpolate(mean_CHW[None], size=hw, mode="bilinear", align_corners=False)[0]
+            parts.append((cut, head.logits(patches, square_grid(patches.shape[1]))))
+        height, width = parts[0][0].scaled_hw
+
+        def of_classes(hw: tuple[int, int], classes: slice) -> Tensor:
+            n_classes = parts[0][1][:, classes].shape[1]
+            total = torch.zeros(n_classes, max(height, self.px), max(width, self.px))
+            times = torch.zeros(total.shape[1:])
+            for cut, logits in parts:
+                here = (slice(cut.top, cut.top + self.px), slice(cut.left, cut.left + self.px))
+                total[:, *here] += enlarged(logits[:, classes], (self.px, self.px))[0]
+                times[here] += 1
+            return enlarged((total / times)[None, :, :height, :width], hw)[0]
+
+        return of_classes

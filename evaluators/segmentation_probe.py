@@ -11,7 +11,7 @@ Legend: B images, P pixels of an image, N patches (N = h * w), D feature size, C
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,10 @@ PIXELS = 128
 WARM_UP = 1500 / 40_000
 """Share of the steps in which the learning rate rises, as published."""
 ROWS_AT_ONCE = 64
+LOGITS_AT_ONCE = 2**26
+"""Logits of an image's pixels that are held at a time (256 MiB), or one class of it: all 150 of ADE20K at 12 million pixels are 7 GB."""
+LogitMap = Callable[[tuple[int, int], slice], Tensor]
+"""`logit_map(hw, classes)`: logits of some classes of one image at the size `hw`, [c, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,15 @@ class SegmentationTable:
         """Patches down and across."""
         return square_grid(self.patches_nND.shape[1])
 
-    def enlarged(self, head: SegmentationHead, row: int, hw: tuple[int, int]) -> Tensor:
-        """Logits of one image at the size `hw`, [C, H, W]."""
+    def logit_map(self, head: SegmentationHead, row: int) -> LogitMap:
+        """What the head says of one image."""
         logits = head.logits(torch.from_numpy(np.array(self.patches_nND[row : row + 1])), self.grid)
-        return F.interpolate(logits, size=hw, mode="bilinear", align_corners=False)[0]
+        return lambda hw, classes: enlarged(logits[:, classes], hw)[0]
+
+
+def enlarged(map_1chw: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Bilinearly, [1, c, H, W]."""
+    return F.interpolate(map_1chw, size=hw, mode="bilinear", align_corners=False)
 
 
 def square_grid(n_patches: int) -> tuple[int, int]:
@@ -69,8 +78,8 @@ class ImageTable(Protocol):
     @property
     def masks(self) -> Sequence[np.ndarray]: ...
 
-    def enlarged(self, head: SegmentationHead, row: int, hw: tuple[int, int]) -> Tensor:
-        """Logits of one image at the size `hw`, [C, H, W]."""
+    def logit_map(self, head: SegmentationHead, row: int) -> LogitMap:
+        """What the head says of one image."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +225,35 @@ def folded(head: SegmentationHead, mean_D: Tensor, spread_D: Tensor) -> Segmenta
 
 @torch.inference_mode()
 def predict(head: SegmentationHead, tables: Sequence[ImageTable], row: int, hw: tuple[int, int]) -> np.ndarray:
-    """Class of each pixel of one image, int64 [H, W]; of several tables (scales, mirrors) the mean probability decides."""
-    total = tables[0].enlarged(head, row, hw)
-    if len(tables) > 1:
-        total = torch.softmax(total, dim=0)
-        for table in tables[1:]:
-            total += torch.softmax(table.enlarged(head, row, hw), dim=0)
-    classes: np.ndarray = total.argmax(dim=0).numpy()
-    return classes
+    """Class of each pixel of one image, int64 [H, W]; of several tables (scales, mirrors) the mean probability decides.
+
+    Some classes at a time where the image is large; each is enlarged by itself in any case, so this changes nothing.
+    """
+    maps = [table.logit_map(head, row) for table in tables]
+    at_once = max(1, LOGITS_AT_ONCE // (hw[0] * hw[1]))
+    parts = [slice(start, start + at_once) for start in range(0, head.spec.n_classes, at_once)]
+    sums = [_log_sum(one, hw, parts) if min(len(maps), len(parts)) > 1 else None for one in maps]
+    best_HW, class_HW = torch.full(hw, -torch.inf), torch.zeros(hw, dtype=torch.int64)
+    for part in parts:
+        scores_cHW = maps[0](hw, part)
+        if len(maps) > 1:
+            scores_cHW = _probabilities(scores_cHW, sums[0])
+            for one, own in zip(maps[1:], sums[1:], strict=True):
+                scores_cHW += _probabilities(one(hw, part), own)
+        highest_HW, place_HW = scores_cHW.max(dim=0)
+        class_HW = torch.where(highest_HW > best_HW, place_HW + part.start, class_HW)
+        best_HW = torch.maximum(highest_HW, best_HW)
+    return class_HW.numpy()
+
+
+def _probabilities(logits_cHW: Tensor, log_sum_HW: Tensor | None) -> Tensor:
+    """Of all classes, or of some, whose logits do not tell the sum over all."""
+    return torch.softmax(logits_cHW, dim=0) if log_sum_HW is None else (logits_cHW - log_sum_HW).exp_()
+
+
+def _log_sum(logit_map: LogitMap, hw: tuple[int, int], parts: Sequence[slice]) -> Tensor:
+    """Logarithm of the sum over classes of exp(logit), [H, W]: what turns logits into probabilities."""
+    total_HW = torch.full(hw, -torch.inf)
+    for part in parts:
+        total_HW = torch.logaddexp(total_HW, logit_map(hw, part).logsumexp(dim=0))
+    return total_HW

@@ -327,7 +327,8 @@ class TestCrops:
         windows = WindowTable(
             table.names, table.groups, table.masks, table.patches_nND, (((0, Cut(0, (32, 32), 0, 0)),),), 32
         )
-        torch.testing.assert_close(windows.enlarged(head, 0, (32, 32)), table.enlarged(head, 0, (32, 32)))
+        window, whole = (one.logit_map(head, 0)((32, 32), slice(0, 3)) for one in (windows, table))
+        torch.testing.assert_close(window, whole)
 
     def test_where_windows_overlap_the_mean_of_their_logits_counts(self) -> None:
         head = SegmentationHead(SegmentationHeadSpec(n_classes=2, width_in=2))
@@ -338,7 +339,7 @@ class TestCrops:
         patches[0, :, 0], patches[1, :, 0] = 1.0, 3.0
         cuts = ((0, Cut(0, (4, 6), 0, 0)), (1, Cut(0, (4, 6), 0, 2)))
         table = WindowTable(("a",), ("a",), [np.zeros((4, 6), np.int32)], patches, (cuts,), 4)
-        found = table.enlarged(head, 0, (4, 6))[0]
+        found = table.logit_map(head, 0)((4, 6), slice(0, 1))[0]
         assert found[0].tolist() == pytest.approx([1, 1, 2, 2, 3, 3])
 
     def test_it_learns_from_crops_and_tests_by_windows(self, tmp_path: Path) -> None:
