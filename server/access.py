@@ -56,6 +56,11 @@ class Access:
     def __init__(self, tokens: Sequence[Token] | None = None) -> None:
         self._tokens = tokens
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether anything is closed to those without one."""
+        return self._tokens is not None
+
     @staticmethod
     def from_file(path: Path) -> "Access":
         """Lines `NAME use|admin TOKEN`, and comments after #. Raises InputError, which never shows a token."""

@@ -24,9 +24,10 @@ const el = (tag, text, parent) => { const e = document.createElement(tag); if (t
 function example(method, path, operation) {
   const kinds = Object.keys(operation.requestBody?.content ?? {});
   const url = location.origin + path;
-  if (kinds.includes('multipart/form-data')) return `curl -F file=@photo.jpg ${url}`;
-  if (kinds.includes('application/json')) return `curl -H 'content-type: application/json' -d @request.json ${url}`;
-  return method === 'get' ? `curl ${url}` : `curl -X ${method.toUpperCase()} ${url}`;
+  const curl = operation.security ? `curl -H "authorization: Bearer $TOKEN"` : 'curl';
+  if (kinds.includes('multipart/form-data')) return `${curl} -F file=@photo.jpg ${url}`;
+  if (kinds.includes('application/json')) return `${curl} -H 'content-type: application/json' -d @request.json ${url}`;
+  return method === 'get' ? `${curl} ${url}` : `${curl} -X ${method.toUpperCase()} ${url}`;
 }
 function resolve(api, schema) {
   while (schema?.$ref) schema = schema.$ref.slice(2).split('/').reduce((node, key) => node[key], api);

@@ -51,7 +51,7 @@ def make_http_app(
     app.add_middleware(
         Guard, max_bytes=max_body_bytes, admission=service.admission
     )  # the outer one: it names the request first
-    describe_answers(app, VectorItems)
+    describe_answers(app, access, VectorItems)
     return app
 
 

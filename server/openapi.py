@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from server.access import Access, needed_on_http
 from server.collection_items import NAME, CollectionInfo
 from server.evaluations import Evaluation
 
@@ -309,11 +310,19 @@ ANSWERS: tuple[Any, ...] = (
 )
 
 
-def describe_answers(app: FastAPI, *more: type[BaseModel]) -> None:
-    """Put ANSWERS and `more` into the page's schemas, and take out the framework's own 422, which this server answers with 400."""
+TOKEN_SCHEME = {"type": "http", "scheme": "bearer", "description": "A token of the server's token file"}
+
+
+def describe_answers(app: FastAPI, access: Access, *more: type[BaseModel]) -> None:
+    """Put ANSWERS and `more` into the page's schemas, and the tokens that routes want into these.
+
+    Takes out the framework's own 422, which this server answers with 400.
+    """
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
         page = made()
         schemas = page["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
@@ -325,6 +334,21 @@ def describe_answers(app: FastAPI, *more: type[BaseModel]) -> None:
         for methods in page["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
+        if access.wants_tokens:
+            _describe_tokens(page)
         return page
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe_tokens(page: dict[str, Any]) -> None:
+    """Say of each route whether it wants a token; the scheme has no word for scopes, so those that want admin say so themselves."""
+    page["components"]["securitySchemes"] = {"token": TOKEN_SCHEME}
+    for path, methods in page["paths"].items():
+        for method, operation in methods.items():
+            needed = needed_on_http(method.upper(), path)
+            if needed is not None:
+                operation["security"] = [{"token": []}]
+            if needed == "admin":
+                told = operation.get("description")
+                operation["description"] = " ".join(filter(None, [told, "Wants a token of the scope admin."]))

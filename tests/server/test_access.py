@@ -73,6 +73,25 @@ def test_writing_wants_the_scope_admin(guarded: Running) -> None:
         assert client.post("/v1/embeddings", files=file, headers=USE).status_code == 200
 
 
+def test_the_page_of_the_api_says_which_routes_want_a_token(guarded: Running, http: httpx.Client) -> None:
+    """So that clients made of it have a place for one, and send it."""
+    for _ in range(2):
+        page = httpx.get(f"{guarded.addresses.http}/openapi.json").json()
+    assert page["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    wanted = {
+        (method, path): (operation.get("security"), operation.get("description", "").count("the scope admin"))
+        for path, methods in page["paths"].items()
+        for method, operation in methods.items()
+    }
+    token = [{"token": []}]
+    assert wanted["get", "/v2/health/ready"] == (None, 0)
+    assert wanted["post", "/v1/embeddings"] == wanted["post", "/v1/collections/{name}/search"] == (token, 0)
+    assert wanted["post", "/v1/collections/{name}/items"] == wanted["delete", "/v1/evaluations/{run_id}"] == (token, 1)
+    open_page = http.get("/openapi.json").json()
+    assert "securitySchemes" not in open_page["components"]
+    assert not any("security" in operation for methods in open_page["paths"].values() for operation in methods.values())
+
+
 def test_grpc_wants_the_same_token_as_metadata(guarded: Running) -> None:
     with triton_grpc.InferenceServerClient(guarded.addresses.grpc) as client:
         assert client.is_server_live()
