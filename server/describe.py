@@ -10,7 +10,7 @@ from typing import Any
 from server.errors import NotFound
 from server.models import ServedModel
 from server.service import EXTENSIONS, NAME, VERSION, Service
-from server.statistics import ModelCounts, Stage
+from server.statistics import STAGES, ModelCounts, Stage
 from server.tensors import TensorSpec
 
 _CONFIG_TYPE = {"BYTES": "TYPE_STRING"}
@@ -59,7 +59,7 @@ def model_statistics(service: Service, name: str = "", version: str = "") -> dic
     elif version:
         raise NotFound("a version was named without a model")
     names = [name] if name else sorted(service.models)
-    return {"model_stats": [_statistics(one, service.model_version, service.counts[one]) for one in names]}
+    return {"model_stats": [_statistics(one, service.model_version, service.counts[one].since_load()) for one in names]}
 
 
 def _platform(service: Service) -> str:
@@ -94,14 +94,13 @@ def _config_parameters(service: Service, model: ServedModel) -> dict[str, str]:
 
 
 def _statistics(name: str, version: str, counts: ModelCounts) -> dict[str, Any]:
-    stages = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
     return {
         "name": name,
         "version": version,
         "last_inference": counts.last_inference_ms,
         "inference_count": counts.rows,
         "execution_count": counts.executions,
-        "inference_stats": {stage: _duration(getattr(counts, stage)) for stage in stages},
+        "inference_stats": {stage: _duration(getattr(counts, stage)) for stage in STAGES},
         "batch_stats": [
             {"batch_size": rows, "compute_infer": _duration(stage)} for rows, stage in sorted(counts.batches.items())
         ],

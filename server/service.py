@@ -77,6 +77,8 @@ class Service:
         self.rates = rates or Rates(None)
         self.shared_memory = shared_memory or SharedMemory(offered=False)
         self.counts: dict[str, ModelCounts] = {}
+        """Of each model that is served, in the version that is served."""
+        self.model_version = version
         self.metrics = Metrics()
         self.tracing = tracing
         self._running: Counter[Engine] = Counter()
@@ -98,15 +100,18 @@ class Service:
         self.engine, self.collections = engine, collections
         self.models, self.absent = make_models(engine, collections)
         self.unloaded: dict[str, ServedModel] = {}
+        before, self.counts = self.counts if version == self.model_version else {}, {}
+        for name in self.models:
+            self.counts[name] = before.get(name) or ModelCounts()
+            self.counts[name].load()
         self.model_version, self.depth_unit = version, depth_unit
         self.classes, self.labels = tuple(classes), tuple(labels)
-        for name in self.models:
-            self.counts.setdefault(name, ModelCounts())
 
     def unload(self, name: str) -> None:
         """Answer no more requests for a model; nothing for one that is not served."""
         if name in self.models:
             self.unloaded[name] = self.models.pop(name)
+            del self.counts[name]
 
     def runs_on(self, engine: Engine) -> bool:
         """Whether a request is being answered by this network."""
@@ -177,7 +182,7 @@ class Service:
         Raises InputError and the errors of `server.errors`, all of them counted and logged.
         """
         began_ns = time.perf_counter_ns()
-        rows, times = 0, Times()
+        rows, times, counts = 0, Times(), self.counts.get(request.model)
         try:
             model = self.model(request.model, request.version)
             outputs, inputs = wanted_outputs(model, request.outputs), checked_inputs(model, request.tensors)
@@ -186,7 +191,7 @@ class Service:
             written = await self._infer(model, request, inputs, outputs, rows, began_ns, times, write)
         except BaseException as error:
             total_ns = time.perf_counter_ns() - began_ns
-            code = self._failed(request, rows, error, total_ns)
+            code = self._failed(request, rows, error, total_ns, counts)
             if self.tracing is not None:
                 self.tracing.record(request, rows, code, time.time_ns(), total_ns, times)
             raise
@@ -265,13 +270,15 @@ class Service:
         ordered = tuple((one.spec, one.array) for one in ready)
         return InferReply(model.name, version, request.id, ordered, model.engine, scales)
 
-    def _failed(self, request: InferRequest, rows: int, error: BaseException, total_ns: int) -> str:
+    def _failed(
+        self, request: InferRequest, rows: int, error: BaseException, total_ns: int, counts: ModelCounts | None
+    ) -> str:
         """Count and log; gives the code that the client gets."""
         cancelled = isinstance(error, asyncio.CancelledError)
         code = "CANCELLED" if cancelled else outcome(error).grpc_code.name
-        known = request.model in self.counts
-        if known:
-            self.counts[request.model].failed("CANCELED" if cancelled else outcome(error).reason, total_ns)
+        if counts is not None:
+            counts.failed("CANCELED" if cancelled else outcome(error).reason, total_ns)
+        known = counts is not None or request.model in self.unloaded
         self.metrics.errors.labels(request.model if known else "unknown", code).inc()
         told = str(error) if isinstance(error, InputError | ServerError) else type(error).__name__
         _log_request(request, rows, code, total_ns, told)

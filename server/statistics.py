@@ -4,6 +4,7 @@ Triton's `nv_*` names stand where the meaning is equal, so that its dashboards c
 named `dinoscope_*`. Durations of `nv_*` are microseconds, summed over requests; those of `dinoscope_*` are seconds.
 """
 
+import copy
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
@@ -18,6 +19,8 @@ from prometheus_client.registry import Collector
 from server.batcher import Answer, Execution
 
 REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+STAGES = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+"""Of a request, as Triton's statistics tell them apart."""
 
 
 @dataclass
@@ -30,6 +33,10 @@ class Stage:
     def add(self, ns: int) -> None:
         self.count += 1
         self.ns += ns
+
+    def since(self, earlier: "Stage") -> "Stage":
+        """What was added since then."""
+        return Stage(self.count - earlier.count, self.ns - earlier.ns)
 
 
 @dataclass
@@ -53,7 +60,7 @@ class Times:
 
 @dataclass
 class ModelCounts:
-    """The counters of one served model since the server started."""
+    """The counters of one version of a served model, over its loads."""
 
     rows: int = 0
     executions: int = 0
@@ -70,6 +77,27 @@ class ModelCounts:
     batches: dict[int, Stage] = field(default_factory=dict)
     """Runs of the network by batch size. One that several requests share counts once; one that several models share
     counts for each of them."""
+    _at_load: "ModelCounts | None" = None
+
+    def load(self) -> None:
+        """The version is loaded once more: in Triton its statistics then begin at zero, and its `nv_*` run on."""
+        self._at_load = None
+        self._at_load = copy.deepcopy(self)
+
+    def since_load(self) -> "ModelCounts":
+        """What was answered, and how long it took, since then."""
+        earlier = self._at_load
+        if earlier is None:
+            return self
+        stages = {name: getattr(self, name).since(getattr(earlier, name)) for name in STAGES}
+        batches = {rows: stage.since(earlier.batches.get(rows, Stage())) for rows, stage in self.batches.items()}
+        return ModelCounts(
+            rows=self.rows - earlier.rows,
+            executions=self.executions - earlier.executions,
+            last_inference_ms=self.last_inference_ms if stages["success"].count else 0,
+            batches={rows: stage for rows, stage in batches.items() if stage.count},
+            **stages,
+        )
 
     def succeed(self, model: str, rows: int, total_ns: int, times: Times) -> None:
         """Count an answered request of `rows` rows."""

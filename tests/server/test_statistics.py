@@ -1,14 +1,23 @@
 """Counters and their Prometheus page."""
 
 import random
+import re
+from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from server.admission import Admission, AdmissionSpec
+from server.artifacts import Loaded
 from server.batcher import Execution
+from server.config import ServerConfig
+from server.run import Running
 from server.statistics import Histogram, Times
+from tests.server.conftest import config_of
+from tests.server.gate import GatedRuntime, ask
 
 BOUNDS = (0.001, 0.5, 1, 30)
 
@@ -52,3 +61,40 @@ def test_a_full_queue_is_gone_when_all_copies_have_run_its_rows_in_such_batches(
         admission.learn(Times(), copies)
     with admission.hold(100, 0):
         assert admission.retry_after_s() == pytest.approx(wanted_s, abs=1)
+
+
+def counted(running: Running) -> tuple[int, list[int], dict[str, int]]:
+    """Of `backbone`: rows and sizes of batches in the statistics, and nv_inference_count by version."""
+    at = running.addresses
+    found = httpx.get(f"{at.http}/v2/models/backbone/stats").json()["model_stats"][0]
+    assert bool(found["last_inference"]) == bool(found["inference_stats"]["success"]["count"])
+    page = re.findall(r'nv_inference_count{model="backbone",version="(.*)"} (.*)', httpx.get(at.metrics).text)
+    sizes = [one["batch_size"] for one in found["batch_stats"]]
+    return found["inference_count"], sizes, {version: int(count) for version, count in page}
+
+
+def test_a_version_is_counted_from_its_load_and_its_metrics_run_on_over_its_loads(tmp_path: Path) -> None:
+    """As a real Triton 2.51 was seen to count; what is no longer served leaves the page."""
+    runtime, versions = GatedRuntime(), iter("11712")
+
+    def load(config: ServerConfig) -> Loaded:
+        return replace(runtime.load(config), version=next(versions))
+
+    with Running(config_of(tmp_path, tmp_path / "state"), load) as running:
+        at = f"{running.addresses.http}/v2/repository/models/backbone"
+        ask(running, 0, rows=2)
+        assert counted(running) == (2, [2], {"1": 2})
+        httpx.post(f"{at}/load").raise_for_status()
+        assert counted(running) == (0, [], {"1": 2}), "the same version once more"
+        ask(running, 0)
+        assert counted(running) == (1, [1], {"1": 3})
+        httpx.post(f"{at}/load").raise_for_status()
+        assert counted(running) == (0, [], {"7": 0})
+        ask(running, 0)
+        assert counted(running) == (1, [1], {"7": 1})
+        httpx.post(f"{at}/load").raise_for_status()
+        assert counted(running) == (0, [], {"1": 0}), "it had left"
+        httpx.post(f"{at}/unload").raise_for_status()
+        assert 'nv_inference_count{model="backbone"' not in httpx.get(running.addresses.metrics).text
+        httpx.post(f"{at}/load").raise_for_status()
+        assert counted(running) == (0, [], {"2": 0})
