@@ -101,7 +101,6 @@ _TABLE: tuple[tuple[type[BaseException], Outcome], ...] = (
     (Draining, Outcome(grpc.StatusCode.UNAVAILABLE, 503, "REJECTED")),
     (StorageFailed, Outcome(grpc.StatusCode.UNAVAILABLE, 507, "BACKEND")),
     (InputError, Outcome(grpc.StatusCode.INVALID_ARGUMENT, 400, "OTHER")),
-    (RecursionError, Outcome(grpc.StatusCode.INVALID_ARGUMENT, 400, "OTHER")),
     (BaseException, Outcome(grpc.StatusCode.INTERNAL, 500, "BACKEND")),
 )
 
@@ -116,9 +115,6 @@ def message(error: BaseException, request_id: str = "") -> str:
 
     An internal error says no more than that it happened and under which request id its traceback was logged.
     """
-    # Nothing here is nested but what clients send, and what is read of it may be too deep to be shown in a complaint.
-    if isinstance(error, RecursionError):
-        return "the request is nested too deep; send it flatter"
     if outcome(error).http_status != 500:
         return " ".join(str(error).split()).encode("utf-8", "backslashreplace")[:MAX_MESSAGE].decode(errors="ignore")
     log.error("internal error", exc_info=error, extra={"fields": {"id": request_id}})

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from data.errors import InputError
+from server.json_text import check_json
 
 
 def spec_of(evaluator: str) -> Any:
@@ -31,6 +32,7 @@ def check_options(evaluator: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in names:
             raise InputError(f"options: {evaluator} has no setting {name!r:.60}; it has: {', '.join(names)}")
+    check_json(options, "'options'")
     try:
         TypeAdapter(spec).validate_json(json.dumps(options), strict=True)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """All HTTP routes in one application: v2, the routes for people, their documentation, metrics."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -96,5 +97,13 @@ async def _validation_problem(request: Request, error: Exception) -> Response:
             {"error": f"the request is not JSON: {first['ctx']['error']}: char {first['loc'][-1]}"}, 400
         )
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    came = "" if first["type"] == "missing" else f" (came: {first.get('input')!r:.60})"
+    came = "" if first["type"] == "missing" else f" (came: {_shown(first.get('input'))})"
     return JSONResponse({"error": f"{where or 'the request'}: {first['msg']}{came}"}, 400)
+
+
+def _shown(value: Any) -> str:
+    """The framework's own reader takes JSON that is nested nearly as deep as anything that puts it into words."""
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return "what is nested too deep to be shown"

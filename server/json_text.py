@@ -16,26 +16,46 @@ from data.errors import InputError
 
 MAX_NESTING = 64
 """Lists and objects inside each other in what is stored; readers and writers take more, but not all of them the same."""
+READ_NESTING = 256
+"""The same in what is read at all: a quarter of what orjson takes, so that whoever copies it or shows it in a complaint can follow."""
 PIECE = 1 << 16
 """Numbers that are written at a time: some milliseconds."""
 PARTED = 4
 """Levels of a reply that are written piece by piece: `items`, an item's fields, and in those lists of such objects."""
+_BOXES = frozenset((dict, list))
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NO_NUMBER = re.compile("NaN|-?Infinity")
 """What Python's own writer makes of numbers that are not finite."""
 
 
 def parse_json(body: bytes) -> Any:
-    """The body, in UTF-8, as JSON. Raises InputError with the place where it breaks.
+    """The body, in UTF-8, as JSON. Raises InputError with the place where it breaks, and for what is nested deeper than `READ_NESTING`.
 
     No NaN, no numbers beyond all doubles, no halves of characters: what was read can be written again.
     """
     try:
-        return orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))
+        value = orjson.loads(body.removeprefix(_BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
         near = _NO_NUMBER.search(error.doc, max(0, error.pos - 1), error.pos + 9)
         what = f"{near[0]} is not finite, and JSON has no word for it" if near else f"{error!s:.120}"
         raise InputError(f"the request is not JSON: {what}") from error
+    if body.count(b"[") + body.count(b"{") > READ_NESTING:  # hardly anything has so many
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Look at lists and objects alone: tensors may have millions of numbers."""
+    level, depth = [value], 0
+    while level := [inner for box in level for inner in _boxes_in(box)]:
+        depth += 1
+        if depth >= READ_NESTING:
+            raise InputError(f"the request is nested more than {READ_NESTING} deep; send it flatter")
+
+
+def _boxes_in(box: Any) -> list[Any]:
+    inside = box.values() if isinstance(box, dict) else box
+    return [] if _BOXES.isdisjoint(map(type, inside)) else [one for one in inside if type(one) in _BOXES]
 
 
 def parse_kept(body: bytes) -> Any:
@@ -45,11 +65,8 @@ def parse_kept(body: bytes) -> Any:
 
 
 def exactly(body: bytes) -> Any:
-    """What `parse_json` has read once, by Python's reader: slow, and exact. Raises InputError for nesting that it does not follow."""
-    try:
-        return json.loads(body.removeprefix(_BYTE_ORDER_MARK))
-    except RecursionError as error:
-        raise InputError("the request is nested too deep; send it flatter") from error
+    """What `parse_json` has read once, by Python's reader: slow, and exact."""
+    return json.loads(body.removeprefix(_BYTE_ORDER_MARK))
 
 
 def may_be_rounded(value: Any) -> bool:

@@ -7,6 +7,7 @@ import zlib
 import httpx
 import pytest
 
+from server import describe
 from tests.server.conftest import MAX_MESSAGE_MB, QUEUE_ROWS
 from tests.server.images import png
 
@@ -199,7 +200,12 @@ ITEMS = {
         400,
         "not JSON",
     ),
-    "metadata without end": ({"items": [{"embedding": [1.0] * 48, "metadata": nested(952)}]}, 400, "more than 64 deep"),
+    "deep metadata": ({"items": [{"embedding": [1.0] * 48, "metadata": nested(65)}]}, 400, "more than 64 deep"),
+    "metadata without end": (
+        {"items": [{"embedding": [1.0] * 48, "metadata": nested(952)}]},
+        400,
+        "more than 256 deep",
+    ),
     "half a character in the metadata": (
         b'{"items": [{"embedding": [%s], "metadata": {"a": "\\ud800"}}]}' % ONES,
         400,
@@ -271,12 +277,24 @@ def test_many_more_images_than_the_queue_holds_are_refused_at_once(http):
         ("/v2/models/knn/infer", '{"id": %s, "inputs": []}'),
         ("/v2/models/knn/infer", '{"inputs": [{"name": "embedding", "datatype": "FP32", "shape": %s}]}'),
         ("/v2/repository/index", '{"ready": %s}'),
+        ("/v1/evaluations", '{"evaluator": %s, "data": "colours"}'),
+        ("/v1/evaluations", '{"evaluator": "knn", "data": "colours", "options": {"k": %s}}'),
     ],
 )
 def test_what_is_nested_too_deep_to_be_shown_is_the_requests_mistake(http, path, body):
-    """The reader takes 1024 levels; whoever puts them into words has a little less room."""
-    for depth in (900, *range(960, 1030, 8)):
+    """Readers take some 1000 levels; whoever puts them into words has a little less room."""
+    for depth in (250, 260, *range(880, 1030, 6)):
         answer = http.post(
             path, content=body % ("[" * depth + "]" * depth), headers={"content-type": "application/json"}
         )
         assert answer.status_code == 400, answer.text
+
+
+def test_a_recursion_of_the_servers_own_is_its_failure_and_logged(http, monkeypatch, caplog):
+    def endless():
+        return endless()
+
+    monkeypatch.setattr(describe, "server_metadata", endless)
+    answer = http.get("/v2")
+    assert (answer.status_code, "its log has the details" in answer.text) == (500, True), answer.text
+    assert [record.exc_info[0] for record in caplog.records if record.message == "internal error"] == [RecursionError]

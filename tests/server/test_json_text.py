@@ -36,9 +36,16 @@ def test_whole_numbers_of_any_length_are_kept_exactly(value):
     assert json.loads(write_json({"items": [{"metadata": kept}]})) == {"items": [{"metadata": value}]}
 
 
-def test_what_is_nested_too_deep_to_be_read_exactly_is_refused():
-    with pytest.raises(InputError, match="nested too deep"):
-        parse_kept(b"[" * 1000 + b"1" * 40 + b"]" * 1000)
+@pytest.mark.parametrize(
+    ("opening", "closing"), [(b"[", b"]"), (b'{"a":[', b"]}"), (b'[0,{"]":2,"a":[[1,', b'],"]"]},3]')]
+)
+@pytest.mark.parametrize("read", [parse_json, parse_kept])
+def test_what_is_nested_deeper_than_everyone_can_follow_is_not_read(read, opening, closing):
+    levels = json_text.READ_NESTING // len([one for one in opening if one in b"[{"])
+    number = b"1" * 40
+    assert repr(read(opening * levels + number + closing * levels))
+    with pytest.raises(InputError, match="nested more than 256 deep"):
+        read(opening * levels + b"[" + number + b"]" + closing * levels)
 
 
 FINITE = {"allow_nan": False, "allow_infinity": False}
