@@ -14,6 +14,7 @@ import faiss
 import numpy as np
 
 from data.errors import InputError
+from server.cores import usable_cores
 
 _faiss: Any = faiss
 """Its type stubs do not know what its Python layer adds."""
@@ -237,7 +238,11 @@ class Snapshot:
 
 
 def build_graph(snapshot: Snapshot) -> Graph:
-    """A graph over all rows of a snapshot: a copy of its present one with the rows since, or a new one. Takes a minute or more."""
+    """A graph over all rows of a snapshot: a copy of its present one with the rows since, or a new one. Takes a minute or more.
+
+    On a quarter of the cores, as the network and its clients want them meanwhile. OpenMP keeps that for the calling thread alone.
+    """
+    _faiss.omp_set_num_threads(max(1, usable_cores() // 4))
     old = snapshot.graph
     if old is not None and old.rows is snapshot.rows:
         index, first = faiss.clone_index(old.index), old.n

@@ -7,6 +7,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 
@@ -250,6 +251,20 @@ def test_what_was_removed_is_cleared_away_in_the_end(store):
     assert snapshot.n < 40
     assert snapshot.ids[-1] == "5"
     assert snapshot.search(np.array([[1, 0, 0, 1]], np.float32), 1).ids == [["5"]]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 1), (12, 3)])
+def test_a_graph_is_built_on_a_quarter_of_the_cores_and_nothing_else_is_slowed(monkeypatch, cores, threads):
+    monkeypatch.setattr(server.neighbours, "usable_cores", lambda: cores)
+    before = faiss.omp_get_max_threads()
+
+    def build():
+        server.neighbours.build_graph(server.neighbours.Snapshot.empty("small", 3))
+        return faiss.omp_get_max_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(build).result() == threads
+    assert faiss.omp_get_max_threads() == before
 
 
 def test_a_large_collection_is_searched_through_a_graph_that_follows_writes(store, monkeypatch):
