@@ -144,10 +144,12 @@ def overlaps(
             f"{MAX_CORRUPT_SHARE:.0%} allowed; remove or repair them"
         )
     if not found:
-        raise InputError(
-            f"none of the {len(items)} masks of {images.dataset.name} has an object; a grey mask's foreground is 128 and "
-            "above: where its values are numbers say --mask-values ids"
+        read = (
+            "they were read as numbers, of which 0 and 255 are none: where bright is foreground say --mask-values foreground"
+            if images.numbered
+            else "a grey mask's foreground is 128 and above: where its values are numbers say --mask-values ids"
         )
+        raise InputError(f"none of the {len(items)} masks of {images.dataset.name} has an object; {read}")
     return Overlaps(
         names=tuple(items[row].name for row, _, _ in found),
         rows=tuple(row for row, _, _ in found),
@@ -220,10 +222,8 @@ def evaluate(test: Overlaps, spec: AttentionSpec, train: Overlaps | None = None)
     if test.without_objects:
         notes.append(f"{test.without_objects} images without an object were left out")
     if test.skipped:
-        notes.append(
-            f"{len(test.skipped)} images could not be decoded and were left out: {', '.join(test.skipped)[:200]}"
-        )
-    objects_n = np.array([len(one) for one in test.jaccards])
+        some = ", ".join(test.skipped)[:200]
+        notes.append(f"{len(test.skipped)} images could not be decoded and were left out: {some}")
     return Measurement(
         evaluator="attention",
         protocol=(
@@ -246,7 +246,7 @@ def evaluate(test: Overlaps, spec: AttentionSpec, train: Overlaps | None = None)
             "score": test.best_n,
             "groups": groups_n,
             "heads": test.heads_nh,
-            "objects": objects_n,
+            "objects": np.array([len(one) for one in test.jaccards]),
             "kept": test.kept,
         },
     )
@@ -348,15 +348,13 @@ def _measure(
 
 
 def _describe_data(options: AttentionRun, parts: Parts, found: Overlaps) -> dict[str, Any]:
-    fingerprint = {"val": parts.test.dataset.fingerprint()}
-    if parts.train is not None:
-        fingerprint["train"] = parts.train.dataset.fingerprint()
+    named = {"val": parts.test} | ({} if parts.train is None else {"train": parts.train})
     return {
         "source": str(options.data),
         "form": parts.test.source,
         "split": parts.how,
         "grouped_by": parts.group_column,
-        "fingerprint": fingerprint,
+        "fingerprint": {what: part.dataset.fingerprint() for what, part in named.items()},
         "truth_fingerprint": {"val": parts.test.truth_fingerprint()},
         "n_train": 0 if parts.train is None else len(parts.train.dataset),
         "n_val": len(found.names),
@@ -377,8 +375,7 @@ def _shown_attention(
         attention = _attention(runtime, pixels, [found.names[pick]])[0, head]
         kept = found.kept[pick, head].astype(np.int32)
         cells = cell_of_pixels(hw, side_px(runtime, spec), step_px(runtime.manifest), (kept.shape[0], kept.shape[1]))
-        covered = np.where(cells < 0, 0, kept.reshape(-1)[cells])
-        truth = images.mask(row, hw)
+        covered, truth = np.where(cells < 0, 0, kept.reshape(-1)[cells]), images.mask(row, hw)
         caption = f"{found.names[pick]}   head {head}   jaccard {found.best_n[pick]:.3f}"
         rows.append((caption, [image, numbers_over(image, truth), heat(attention, hw), numbers_over(image, covered)]))
     return rows

@@ -9,7 +9,8 @@
     cityscapes:ROOT                           leftImg8bit and gtFine, both unpacked in ROOT; masks of labelIds, or, where they are
                                               not, of labelTrainIds (as its authors' tool makes them)
 
-The benchmarks are also known by their folders, without the prefix. Nothing is decoded before it is asked for.
+The benchmarks are also known by their folders, without the prefix; ADE20K's are so like anybody's that it has to show in a name, too
+(`is_ade`), and is the first form otherwise. Nothing is decoded before it is asked for.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ Coding = Literal["palette", "grey", "lossy"]
 KINDS: dict[Purpose, tuple[str, ...]] = {"objects": ("masks", "instances"), "classes": ("sem", "masks")}
 """Kinds of member that are looked for, in this order."""
 NUMBERED = ("sem", "instances")
+NOT_ADE = "{data}: read as masks of classes 0, 1, ... (255: void); if it is ADE20K, whose classes count from 1, name it ade20k:{data}"
 VOID = -1
 """In a mask that was read: belongs to nothing that is scored."""
 VOID_VALUE = 255
@@ -78,6 +80,8 @@ class MaskedImages:
     """Names of the classes where the set has them; the first is number 0 of a mask that was read."""
     source: str = ""
     """Which form it is, in words."""
+    notes: tuple[str, ...] = ()
+    """What a result has to say of how it was read."""
 
     def subset(self, rows: Sequence[int]) -> "MaskedImages":
         """Some of its rows."""
@@ -104,6 +108,13 @@ class MaskedImages:
             return class_of[values]
         mask: np.ndarray = values - 1 if self.zero_is_void else values.copy()
         mask[values == VOID_VALUE] = VOID
+        if self.zero_is_void and mask.max(initial=VOID) >= len(self.classes):
+            raise InputError(
+                f"{name}: its mask holds {mask.max() + 1}; wanted 0 for nothing, 1 to {len(self.classes)}, the classes of "
+                f"{self.source}, or 255 for void"
+                + "; name a set of your own without ade20k:"
+                * (self.source == "ADE20K")
+            )
         return mask
 
     def image_hw(self, row: int) -> tuple[int, int]:
@@ -176,7 +187,11 @@ def open_masks(data: str | Path, purpose: Purpose, values: MaskValues = "auto") 
         benchmark, root = name, Path(rest)
     else:
         root = Path(data)
-        benchmark = next((name for name, (_, find) in BENCHMARKS.items() if find(root) is not None), "")
+        found_at = {name: find(root) for name, (_, find) in BENCHMARKS.items()}
+        like_ade = found_at["ade20k"]
+        if like_ade is not None and not is_ade(like_ade):
+            found_at["ade20k"] = None
+        benchmark = next((name for name, found in found_at.items() if found is not None), "")
     if benchmark:
         open_it, find = BENCHMARKS[benchmark]
         found = find(root)
@@ -198,9 +213,11 @@ def open_masks(data: str | Path, purpose: Purpose, values: MaskValues = "auto") 
     numbered = {"foreground": False, "ids": True}.get(
         values, True if kind in NUMBERED or purpose == "classes" else None
     )
-    names = ROOM_CLASSES if is_rooms(dataset, kind) else listed_names(root / "classes.txt")
+    rooms = is_rooms(dataset, kind)
+    names = ROOM_CLASSES if rooms else listed_names(root / "classes.txt")
+    notes = (NOT_ADE.format(data=data),) if kind == "annotations" and find_ade(root) is not None else ()
     return MaskedImages(
-        dataset, kind, numbered, zero_is_void=is_rooms(dataset, kind), classes=names, source=f"{kind} of {data}"
+        dataset, kind, numbered, zero_is_void=rooms, classes=names, source=f"{kind} of {data}", notes=notes
     )
 
 
@@ -270,6 +287,12 @@ def find_ade(root: Path) -> Path | None:
     """The folder that holds images/validation and annotations/validation."""
     places = (root, root / "ADEChallengeData2016")
     return next((p for p in places if all((p / k / "validation").is_dir() for k in ("images", "annotations"))), None)
+
+
+def is_ade(root: Path) -> bool:
+    """Whether such a folder is ADE20K by its name, its list of classes, or the names of its images."""
+    named = root.name == "ADEChallengeData2016" or (root / "objectInfo150.txt").is_file()
+    return named or any((root / "images" / "validation").glob("ADE_val_*"))
 
 
 def open_ade(root: Path, purpose: Purpose) -> MaskedImages:

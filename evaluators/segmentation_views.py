@@ -40,6 +40,7 @@ def open_parts(options: NetworkOptions) -> Parts:
         raise InputError(f"{options.data}: its masks tell {len(classes)} class apart; wanted 2 to {VOID_VALUE}")
     group_by = scene_column(whole.dataset.items, options.group_by)
     splits = split_dataset(whole.dataset, options.train_split, options.val_split, group_by)
+    splits.notes[:0] = whole.notes
     images = {"train": replace(whole, dataset=splits.train), "val": replace(whole, dataset=splits.val)}
     return Parts(images, splits, classes)
 

@@ -179,9 +179,20 @@ class TestBadInput:
         data = blob_folder(tmp_path / "data", n=2, splits=("val",))
         for i in range(2):
             cv2.imwrite(str(data / f"masks/val/{i}.png"), np.full((40, 48), 3, np.uint8))
-        assert "none of the 2 masks" in self.refusal(tmp_path, data)
+        as_alpha = self.refusal(tmp_path, data)
+        assert "none of the 2 masks" in as_alpha
+        assert "say --mask-values ids" in as_alpha
         ids = open_masks(data, "objects", "ids")
         assert set(np.unique(ids.mask(0))) == {3}
+
+    def test_numbers_without_a_single_object_are_not_told_to_be_read_as_numbers(self, tmp_path: Path) -> None:
+        data = blob_folder(tmp_path / "data", n=2, splits=("val",))
+        for i in range(2):
+            cv2.imwrite(str(data / f"masks/val/{i}.png"), np.full((40, 48), 255, np.uint8))
+        told = self.refusal(tmp_path, data, mask_values="ids")
+        assert "none of the 2 masks" in told
+        assert "say --mask-values foreground" in told
+        assert "--mask-values ids" not in told
 
     def test_a_split_that_is_not_there_and_numbers_out_of_range(self, tmp_path: Path) -> None:
         data = blob_folder(tmp_path / "data")

@@ -189,6 +189,50 @@ def grouped(data: object, group_by: str = "auto") -> str | None:
     return open_parts(SegmentationRun(ckpt="-", data=str(data), group_by=group_by)).splits.group_column
 
 
+def own_set_like_ade(root: Path, highest: int) -> Path:
+    """images/ and annotations/ with training/ and validation/, as ADE20K's, under names of one's own and with a class 0."""
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(6):
+            mask = np.kron(np.array([[0, 1], [highest, 255]]), np.ones((16, 16), int)).astype(np.uint8)
+            cv2.imwrite(str(root / "images" / split / f"{i}.png"), np.repeat(mask[:, :, None], 3, axis=2))
+            cv2.imwrite(str(root / "annotations" / split / f"{i}.png"), mask)
+    return root
+
+
+@pytest.mark.parametrize("highest", [2, 200])
+def test_folders_like_those_of_ade20k_are_ones_own_where_no_name_shows_it(tmp_path: Path, highest: int) -> None:
+    data = own_set_like_ade(tmp_path / "data", highest)
+    result = measured(tmp_path, "segmentation", str(data), "--lr 0.03 --steps 2 --batch 4")
+    assert (result["data"]["n_classes"], result["data"]["n_val"]) == (highest + 1, 6)
+    assert any(
+        f"if it is ADE20K, whose classes count from 1, name it ade20k:{data}" in note for note in result["notes"]
+    )
+    assert open_masks(data, "objects").mask(0).max() > 0, "its numbers may be objects, too"
+
+
+def test_a_set_that_is_called_ade20k_and_is_not_is_one_clear_error(tmp_path: Path) -> None:
+    images = open_masks(f"ade20k:{own_set_like_ade(tmp_path, 200)}", "classes")
+    with pytest.raises(
+        InputError, match=r"holds 200; wanted 0 for nothing, 1 to 150, .* a set of your own without ade20k:"
+    ):
+        images.mask(0)
+
+
+@pytest.mark.parametrize("mark", ["images", "list", "folder"])
+def test_ade20k_is_known_by_its_names(tmp_path: Path, mark: str) -> None:
+    root = own_set_like_ade(tmp_path / ("ADEChallengeData2016" if mark == "folder" else "data"), 150)
+    if mark == "images":
+        for kind in ("images", "annotations"):
+            (root / kind / "validation" / "0.png").rename(root / kind / "validation" / "ADE_val_00000001.png")
+    elif mark == "list":
+        (root / "objectInfo150.txt").write_text("")
+    images = open_masks(root, "classes")
+    assert (images.source, len(images.classes), images.notes) == ("ADE20K", 150, ())
+    assert open_masks(root.parent if mark == "folder" else root, "classes").source == "ADE20K"
+
+
 def test_images_of_one_city_are_held_out_and_drawn_together(tmp_path: Path) -> None:
     cities = cityscapes_folder(tmp_path)
     assert [grouped(cities), grouped(cities, "none")] == ["scene", None]
