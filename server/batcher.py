@@ -40,7 +40,7 @@ class BatchSpec:
     2000 on a GPU."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Execution:
     """One run of the network; every request that took part in it holds the same object."""
 
@@ -55,7 +55,7 @@ class Execution:
         return new
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Answer:
     """What came back for one request: arrays [R, ...], how long its first row waited, and its runs."""
 
@@ -364,8 +364,11 @@ def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int)
 
 
 def _join(entry: _Entry) -> Answer:
-    parts = [entry.parts[start] for start in sorted(entry.parts)]
-    joined = {n: parts[0][n] if len(parts) == 1 else np.concatenate([part[n] for part in parts]) for n in parts[0]}
+    if len(entry.parts) == 1:
+        (joined,) = map(dict, entry.parts.values())
+    else:
+        parts = [entry.parts[start] for start in sorted(entry.parts)]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Answer(joined, (entry.started_ns or entry.arrived_ns) - entry.arrived_ns, tuple(entry.executions))
 
 

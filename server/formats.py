@@ -20,7 +20,7 @@ SCALE = "scale"
 LARGEST_FP16 = 65504.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Formatted:
     """An output as it goes out."""
 

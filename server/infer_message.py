@@ -19,7 +19,7 @@ KEPT_HEAD, KEPT_HEADS = 2048, 256
 """Bytes of a head that is kept once it was read, and how many are: they are few and small, unless somebody makes them otherwise."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class InferMessage:
     """A ModelInferRequest in parts."""
 
@@ -40,8 +40,14 @@ def read_infer(data: bytes) -> InferMessage:
     called = ""
     try:
         while at < len(data):
-            tag, value = _varint(data, at)
-            value, end = _bounds(data, tag, value)
+            tag, end = data[at], at + 2
+            if tag & 0x87 == 2 and (length := data[at + 1]) < 128:  # a length, then bytes, both numbers in a byte
+                value, end = end, end + length
+                if end > len(data) or tag < 8:
+                    raise IndexError(end)
+            else:
+                tag, value = _varint(data, at)
+                value, end = _bounds(data, tag, value)
             if tag in (_RAW_TAG, _ID_TAG):
                 rest.append(view[start:at])
                 start = end

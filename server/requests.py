@@ -21,9 +21,9 @@ UNSUPPORTED = ("classification",)
 """Parameters of inputs and outputs that ask for what this server does not have, on either wire."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class InferRequest:
-    """One request for one model, off the wire but unchecked."""
+    """One request for one model, off the wire but unchecked. Not frozen, which would make each request's several times as dear."""
 
     model: str
     tensors: Sequence[Tensor]
@@ -41,7 +41,7 @@ class InferRequest:
     """What the wire's own deadline leaves; the parameter `timeout` (microseconds) can only shorten it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class InferReply:
     """The outputs in the order asked for, each with its spec."""
 

@@ -59,7 +59,7 @@ class TensorSpec:
     """Of an input: RGB images of UINT8, [N,H,W,3] or [N,3,H,W], are taken too."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tensor:
     """A named input of a request, as it came, before any model looked at it."""
 
