@@ -11,7 +11,9 @@ import pytest
 from data.errors import CheckFailed, InputError
 from evaluators.extract import FeatureTable
 from evaluators.landmarks import landmarks_at, load_plain_pickle, open_landmarks
-from evaluators.retrieval import RetrievalRun, RetrievalSpec, evaluate, run
+from evaluators.presets import evaluator_cli
+from evaluators.results import load_predictions, load_result
+from evaluators.retrieval import RetrievalRun, RetrievalSpec, evaluate, main, run
 from tests.evaluators.fakes import colour_folder, small_checkpoint
 
 
@@ -92,6 +94,42 @@ def oxford_folder(root: Path) -> Path:
     with (folder / "gnd_roxford5k.pkl").open("wb") as file:
         pickle.dump({"gnd": gnd, "imlist": names, "qimlist": ["qa", "qb"]}, file)
     return root
+
+
+def hard_oxford_folder(root: Path) -> Path:
+    """As `oxford_folder`, but noise throughout and right by chance only, so that figures hang on every detail of a view."""
+    folder, rng = root / "roxford5k", np.random.default_rng(3)
+    (folder / "jpg").mkdir(parents=True)
+    names, asked = [f"d{i:02d}" for i in range(14)], [f"q{i}" for i in range(5)]
+    for name in [*names, *asked]:
+        image = cv2.resize(rng.integers(0, 255, (4, 6, 3)).astype(np.uint8), (90, 60))
+        cv2.imwrite(str(folder / "jpg" / f"{name}.jpg"), image)
+    kinds = [rng.permutation(14) for _ in asked]
+    gnd = [
+        {"bbx": [20.0, 10.0, 60.0, 50.0], "easy": of[:2].tolist(), "hard": of[2:4].tolist(), "junk": of[4:6].tolist()}
+        for of in kinds
+    ]
+    with (folder / "gnd_roxford5k.pkl").open("wb") as file:
+        pickle.dump({"gnd": gnd, "imlist": names, "qimlist": asked}, file)
+    return root
+
+
+def test_two_processes_find_in_revisited_oxford_what_one_finds(tmp_path: Path) -> None:
+    """The command as it is typed: views of many sizes, queries cropped to their boxes, several scales."""
+    data, ckpt = hard_oxford_folder(tmp_path / "data"), small_checkpoint(tmp_path / "a.safetensors")
+    results, found = [], []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        words = f"--ckpt {ckpt} --data roxford5k:{data} --size-px 64 --threads 1 --processes {processes} --out {out}"
+        evaluator_cli(main, [*words.split(), "--cache-dir", str(tmp_path / f"cache{processes}")])
+        results.append(load_result(out))
+        found.append(load_predictions(out, results[-1]))
+    one, two = results
+    assert one["metrics"] == two["metrics"]
+    assert 0 < one["metrics"]["map_medium"]["value"] < 1
+    assert one["settings"]["queries_cropped"]
+    for key in ("names", "score", "neighbours"):
+        np.testing.assert_array_equal(found[0][key], found[1][key])
 
 
 def test_revisited_oxford_is_read_as_distributed(oxford: Path, tmp_path: Path) -> None:
