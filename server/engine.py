@@ -81,8 +81,18 @@ class Engine:
         return output in self.shapes
 
     def _probe(self) -> dict[str, tuple[int, ...]]:
-        """Run every instance once at its usual size: it warms up, and says what shapes its outputs have."""
-        image = black_image(self.preprocess)
+        """Run every instance once at its usual size: it warms up, and says what shapes its outputs have.
+
+        Raises InputError for one that was made for other sizes alone: hardly any model could be served with it.
+        """
+        image, side = black_image(self.preprocess), self.preprocess.size_px
+        try:
+            self.runtimes[0].check_sides(side, side)
+        except InputError as error:
+            raise InputError(
+                f"the network cannot be served: {error}, which is the view that its manifest tells evaluators and servers to embed; "
+                f"export it for {side}x{side} pixels, or for any size"
+            ) from error
         for runtime in dict.fromkeys(self.runtimes):
             shapes = {name: array.shape for name, array in runtime.run(image, runtime.outputs).items()}
         return shapes

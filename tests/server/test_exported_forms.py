@@ -72,6 +72,13 @@ def test_a_size_that_was_not_exported_is_the_requests_mistake(files: dict[str, P
         opened.close()
 
 
+def test_an_export_of_a_size_that_nobody_embeds_is_refused_with_what_to_do(network: Path, tmp_path: Path) -> None:
+    file = tmp_path / "wide.onnx"
+    export_onnx(network / "backbone.safetensors", file, spec=OnnxSpec(fixed_px=(32, 64)))
+    with pytest.raises(InputError, match=r"takes images of 32x64 only, 32x32 came, .* export it for 32x32 pixels"):
+        Running(config_of(file, tmp_path / "state")).__enter__()
+
+
 def test_metadata_of_an_export_of_one_size_names_it(files: dict[str, Path], tmp_path: Path) -> None:
     """As that of an exported Triton repository does: load generators make their requests of it."""
     with Running(config_of(files["fixed"], tmp_path)) as running:
