@@ -301,7 +301,13 @@ def run(options: CopiesRun, spec: CopiesSpec = CopiesSpec()) -> dict[str, Any]:
         view = ViewSpec(view="whole", size_px=spec.view_px(runtime))
         return ExtractSpec(columns=("embedding", "patch_gem") if pooled else ("embedding",), view=view)
 
-    return evaluate_parts(options, Parts(datasets=datasets, how=how), measured, extraction, options.baselines)[0]
+    return evaluate_parts(
+        options,
+        Parts(datasets=datasets, how=how, group_column=spec.group if root is None else None),
+        measured,
+        extraction,
+        options.baselines,
+    )[0]
 
 
 def main(

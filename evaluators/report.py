@@ -20,7 +20,7 @@ from evaluators.classification import summary
 from evaluators.page import page
 from evaluators.report_groups import Found, against_best, group_results, load_results
 from evaluators.report_pictures import confusions, file_picture, retrievals
-from evaluators.report_tables import STYLE, curves, heat_map, leaderboard, overview
+from evaluators.report_tables import STYLE, curves, heat_map, leaderboard, notes, overview
 from evaluators.results import check_writable, replacing
 
 PROVENANCE = (
@@ -38,7 +38,7 @@ def make_page(found: Sequence[Found], title: str) -> str:
             f'<section id="{group.anchor}"><h2>{html.escape(group.evaluator)} '
             f'<span class="soft">on {html.escape(group.source)}</span></h2>'
         )
-        body.append(leaderboard(group, against_best(group)))
+        body += [leaderboard(group, against_best(group)), notes(group)]
         charts = curves(group) + "".join(heat_map(one) for one in group.found)
         if charts:
             body.append(f'<div class="charts">{charts}</div>')

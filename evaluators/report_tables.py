@@ -89,6 +89,17 @@ def leaderboard(group: Group, compared: Mapping[Path, Mapping[str, Any]]) -> str
     )
 
 
+def notes(group: Group) -> str:
+    """What the results say of themselves, such as an interval that is too narrow: once what all say, the rest under the network's name."""
+    told = [[str(note) for note in one.result.get("notes") or []] for one in group.found]
+    shared = [note for note in told[0] if all(note in of_one for of_one in told)]
+    lines = [*shared]
+    for one, own in zip(group.found, told, strict=True):
+        lines += [f"{one.label}: {note}" for note in own if note not in shared]
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<ul class="soft">{items}</ul>' if items else ""
+
+
 def small(words: str) -> str:
     """Words below a name."""
     return f"<br><small>{html.escape(words)}</small>" if words else ""

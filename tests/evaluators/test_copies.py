@@ -106,7 +106,7 @@ def test_the_view_follows_the_preset_in_whole_patches_and_other_sets_need_their_
     options = {"ckpt": str(ckpt), "cache_dir": None, "threads": 1}
     result = run(CopiesRun(data=str(csv), **options), CopiesSpec(preset="dinov2"))
     assert result["preprocess"]["view_size_px"] == 320  # 322 in patches of 8
-    assert result["metrics"]["ap"]["n"] == 2
+    assert (result["metrics"]["ap"]["n"], result["data"]["grouped_by"]) == (2, "group")
     with pytest.raises(InputError, match="no column 'twin'"):
         run(CopiesRun(data=str(csv), **options), CopiesSpec(group="twin"))
     with pytest.raises(InputError, match="smaller than one patch of 8"):

@@ -107,6 +107,19 @@ def test_names_from_files_stay_text_and_missing_pictures_are_left_out(tmp_path: 
     assert 'class="chosen"' in page
 
 
+def test_what_results_say_of_themselves_stands_below_their_figures(tmp_path: Path) -> None:
+    """Not in a folded block alone: an interval that is too narrow is read with the figure."""
+    said = {"a": ["all <say> this", "only a"], "b": ["all <say> this"]}
+    paths = [
+        make_result(tmp_path / f"{name}.json", np.ones(4, np.float32), notes=notes) for name, notes in said.items()
+    ]
+    page = make_page(load_results(paths), "title")
+    read(page)
+    assert '<ul class="soft"><li>all &lt;say&gt; this</li><li>a: only a</li></ul>' in page
+    plain = make_result(tmp_path / "plain.json", np.ones(4, np.float32))
+    assert "<ul" not in make_page(load_results([plain]), "title")
+
+
 def test_lower_is_better_puts_the_smallest_error_first(tmp_path: Path) -> None:
     for name, error in (("a", 0.5), ("b", 0.25)):
         metrics = {"rmse": {"value": error, "ci95": [0.1, 0.9], "n": 4, "lower_is_better": True, "unit": "metre"}}
