@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import InputError
 from evaluators.compare import Scored, compare, load_scored, truth_of
 from evaluators.results import SCHEMA, load_result
+from evaluators.suite import read_suite
 
 MAX_NAMED = 3
 """Files that an error names."""
@@ -50,6 +51,14 @@ class Group:
         return self.found[0]
 
 
+def failed_since(path: Path) -> list[str]:
+    """What a result has to say where the suite in its folder could not measure it again, and left what an earlier run had made."""
+    record = read_suite(path.parent / "suite.json").get("entries", {}).get(path.name, {})
+    if record.get("status") != "failed":
+        return []
+    return [f"of an earlier run: when the suite last ran, this evaluator failed ({record.get('reason')})"]
+
+
 def load_results(places: Sequence[Path], note: Callable[[str], None] = lambda _: None) -> list[Found]:
     """The results that files and folders hold. Raises InputError for a file that is none, and where there is none at all.
 
@@ -69,6 +78,7 @@ def load_results(places: Sequence[Path], note: Callable[[str], None] = lambda _:
             raise InputError(f"{place}: nothing there; name result files or folders of them")
         for path in files:
             result = load_result(path)
+            result["notes"] += failed_since(path)
             try:
                 scored = load_scored(path)
             except InputError:

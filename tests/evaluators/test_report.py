@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import runpy
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -118,6 +119,21 @@ def test_what_results_say_of_themselves_stands_below_their_figures(tmp_path: Pat
     assert '<ul class="soft"><li>all &lt;say&gt; this</li><li>a: only a</li></ul>' in page
     plain = make_result(tmp_path / "plain.json", np.ones(4, np.float32))
     assert "<ul" not in make_page(load_results([plain]), "title")
+
+
+def test_a_result_that_the_suite_could_not_measure_again_is_told_to_be_of_an_earlier_run(tmp_path: Path) -> None:
+    data, ckpt = colour_folder(tmp_path / "data", n_train=6, n_val=2), small_checkpoint(tmp_path / "a.safetensors")
+    options = SuiteRun(
+        ckpt=str(ckpt), data=str(data), evaluators=("knn",), out=tmp_path / "out", cache_dir=None, threads=1
+    )
+    run(options)
+    assert "of an earlier run" not in make_page(load_results([tmp_path / "out"]), "title")
+    shutil.rmtree(data / "val")
+    with pytest.raises(InputError, match="1 of 1 evaluators failed"):
+        run(options)
+    for places in ([tmp_path / "out"], [tmp_path / "out" / "knn.json"]):
+        page = make_page(load_results(places), "title")
+        assert "<li>of an earlier run: when the suite last ran, this evaluator failed (" in page
 
 
 def test_lower_is_better_puts_the_smallest_error_first(tmp_path: Path) -> None:
