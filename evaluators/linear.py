@@ -42,8 +42,8 @@ from evaluators.results import Measurement, check_writable, metrics_json, save_r
 from evaluators.splits import FOLDS, hash_bucket, held_out_words, parts_to_hold_out
 from evaluators.view_batches import ViewSpec
 
-VERSION = 3
-"""2: chooses by held-out loss among heads of like accuracy. 3: `--preset dino` lowers its rate once an epoch."""
+VERSION, DINO_VERSION = 2, 3
+"""2: chooses by held-out loss among heads of like accuracy. 3, of `--preset dino` alone: lowers its rate once an epoch."""
 LR_PER_256 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """Learning rates of DINOv2's linear evaluation, for a batch of 256 images."""
 DINO_LR_PER_256 = (1e-3,)
@@ -254,14 +254,14 @@ def _measurement(
     groups_n, too_few = drawn_groups(test.groups)
     metrics = accuracy_metrics(guesses, test_labels_n, len(classes), groups_n)
     metrics["top1_best_on_val"] = accuracy_metrics(fitted[best][0], test_labels_n, len(classes), groups_n)["top1"]
-    n = len(train)
+    n, by_epoch = len(train), spec.anneal == "epoch"
     return Measurement(
         evaluator="linear",
         protocol=(
-            f"linear classifiers on fixed features of {_views_in_words(train)}, SGD momentum 0.9, cosine by {spec.anneal}, no decay, "
-            f"{spec.steps_for(n)} steps of {spec.batch_for(n)} images"
+            f"linear classifiers on fixed features of {_views_in_words(train)}, SGD momentum 0.9, "
+            f"{'cosine by epoch' if by_epoch else 'cosine'}, no decay, {spec.steps_for(n)} steps of {spec.batch_for(n)} images"
         ),
-        version=VERSION,
+        version=DINO_VERSION if by_epoch else VERSION,
         metrics=metrics,
         headline="top1",
         selected_on=selected_on,
