@@ -156,7 +156,8 @@ def openapi(folder: Path, times: int = 4, examples: int = 30) -> None:
             made += ask_by_the_page(at["http"], folder, examples, seed)
             series.append(rss_mb(process.pid))
         seconds = time.monotonic() - began
-        httpx.post(f"{at['http']}/v2/repository/models/depth/load", timeout=60).raise_for_status()
+        for model in httpx.post(f"{at['http']}/v2/repository/index").json():  # it learned names, and unloaded some
+            httpx.post(f"{at['http']}/v2/repository/models/{model['name']}/load", timeout=60).raise_for_status()
         good.models(50)
         print(f"openapi: {made} requests in {seconds:.0f} s, each answered as the page says")
         check(not good.wrong, f"models failed afterwards: {good.wrong[:1]}")
