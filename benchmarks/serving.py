@@ -202,7 +202,8 @@ def jpeg(folder: Path, rounds: int) -> None:
 
 
 def identity(folder: Path, rounds: int, beside: Sequence[Peer] = (), count: int = 2000) -> None:
-    """602 KB in, nothing computed: the server's own cost, beside a real Triton's and other servers'.
+    """602 KB in, nothing computed: the server's own cost, beside a real Triton's and other servers'; beside Triton alone once more with
+    models that read their rows as a network would.
 
     While the others have their turns, a machine may take pages and caches from a server that waits; every round begins warm. Rounds
     differ by a tenth, with the order in which a dozen threads get two cores: it takes more of them than elsewhere.
@@ -212,17 +213,22 @@ def identity(folder: Path, rounds: int, beside: Sequence[Peer] = (), count: int 
         return
     request, body = tensor_request(folder), folder / "pixels.bin"
     body.write_bytes(tensor())
-    with ExitStack() as stack:
-        targets = {stack.enter_context(ours(None, folder)): request}
-        targets[stack.enter_context(triton(None, folder, usable_cores()))] = request
-        for one in beside:
-            sent = request if one.http is None else body
-            targets[stack.enter_context(peer(one, folder, sent))] = sent
-        found = take_turns(
-            {one.name: closed_loop(one, sent, count, warm=WARM) for one, sent in targets.items()}, rounds
-        )
-    title = f"602 KB in, 1.5 KB out, nothing computed, median of {rounds} rounds of {count}"
-    show(title, found, "Triton, Python backend", "wanted: at least 0.90 of Triton's requests a second")
+    said = f"602 KB in, 1.5 KB out, nothing computed, median of {rounds} rounds of {count}"
+    wanted = "wanted: at least 0.90 of Triton's requests a second"
+    for reads in (False,) if beside else (False, True):
+        with ExitStack() as stack:
+            room = folder / ("read" if reads else "unread")
+            room.mkdir()
+            targets = {stack.enter_context(ours(None, room, *(["--reads"] if reads else []))): request}
+            targets[stack.enter_context(triton(None, room, usable_cores(), reads))] = request
+            for one in beside:
+                sent = request if one.http is None else body
+                targets[stack.enter_context(peer(one, folder, sent))] = sent
+            found = take_turns(
+                {one.name: closed_loop(one, sent, count, warm=WARM) for one, sent in targets.items()}, rounds
+            )
+        how = "rows side by side and looked through" if reads else "rows left where they came"
+        show(f"{said}; {how}", found, "Triton, Python backend", wanted)
 
 
 def main(part: Part | None = None, rounds: int = 5) -> None:

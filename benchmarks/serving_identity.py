@@ -1,7 +1,10 @@
-"""This server on a network that computes nothing: what is left is the server's own cost. Flags are those of `python -m server`."""
+"""This server on a network that computes nothing: what is left is the server's own cost.
+
+Flags are those of `python -m server`, and `--reads`: the rows of a batch are put side by side and looked through, as for a real network.
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,8 +20,8 @@ from server.run import main
 from server.settings import read_settings
 
 
-class Nothing(Runtime):
-    """Zeros, whatever comes."""
+class Reading(Runtime):
+    """Zeros, whatever comes; the rows are made ready as every runtime does."""
 
     def __init__(self) -> None:
         preprocess = Preprocess(size_px=SIDE_PX, resize_px=256, whole_px=SIDE_PX)
@@ -26,17 +29,29 @@ class Nothing(Runtime):
         self.name, self.device, self.outputs = "nothing", "cpu", ("embedding", "patches")
 
     def run(self, pixels_NCHW: np.ndarray, outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
-        n = len(pixels_NCHW)
-        shapes = {"embedding": (n, IDENTITY_WIDTH), "patches": (n, 1, IDENTITY_WIDTH)}
-        return {name: np.zeros(shapes[name], np.float32) for name in outputs}
+        return zeros(len(pixels_NCHW), outputs)
 
 
-def load(_: ServerConfig) -> Loaded:
+class Nothing(Reading):
+    """Zeros for the rows as they came, none of which is read: what Triton's model and the other peers' do."""
+
+    def run_rows(self, parts: Sequence[np.ndarray], outputs: Sequence[str] = ("embedding",)) -> dict[str, np.ndarray]:
+        return zeros(sum(map(len, parts)), outputs)
+
+
+def zeros(n: int, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named outputs of n images."""
+    shapes = {"embedding": (n, IDENTITY_WIDTH), "patches": (n, 1, IDENTITY_WIDTH)}
+    return {name: np.zeros(shapes[name], np.float32) for name in outputs}
+
+
+def copies_of(network: Runtime) -> Callable[[ServerConfig], Loaded]:
     """As many copies as a real network would have."""
-    return Loaded((Nothing(),) * usable_cores())
+    return lambda _: Loaded((network,) * usable_cores())
 
 
 if __name__ == "__main__":
-    config = read_settings(sys.argv[1:], {})
+    flags = [word for word in sys.argv[1:] if word != "--reads"]
+    config = read_settings(flags, {})
     configure_logs(config.log_level)
-    main(config, load)
+    main(config, copies_of(Reading() if "--reads" in sys.argv else Nothing()))

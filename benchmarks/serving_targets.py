@@ -84,12 +84,14 @@ def ours(artifact: Path | None, folder: Path, *flags: str, name: str = "this ser
 
 _PYTHON_MODEL = """
 import json
+import math
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, args):
-        file = json.loads(args["model_config"])["parameters"]["file"]["string_value"]
+        given = json.loads(args["model_config"])["parameters"]
+        file, self.reads = given["file"]["string_value"], given["reads"]["string_value"] == "True"
         self.session = None
         if file:
             import onnxruntime
@@ -100,10 +102,14 @@ class TritonPythonModel:
 
     def execute(self, requests):
         rows = [pb_utils.get_input_tensor_by_name(request, "pixels").as_numpy() for request in requests]
-        if self.session is None:
-            found = np.zeros((sum(map(len, rows)), WIDTH), np.float32)
+        if self.session is not None or self.reads:
+            joined = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        if self.session is not None:
+            (found,) = self.session.run(["embedding"], {"pixels": joined})
         else:
-            (found,) = self.session.run(["embedding"], {"pixels": rows[0] if len(rows) == 1 else np.concatenate(rows)})
+            found = np.zeros((sum(map(len, rows)), WIDTH), np.float32)
+            if self.reads and not math.isfinite(np.einsum("i->", joined.reshape(-1))):
+                found[:] = np.nan
         replies, at = [], 0
         for part in rows:
             tensor = pb_utils.Tensor("embedding", np.ascontiguousarray(found[at : at + len(part)]))
@@ -120,16 +126,20 @@ output [{{ name: "embedding" data_type: TYPE_FP32 dims: [384] }}]
 instance_group [{{ kind: KIND_CPU count: {instances} }}]
 dynamic_batching {{ }}
 parameters {{ key: "file" value: {{ string_value: "{file}" }} }}
+parameters {{ key: "reads" value: {{ string_value: "{reads}" }} }}
 """
 
 
 @contextmanager
-def triton(artifact: Path | None, folder: Path, instances: int) -> Iterator[Target]:
-    """A real Triton's Python backend with ONNX Runtime on one thread an instance, or without an artifact one that computes nothing."""
+def triton(artifact: Path | None, folder: Path, instances: int, reads: bool = False) -> Iterator[Target]:
+    """A real Triton's Python backend with ONNX Runtime on one thread an instance, or without an artifact one that computes nothing.
+
+    With `reads` the latter puts the rows of a batch side by side and looks for values that are not finite, as this server's runtimes do.
+    """
     model = folder / "triton" / "repository" / "backbone"
     (model / "1").mkdir(parents=True)
     (model / "1" / "model.py").write_text(_PYTHON_MODEL)
-    (model / "config.pbtxt").write_text(_CONFIG.format(instances=instances, file=artifact or ""))
+    (model / "config.pbtxt").write_text(_CONFIG.format(instances=instances, file=artifact or "", reads=reads))
     with RealTriton(model.parent, folder / "triton") as running:
         yield Target("Triton, Python backend", f"127.0.0.1:{running.grpc}", running.process.pid)
 

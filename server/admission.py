@@ -39,11 +39,13 @@ class Admission:
         self.rows = 0
         self.bytes = 0
         self.calls = 0
+        self.streams = 0
+        """Of these calls: an idle one may stay for as long as its client likes, so that they have half of the places."""
         self.max_calls = max(LEAST_CALLS, 2 * spec.max_rows)
         """Of gRPC, from a call's head to the end of its answer: twice as many as could be accepted with a row each."""
         self.body_bytes = 0
-        """Of requests that are not answered yet: HTTP bodies, as far as they have come, and gRPC messages that are whole; and of large HTTP
-        replies that are not taken yet."""
+        """Of requests that are not answered yet: HTTP bodies, as far as they have come, and gRPC messages that are whole; and of replies
+        that are not taken yet: large ones, and all of gRPC's streams."""
         self.working = 0
         """Requests of any kind that had come whole while the server took work, and are not answered yet."""
         self.open = True
@@ -76,17 +78,21 @@ class Admission:
         """Count it out."""
         self.working -= 1
 
-    def enter(self) -> None:
+    def enter(self, stream: bool = False) -> None:
         """Count a call in, whose message was not read yet; `leave` follows in any case. Raises Overloaded, and then it does not."""
         if self.calls >= self.max_calls:
             raise self._overloaded(f"{self.calls} calls are being answered, and more are not taken at once")
+        if stream and self.streams >= self.max_calls // 2:
+            raise self._overloaded(f"{self.streams} streams are open, and more are not taken at once")
         if self.body_bytes >= self.spec.max_bytes:
             raise self._too_many_bytes()
         self.calls += 1
+        self.streams += stream
 
-    def leave(self) -> None:
+    def leave(self, stream: bool = False) -> None:
         """Count a call out."""
         self.calls -= 1
+        self.streams -= stream
 
     def receive(self, nbytes: int, of_request: int) -> None:
         """Count a part of a request in, of which so much is there now; `forget` follows.

@@ -18,8 +18,9 @@ import numpy as np
 
 from server.errors import Draining, EngineFailed, Expired
 
-Run = Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]
-"""(key, rows [B, ...]) -> named arrays [B, ...]; called in the thread of its instance, never twice at once."""
+Run = Callable[[Hashable, list[np.ndarray]], Mapping[str, np.ndarray]]
+"""(key, the rows [R, ...] of each request in the batch) -> named arrays [B, ...]; called in the thread of its instance, never twice at
+once. Whether the rows are put side by side is the network's affair: one that moves them elsewhere need not."""
 
 MAX_INT = 1 << 62
 PATIENCE_S = 30.0
@@ -77,7 +78,7 @@ class _Entry:
     answered: int = 0
     started_ns: int | None = None
     arrived_ns: int = field(default_factory=time.perf_counter_ns)
-    parts: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    parts: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     executions: list[Execution] = field(default_factory=list)
 
     @property
@@ -247,8 +248,8 @@ class Batcher:
             self._timer = None
         loop = asyncio.get_running_loop()
         while self._idle and self._buckets:
-            self._drop_late()
-            ripe = [key for key in self._buckets if self._ripe_at(key) <= loop.time()]
+            self._drop_late(loop.time())
+            ripe = self._ripe(loop.time())
             if not ripe:
                 break
             key = ripe[0] if len(ripe) == 1 else min(ripe, key=self._most_urgent)
@@ -264,6 +265,12 @@ class Batcher:
     def _room(self, key: Hashable) -> int:
         return min(self.spec.max_rows, self._most_rows(key))
 
+    def _ripe(self, now_s: float) -> list[Hashable]:
+        """Keys of which a batch may begin."""
+        if not self.spec.max_delay_us:
+            return list(self._buckets)
+        return [key for key in self._buckets if self._ripe_at(key) <= now_s]
+
     def _ripe_at(self, key: Hashable) -> float:
         if not self.spec.max_delay_us:
             return -math.inf
@@ -272,15 +279,22 @@ class Batcher:
             return -math.inf
         return min(entry.arrived_s for entry in bucket) + self.spec.max_delay_us / 1e6
 
-    def _drop_late(self) -> None:
-        for key, bucket in list(self._buckets.items()):
-            for entry in [entry for entry in bucket if entry.future.done() or self._is_late(entry)]:
-                _fail(entry, Expired("the deadline passed before the request was run"))
-                self._forget(key, entry)
+    def _drop_late(self, now_s: float) -> None:
+        gone = [
+            (key, entry)
+            for key, bucket in self._buckets.items()
+            for entry in bucket
+            if entry.future.done() or (entry.deadline_s is not None and now_s >= entry.deadline_s)
+        ]
+        for key, entry in gone:
+            _fail(entry, Expired("the deadline passed before the request was run"))
+            self._forget(key, entry)
 
     def _take(self, key: Hashable) -> list[_Piece]:
         """Rows for one batch, the earliest deadline first, rows of one request in order."""
-        bucket = sorted(self._buckets[key], key=lambda entry: (entry.due_s, entry.order))
+        bucket = self._buckets[key]
+        if len(bucket) > 1:
+            bucket = sorted(bucket, key=lambda entry: (entry.due_s, entry.order))
         pieces: list[_Piece] = []
         room = self._room(key)
         if not self.spec.max_delay_us:  # fuller batches gain little: better that nobody idles
@@ -320,44 +334,29 @@ class Batcher:
 
 
 def _run_pieces(run: Run, key: Hashable, pieces: list[_Piece]) -> tuple[dict[str, np.ndarray], int]:
-    """Join the pieces, run them, check that each output has a row for each row. In the instance's thread."""
+    """Run the pieces' rows, check that each output has a row for each row. In the instance's thread."""
     parts = [piece.entry.rows[piece.start : piece.stop] for piece in pieces]
-    rows = _joined(parts)
+    count = sum(map(len, parts))
     began = time.perf_counter_ns()
-    outputs = dict(run(key, rows))
+    outputs = dict(run(key, parts))
     run_ns = time.perf_counter_ns() - began
-    wrong = {name: array.shape for name, array in outputs.items() if len(array) != len(rows)}
-    if wrong:
-        raise ValueError(f"{len(rows)} rows went in, and the outputs have the shapes {wrong}")
+    if any(len(array) != count for array in outputs.values()):
+        shapes = {name: array.shape for name, array in outputs.items()}
+        raise ValueError(f"{count} rows went in, and the outputs have the shapes {shapes}")
     return outputs, run_ns
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts' rows in one array that is aligned: off the wire they begin at any byte of a message.
-
-    Python's own join lets go of the interpreter's lock once for all parts, and of less than a megabyte not at all. NumPy does for each
-    part, and to get the lock back from a busy event loop takes longer than to copy an image.
-    """
-    first = parts[0]
-    if len(parts) == 1 and first.flags.aligned:
-        return first
-    if not all(part.flags.c_contiguous and part.dtype == first.dtype for part in parts) or first.dtype.hasobject:
-        return np.require(np.concatenate(parts), requirements="A")
-    joined = bytearray().join([part.view(np.uint8).data for part in parts])
-    return np.frombuffer(joined, first.dtype).reshape(-1, *first.shape[1:])
 
 
 def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int) -> None:
     """Cut the batch's outputs [B, ...] back into pieces; answer each request whose last piece this was."""
-    execution = Execution(sum(piece.stop - piece.start for piece in pieces), run_ns)
+    execution = Execution(sum([piece.stop - piece.start for piece in pieces]), run_ns)
     offset = 0
     for piece in pieces:
         size, entry = piece.stop - piece.start, piece.entry
-        alone = len(pieces) == 1
-        part = outputs if alone else {name: array[offset : offset + size] for name, array in outputs.items()}
+        stop = offset + size
+        part = outputs if len(pieces) == 1 else {name: array[offset:stop] for name, array in outputs.items()}
         entry.parts[piece.start] = part
         entry.executions.append(execution)
-        offset += size
+        offset = stop
         entry.answered += size
         if entry.answered == len(entry.rows) and not entry.future.done():
             entry.future.set_result(_join(entry))
@@ -365,7 +364,7 @@ def _hand_out(pieces: list[_Piece], outputs: dict[str, np.ndarray], run_ns: int)
 
 def _join(entry: _Entry) -> Answer:
     if len(entry.parts) == 1:
-        (joined,) = map(dict, entry.parts.values())
+        (joined,) = entry.parts.values()
     else:
         parts = [entry.parts[start] for start in sorted(entry.parts)]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

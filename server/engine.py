@@ -4,7 +4,6 @@ The engine owns the instances of the network, their batcher and the decode pool.
 """
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
@@ -62,7 +61,8 @@ class Engine:
         self.shapes = self._probe()
         self._row_bytes = lru_cache(KEPT_SIZES)(self._reckon_row)
         self._memory = Budget(spec.working_bytes)
-        self.batcher = Batcher([self._run_with(runtime) for runtime in runtimes], spec.batching, self._most_rows)
+        most_rows = lru_cache(KEPT_SIZES)(self._most_rows)
+        self.batcher = Batcher([self._run_with(runtime) for runtime in runtimes], spec.batching, most_rows)
         self._pool = ThreadPoolExecutor(spec.decode_threads, thread_name_prefix="decode")
         self._closed = False
 
@@ -179,10 +179,14 @@ class Engine:
         times.input_ns += time.perf_counter_ns() - began
         return pixels
 
+    @property
+    def shades_only(self) -> bool:
+        """Whether the network takes pixels of 8-bit images alone: others would fail the batch of other requests too."""
+        return self.runtimes[0].shades_only
+
     async def check_values(self, pixels: np.ndarray) -> None:
-        """Raise InputError for pixels that would fail the batch of other requests too."""
-        if self.runtimes[0].shades_only:
-            await self.off_loop(self.runtimes[0].check_values, pixels)
+        """Raise InputError for pixels that the network does not take."""
+        await self.off_loop(self.runtimes[0].check_values, pixels)
 
     async def normalised(self, shades_NHWC: np.ndarray, times: Times) -> np.ndarray:
         """uint8 RGB [N,H,W,3] as the network wants it: float32 [N,3,H,W]."""
@@ -215,33 +219,13 @@ class Engine:
         for runtime in self.runtimes:
             runtime.close()
 
-    def _run_with(self, runtime: Runtime) -> Callable[[Hashable, np.ndarray], Mapping[str, np.ndarray]]:
-        def run(key: Hashable, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
+    def _run_with(self, runtime: Runtime) -> Callable[[Hashable, list[np.ndarray]], Mapping[str, np.ndarray]]:
+        def run(key: Hashable, parts: list[np.ndarray]) -> Mapping[str, np.ndarray]:
             assert isinstance(key, tuple)
-            with self._memory.hold(len(pixels) * self._row_bytes(*key)):
-                outputs = runtime.run(pixels, key[2])
-            _spoil(pixels, outputs)
-            return outputs
+            with self._memory.hold(sum(map(len, parts)) * self._row_bytes(*key)):
+                return runtime.run_rows(parts, key[2])
 
         return run
-
-
-def _spoil(pixels_NCHW: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
-    """Make outputs NaN for images with values that are not finite: not every layer lets those through to its own output.
-
-    A sum is finite only if all its parts are, and costs a third of looking at each of them; one sum serves for all images that are well.
-    """
-    if math.isfinite(np.einsum("i->", pixels_NCHW.reshape(-1))):  # three times as fast as NumPy's exacter sum
-        return
-    with np.errstate(all="ignore"):
-        bad = [
-            row
-            for row, image in enumerate(pixels_NCHW)
-            if not np.isfinite(image.sum()) and not np.isfinite(image).all()
-        ]
-    for array in outputs.values() if bad else ():
-        if array.dtype.kind == "f":
-            array[bad] = np.nan
 
 
 class Budget:
@@ -267,7 +251,8 @@ class Budget:
         finally:
             with self._changed:
                 self._left += nbytes
-                self._changed.notify_all()
+                if self._turns:
+                    self._changed.notify_all()
 
 
 def _step_px(architecture: Mapping[str, Any]) -> int:

@@ -150,9 +150,9 @@ class InferenceServicer(GRPCInferenceServiceServicer):
             region.name, region.key, region.offset, region.byte_size = one.name, one.key, one.offset, one.byte_size
         return reply
 
-    async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def ModelStreamInfer(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[bytes]:
         """Requests answered in their order, some worked on at a time; an error is the answer to its request, and the stream goes on."""
-        answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(STREAM_DEPTH)
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_DEPTH)
 
         async def read() -> None:
             async for request in request_iterator:
@@ -160,7 +160,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
                 try:
                     await answers.put(task)
                 except asyncio.CancelledError:  # while it waited for its place: nobody else knows this one
-                    task.cancel()
+                    self._drop(task)
                     raise
             await answers.put(None)
 
@@ -168,13 +168,26 @@ class InferenceServicer(GRPCInferenceServiceServicer):
         try:
             while (current := await answers.get()) is not None:
                 yield await current
+                self._drop(current)
+                current = None
         finally:  # of a stream that was broken off, nothing is computed any more
             reader.cancel()
             for task in (current, *(answers.get_nowait() for _ in range(answers.qsize()))):
                 if task is not None:
-                    task.cancel()
+                    self._drop(task)
 
-    async def _stream_answer(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _drop(self, answer: "asyncio.Task[bytes]") -> None:
+        """An answer of a stream was taken, or nobody wants it any more."""
+        if not answer.cancel() and not answer.cancelled():
+            self.service.admission.forget(len(answer.result()))
+
+    async def _stream_answer(self, request: Any, context: grpc.aio.ServicerContext) -> bytes:
+        """The answer to a request, as bytes that count among those that are held until its client has taken them."""
+        answer: bytes = (await self._stream_reply(request, context)).SerializeToString()
+        self.service.admission.body_bytes += len(answer)
+        return answer
+
+    async def _stream_reply(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
         if isinstance(request, InputError):
             return pb.ModelStreamInferResponse(error_message=str(request))
         called, admission = _called(request), self.service.admission

@@ -16,6 +16,7 @@ from data.errors import InputError
 from server.access import Access, Role, client, needed_on_grpc
 from server.admission import Admission
 from server.errors import Forbidden, Overloaded, TooSlow, Unauthenticated, message, outcome, retry_after
+from server.http_body import REPLY_BYTES
 from server.infer_message import read_infer
 from server.patience import BODY_S
 from server.tracing import parent
@@ -72,7 +73,7 @@ class GuardedCalls(ReadableCalls):
         needed = self._needed[details.method]
         try:
             if needed is not None:
-                self._enter()
+                self._enter(handler.request_streaming and handler.response_streaming)
             given = dict(reversed(details.invocation_metadata))  # the first of a name counts
             client.set(self.access.check(given.get("authorization"), needed, ""))
             parent.set(given.get("traceparent", ""))
@@ -80,14 +81,17 @@ class GuardedCalls(ReadableCalls):
             return _refusing(error)
         return handler
 
-    def _enter(self) -> None:
-        self.admission.enter()
+    def _enter(self, stream: bool) -> None:
+        self.admission.enter(stream)
         call = asyncio.current_task()  # it lives as long as the call, whatever becomes of that
         assert call is not None
-        call.add_done_callback(self._left)
+        call.add_done_callback(self._stream_left if stream else self._left)
 
     def _left(self, _: "asyncio.Task[Any]") -> None:
         self.admission.leave()
+
+    def _stream_left(self, _: "asyncio.Task[Any]") -> None:
+        self.admission.leave(stream=True)
 
 
 class Messages:
@@ -165,7 +169,8 @@ def guarded(handler: Any, method: str, admission: Admission, messages: Messages)
 
     Bytes that are no message of the protocol are the client's mistake, not an exception of the server. An RPC that is not offered is
     refused unread. The health service's Watch stays as it is: it is open. A unary RPC is given to gRPC as one of a stream, since it
-    reads the message of the others before we know of the call, and leaves a client without an answer whose call is ended then.
+    reads the message of the others before we know of the call, and leaves a client without an answer whose call is ended then. Replies
+    are given to gRPC as bytes.
     """
     method = method.rpartition("/")[2]
     if handler.stream_stream is not None:
@@ -177,7 +182,7 @@ def guarded(handler: Any, method: str, admission: Admission, messages: Messages)
                     yield one
 
         reader = _reader(handler, method)
-        return grpc.stream_stream_rpc_method_handler(answer_stream, reader, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(answer_stream, reader, bytes)
     if handler.unary_unary is None:
         return handler
     offered = asyncio.iscoroutinefunction(handler.unary_unary)
@@ -194,14 +199,21 @@ def guarded(handler: Any, method: str, admission: Admission, messages: Messages)
             await abort(context, request)
         counted = admission.begin()
         try:
-            return await handler.unary_unary(request, context)
+            reply: bytes = handler.response_serializer(await handler.unary_unary(request, context))
         finally:
             if counted:
                 admission.end()
+        if len(reply) > REPLY_BYTES:
+            _count_until_taken(len(reply), context, admission)
+        return reply
 
-    if not offered:
-        return grpc.stream_unary_rpc_method_handler(answer, bytes, bytes)
-    return grpc.stream_unary_rpc_method_handler(answer, _reader(handler, method), handler.response_serializer)
+    return grpc.stream_unary_rpc_method_handler(answer, _reader(handler, method) if offered else bytes, bytes)
+
+
+def _count_until_taken(nbytes: int, context: grpc.aio.ServicerContext, admission: Admission) -> None:
+    """A large reply counts until its client has taken it, or has gone: gRPC itself waits for that without an end."""
+    admission.body_bytes += nbytes
+    context.add_done_callback(lambda _: admission.forget(nbytes))
 
 
 def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:

@@ -72,6 +72,36 @@ def test_a_view_of_an_array_is_as_good_as_an_array(runtime: Runtime) -> None:
     np.testing.assert_array_equal(runtime.run(turned)["embedding"], wanted)
 
 
+def unaligned(array: np.ndarray, start: int) -> np.ndarray:
+    """As it would lie in a received message, from any byte of it on."""
+    message = memoryview(bytes(start) + array.tobytes())[start:]
+    return np.frombuffer(message, np.float32).reshape(array.shape)
+
+
+def test_the_rows_of_several_messages_are_one_batch(runtime: Runtime) -> None:
+    given = pixels(6, 24, 16)
+    parts = [unaligned(given[:1], 1), given[1:3], unaligned(given[3:6], 2)]
+    wanted, found = runtime.run(given, ("embedding", "depth")), runtime.run_rows(parts, ("embedding", "depth"))
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, wanted[name])
+    alone = runtime.run_rows([unaligned(given[:1], 3)])["embedding"]
+    np.testing.assert_array_equal(alone, runtime.run(given[:1])["embedding"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_has_no_answer_and_the_others_of_its_batch_have_theirs(
+    runtime: Runtime, value: float
+) -> None:
+    given = pixels(4, 16, 16)
+    bad = given.copy()
+    bad[2, 1, 3, 5] = value
+    found = runtime.run_rows([bad[:1], bad[1:]], OUTPUTS)
+    wanted = runtime.run(given, OUTPUTS)
+    for name, array in found.items():
+        assert np.isnan(array[2]).all()
+        np.testing.assert_allclose(array[[0, 1, 3]], wanted[name][[0, 1, 3]], atol=1e-6 * np.abs(wanted[name]).max())
+
+
 @pytest.mark.parametrize(
     ("given", "outputs", "words"),
     [

@@ -13,7 +13,8 @@ from server.batcher import Batcher, BatchSpec
 from server.errors import Draining, EngineFailed, Expired
 
 
-def double(key, rows):
+def double(key, parts):
+    rows = np.concatenate(parts)
     return {"twice": 2 * rows, "sum": rows.reshape(len(rows), -1).sum(axis=1)}
 
 
@@ -26,11 +27,11 @@ class Gate:
         self.batches = []
         self._run = run
 
-    def __call__(self, key, rows):
+    def __call__(self, key, parts):
         self.entered.set()
         self.open.wait(10)
-        self.batches.append((key, rows.copy()))
-        return self._run(key, rows)
+        self.batches.append((key, np.concatenate(parts)))
+        return self._run(key, parts)
 
     async def until_entered(self):
         await asyncio.to_thread(self.entered.wait, 10)
@@ -277,7 +278,8 @@ def test_nothing_is_computed_after_the_deadline():
 
 
 def test_a_failing_batch_fails_all_of_its_waiters_and_nothing_else():
-    def fragile(key, rows):
+    def fragile(key, parts):
+        rows = np.concatenate(parts)
         if (rows < 0).any():
             raise RuntimeError("boom")
         return {"same": rows}
@@ -305,11 +307,11 @@ def test_a_failing_batch_fails_all_of_its_waiters_and_nothing_else():
 def test_the_rest_of_a_request_is_not_computed_once_a_batch_of_it_failed():
     seen = []
 
-    def run(key, batch):
-        seen.append(batch[:, 0].tolist())
+    def run(key, parts):
+        seen.append(np.concatenate(parts)[:, 0].tolist())
         if 1 in seen[-1]:
             raise ValueError("of these rows")
-        return double(key, batch)
+        return double(key, parts)
 
     async def scenario():
         batcher = Batcher([run], BatchSpec(max_rows=2))
@@ -326,7 +328,7 @@ def test_the_rest_of_a_request_is_not_computed_once_a_batch_of_it_failed():
 
 def test_an_output_with_too_few_rows_is_a_failure_and_not_a_wrong_answer():
     async def scenario():
-        batcher = Batcher([lambda key, rows: {"short": rows[1:]}], BatchSpec())
+        batcher = Batcher([lambda key, parts: {"short": parts[0][1:]}], BatchSpec())
         with pytest.raises(EngineFailed):
             await batcher.submit("key", rows(1, 2))
         await batcher.close()
@@ -386,7 +388,8 @@ def test_every_reply_equals_the_unbatched_one_whatever_arrives_leaves_or_breaks(
     dice = random.Random(seed)
     poison = 1_000_000.0
 
-    def network(key, rows):
+    def network(key, parts):
+        rows = np.concatenate(parts)
         time.sleep(dice.choice([0, 0, 0.001]))
         if (rows == poison).any():
             raise RuntimeError("poisoned batch")

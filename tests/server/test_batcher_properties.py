@@ -42,8 +42,8 @@ class Network:
     batches: list[tuple[float, list[int], bool]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, key: float, rows: np.ndarray) -> dict[str, np.ndarray]:
-        good = True
+    def __call__(self, key: float, parts: list[np.ndarray]) -> dict[str, np.ndarray]:
+        rows, good = np.concatenate(parts), True
         while not self.opened.is_set():
             try:
                 good = self.verdicts.get(timeout=0.005)

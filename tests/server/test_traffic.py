@@ -275,7 +275,15 @@ def test_a_flood_of_calls_is_refused_before_it_is_read_and_health_is_not(gated):
     request, over = one_image(), threading.Event()
     with grpc.insecure_channel(running.addresses.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        silent = [stub.ModelStreamInfer(silence(over)) for _ in range(LEAST_CALLS - ROWS)]
+        silent = [stub.ModelStreamInfer(silence(over)) for _ in range(LEAST_CALLS // 2)]
+        wait_for(lambda: gauge(running, "dinoscope_calls") == len(silent))
+        another = stub.ModelStreamInfer(silence(over))
+        assert (another.code(), another.details()) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{len(silent)} streams are open, and more are not taken at once; try again later",
+        )
+        unary = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        silent += [unary.future(silence(over)) for _ in range(LEAST_CALLS - ROWS - len(silent))]
         wait_for(lambda: gauge(running, "dinoscope_calls") == len(silent))
         asked = [stub.ModelInfer.future(request) for _ in range(ROWS)]
         wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == ROWS)
