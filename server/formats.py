@@ -1,11 +1,15 @@
-"""Outputs in a smaller form, where a request asks for one: FP16, UINT8 or PNG instead of FP32.
+"""Outputs in a smaller form, where a request asks for one: FP16, UINT8 or PNG instead of FP32, or the largest numbers of a row as text.
 
-An output's parameter `format` chooses. What is scaled to whole shades carries the parameter `scale`, a JSON list of [low, high] of every
-map, in the order of the maps: value = low + shade / largest shade * (high - low). Axes: N images, any further maps each, H and W of a map.
+An output's parameter `format` chooses, or Triton's `classification` (its clients' `class_count`), which is how many of a row. What is
+scaled to whole shades carries the parameter `scale`, a JSON list of [low, high] of every map, in the order of the maps:
+value = low + shade / largest shade * (high - low). Axes: N images, any further maps each, H and W of a map, C classes, k of them.
 """
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +21,8 @@ from server.tensors import TensorSpec, object_array
 FORMAT = "format"
 """Name of the output parameter."""
 SCALE = "scale"
+TOP = "classification"
+"""Name of Triton's parameter, and of its form."""
 LARGEST_FP16 = 65504.0
 
 
@@ -29,9 +35,22 @@ class Formatted:
     scale: str | None = None
 
 
+def asked_form(name: str, parameters: Mapping[str, Any]) -> str:
+    """The form that this output's parameters ask for, unchecked; empty: its own. Raises InputError."""
+    count = parameters.get(TOP)
+    if count is None:
+        return str(parameters.get(FORMAT) or "")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(
+            f"output {name!r:.80} has the parameter {TOP} {count!r:.40}; wanted how many classes, at least 1"
+        )
+    return f"{TOP}:{count}"
+
+
 def check_format(spec: TensorSpec, given: str) -> str:
     """The format's name in small letters. Raises InputError for one that this output has not."""
-    if given.lower() not in spec.formats:
+    form, _, count = given.lower().partition(":")
+    if form not in spec.formats or (form == TOP) is not bool(re.fullmatch("[1-9][0-9]{0,17}", count)):
         known = f"it has {', '.join(spec.formats)}" if spec.formats else "it has none but its own"
         raise InputError(f"output {spec.name!r} has no format {given!r:.40}; {known} ({spec.datatype} without one)")
     return given.lower()
@@ -39,6 +58,9 @@ def check_format(spec: TensorSpec, given: str) -> str:
 
 def formatted(spec: TensorSpec, array: np.ndarray, form: str) -> Formatted:
     """An output [N, ...] in a format that it has. Raises InputError where its values do not fit."""
+    if form.startswith(TOP):
+        count = int(form.partition(":")[2])
+        return Formatted(replace(spec, datatype="BYTES", formats=(TOP,)), _largest(spec, array, count))
     if form == "fp16":
         if np.abs(array).max(initial=0) > LARGEST_FP16:
             raise InputError(f"output {spec.name!r} holds values beyond FP16's {LARGEST_FP16:g}; ask for FP32")
@@ -51,7 +73,19 @@ def formatted(spec: TensorSpec, array: np.ndarray, form: str) -> Formatted:
         return Formatted(replace(spec, datatype="UINT8"), shades, scale)
     maps = shades.reshape(-1, *shades.shape[-2:])
     files = object_array([_png(one) for one in maps], shades.shape[:-2])
-    return Formatted(replace(spec, datatype="BYTES"), files, scale)
+    return Formatted(replace(spec, datatype="BYTES", formats=("png",)), files, scale)
+
+
+def _largest(spec: TensorSpec, array_NC: np.ndarray, count: int) -> np.ndarray:
+    """The largest numbers of each row, the largest first, as VALUE:CLASS or VALUE:CLASS:NAME (Triton, extension_classification)."""
+    order_Nk = np.argsort(-array_NC, axis=1, kind="stable")[:, :count]
+    names = [f"{index}:{name}" for index, name in enumerate(spec.classes)] or list(map(str, range(array_NC.shape[1])))
+    texts = [
+        f"{row[index]:f}:{names[index]}".encode()
+        for row, order in zip(array_NC, order_Nk, strict=True)
+        for index in order
+    ]
+    return object_array(texts, order_Nk.shape)
 
 
 def _whole(spec: TensorSpec, array: np.ndarray, form: str) -> np.ndarray:

@@ -8,9 +8,9 @@ from typing import Any
 from tritonclient.grpc import service_pb2 as pb
 
 from data.errors import InputError
-from server.formats import FORMAT, SCALE
+from server.formats import SCALE, asked_form
 from server.infer_message import KEPT_HEADS, InferMessage, read_head
-from server.requests import UNSUPPORTED, InferReply, InferRequest
+from server.requests import InferReply, InferRequest
 from server.service import Service
 from server.shared_memory import BYTE_SIZE, OFFSET, REGION, Place, SharedMemory
 from server.tensors import Tensor, from_raw, from_values
@@ -74,10 +74,6 @@ def request_from(sent: InferMessage, called: str, timeout_s: float | None, share
 
 
 def _asked(fields: Any) -> _Asked:
-    for part in (*fields.inputs, *fields.outputs):
-        for name in UNSUPPORTED:
-            if name in part.parameters:
-                raise InputError(f"{part.name!r} asks for {name}, which this server does not have")
     of_outputs = {output.name: parameters(output.parameters) for output in fields.outputs}
     places = {name: Place.of(given, f"output {name!r:.80}") for name, given in of_outputs.items()}
     return _Asked(
@@ -86,7 +82,7 @@ def _asked(fields: Any) -> _Asked:
         tuple(_input(one) for one in fields.inputs),
         tuple(output.name for output in fields.outputs),
         parameters(fields.parameters),
-        {name: str(given[FORMAT]) for name, given in of_outputs.items() if given.get(FORMAT)},
+        {name: form for name, given in of_outputs.items() if (form := asked_form(name, given))},
         {name: place for name, place in places.items() if place is not None},
     )
 

@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from data.errors import InputError
-from server.formats import FORMAT, SCALE
+from server.formats import SCALE, asked_form
 from server.http_body import compressed
 from server.json_text import parse_json, write_json
 from server.models import ServedModel
-from server.requests import UNSUPPORTED, InferReply, InferRequest
+from server.requests import InferReply, InferRequest
 from server.service import Service
 from server.shared_memory import Place, SharedMemory
 from server.tensors import Tensor, from_json, from_raw, object_array, to_json, to_raw
@@ -87,10 +87,6 @@ def _request(
     outputs, given_id = _list(header, "outputs"), header.get("id")
     if not isinstance(given_id, str | int | None):
         raise InputError(f"'id' is {given_id!r:.40}; wanted text")
-    for part in (*outputs, *_list(header, "inputs")):
-        for unsupported in UNSUPPORTED:
-            if unsupported in part.get("parameters", {}):
-                raise InputError(f"{part.get('name')!r:.80} asks for {unsupported}, which this server does not have")
     parameters = dict(json_object(header.get("parameters", {}), "'parameters'"))
     return InferRequest(
         model=name,
@@ -100,7 +96,9 @@ def _request(
         outputs=[_text(output, "name") for output in outputs],
         parameters=parameters,
         formats={
-            _text(output, "name"): str(form) for output in outputs if (form := output.get("parameters", {}).get(FORMAT))
+            name: form
+            for output in outputs
+            if (form := asked_form(name := _text(output, "name"), output.get("parameters", {})))
         },
         places={
             _text(output, "name"): place
@@ -157,7 +155,7 @@ def reply_response(
         elif asked.get(spec.name, {}).get("binary_data", everything):
             raw.append(to_raw(array))
             told |= {"binary_data_size": len(raw[-1])}
-        elif spec.name in wanted.formats and spec.datatype == "BYTES":
+        elif spec.datatype == "BYTES" and "png" in spec.formats:
             entry["data"] = [base64.b64encode(file).decode() for file in array.reshape(-1)]
             told |= {"content_type": "base64"}
         else:

@@ -18,6 +18,7 @@ from evaluators.attention_maps import top_mass
 from server.collections import Collections
 from server.engine import Engine
 from server.errors import TooLarge
+from server.formats import TOP
 from server.options import AttentionOptions, EmbeddingOptions, KnnOptions, MapOptions, NoOptions, read_options
 from server.statistics import Times
 from server.tensors import TensorSpec, object_array
@@ -162,10 +163,11 @@ class ClassificationModel(ServedModel):
 
     name = "classification"
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, labels: Sequence[str]) -> None:
         super().__init__(engine)
         self.inputs = (IMAGE,)
-        self.outputs = (TensorSpec("logits", "FP32", (-1, engine.shapes["logits"][1]), formats=("fp16",)),)
+        shape, forms = (-1, engine.shapes["logits"][1]), ("fp16", TOP)
+        self.outputs = (TensorSpec("logits", "FP32", shape, formats=forms, classes=tuple(labels)),)
 
     def pixel_count(self, inputs: Mapping[str, np.ndarray], options: Any) -> int:
         return self._center_pixels()
@@ -321,8 +323,13 @@ class OverviewModel(ServedModel):
         return {name: answers[name] for name in outputs}
 
 
-def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, ServedModel], dict[str, str]]:
-    """Every model that this backbone and its heads allow, and for each of the others why it is absent."""
+def make_models(
+    engine: Engine, collections: Collections, labels: Sequence[str] = ()
+) -> tuple[dict[str, ServedModel], dict[str, str]]:
+    """Every model that this backbone and its heads allow, and for each of the others why it is absent.
+
+    `labels` are the names of the classes that the linear head tells apart.
+    """
     models: list[ServedModel] = [BackboneModel(engine), EmbeddingModel(engine), KnnModel(engine, collections)]
     absent = {}
     if engine.has("attention"):
@@ -339,7 +346,7 @@ def make_models(engine: Engine, collections: Collections) -> tuple[dict[str, Ser
         absent["segmentation"] = "no segmentation head is loaded"
     models.append(OverviewModel(engine, [one for one in models if one.name not in ("backbone", "knn")]))
     if engine.has("logits"):
-        models.append(ClassificationModel(engine))
+        models.append(ClassificationModel(engine, labels))
     else:
         absent["classification"] = "no linear head is loaded"
     return {model.name: model for model in models}, absent

@@ -17,9 +17,6 @@ from server.models import ServedModel
 from server.shared_memory import Place
 from server.tensors import Tensor, TensorSpec
 
-UNSUPPORTED = ("classification",)
-"""Parameters of inputs and outputs that ask for what this server does not have, on either wire."""
-
 
 @dataclass(kw_only=True, slots=True)
 class InferRequest:

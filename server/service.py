@@ -49,6 +49,7 @@ NAME = "dinoscope"
 VERSION = "0.1.0"
 EXTENSIONS = (
     "binary_tensor_data",
+    "classification",
     "system_shared_memory",
     "statistics",
     "model_configuration",
@@ -98,7 +99,7 @@ class Service:
     ) -> None:
         """Serve this network from the next request on; those that are in finish on the one they began on."""
         self.engine, self.collections = engine, collections
-        self.models, self.absent = make_models(engine, collections)
+        self.models, self.absent = make_models(engine, collections, labels)
         self.unloaded: dict[str, ServedModel] = {}
         before, self.counts = self.counts if version == self.model_version else {}, {}
         for name in self.models:

@@ -54,7 +54,9 @@ class TensorSpec:
     """With the batch axis; -1 is any size."""
     optional: bool = False
     formats: tuple[str, ...] = ()
-    """Of an output: the other forms that a request may ask for (see `formats`)."""
+    """Of an output: the other forms that a request may ask for (see `formats`); of one in such a form: that."""
+    classes: tuple[str, ...] = ()
+    """Names of what the numbers of a row stand for, where they have some."""
     shades: bool = False
     """Of an input: RGB images of UINT8, [N,H,W,3] or [N,3,H,W], are taken too."""
 

@@ -53,7 +53,12 @@ BODIES = {
     "classification": (
         "backbone",
         {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"classification": 3}}]},
-        "'embedding' asks for classification",
+        "output 'embedding' has no format 'classification:3'; it has fp16",
+    ),
+    "no classes": (
+        "backbone",
+        {"inputs": [PIXELS_JSON], "outputs": [{"name": "embedding", "parameters": {"classification": 0}}]},
+        "'embedding' has the parameter classification 0; wanted how many classes, at least 1",
     ),
     "an output in shared memory without its size": (
         "backbone",

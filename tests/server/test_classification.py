@@ -6,6 +6,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import tritonclient.grpc as grpc_client
+import tritonclient.http as http_client
 
 from backbones.heads import HeadManifest, LinearHead, LinearHeadSpec, load_head, save_head
 from data.errors import InputError
@@ -74,6 +76,31 @@ def test_a_served_classifier_guesses_what_the_evaluator_guessed(folder: Path, tm
     assert [one["share"] for one in found] == pytest.approx(np.sort(shares)[:0:-1], rel=1e-4)
     assert json.loads(config["parameters"]["classes"]["string_value"]) == list(CLASSES)
     assert refused.status_code == 400
+
+
+@pytest.mark.parametrize("module", [grpc_client, http_client], ids=["grpc", "http"])
+def test_class_count_gives_the_likeliest_classes_as_triton_writes_them(folder: Path, tmp_path: Path, module) -> None:  # type: ignore[no-untyped-def]
+    """VALUE:CLASS:NAME, the largest value first; all of them where more are asked for than there are."""
+    files = np.array([png(0), png(1)], dtype=object)
+    with Running(config_of(folder, tmp_path / "state")) as running:
+        address = running.addresses.grpc if module is grpc_client else running.addresses.http.removeprefix("http://")
+        with module.InferenceServerClient(address) as client:
+            tensor = module.InferInput("image", [2], "BYTES")
+            tensor.set_data_from_numpy(files)
+            logits = client.infer("classification", [tensor]).as_numpy("logits")
+            for k, binary in ((2, True), (9, False)):
+                form = {} if module is grpc_client else {"binary_data": binary}
+                output = module.InferRequestedOutput("logits", class_count=k, **form)
+                found = client.infer("classification", [tensor], outputs=[output]).as_numpy("logits")
+                order = np.argsort(-logits, axis=1)[:, :k]
+                wanted = [[f"{row[n]:f}:{n}:{CLASSES[n]}" for n in one] for row, one in zip(logits, order, strict=True)]
+                told = [[text if isinstance(text, str) else text.decode() for text in row] for row in found]
+                assert told == wanted
+            assert "classification" in (
+                client.get_server_metadata()["extensions"]
+                if module is http_client
+                else client.get_server_metadata().extensions
+            )
 
 
 def test_a_server_without_a_linear_head_says_so(tmp_path: Path) -> None:

@@ -139,15 +139,17 @@ def valued(shades: np.ndarray, scale: list, largest: int) -> np.ndarray:
     return (low + flat / largest * (high - low)).reshape(shades.shape)
 
 
-def test_json_carries_files_as_base64_and_halves_as_numbers(http: httpx.Client):
+@pytest.mark.parametrize("where", ["output", "request"])
+def test_json_carries_files_as_base64_and_halves_as_numbers(http: httpx.Client, where: str):
     data = base64.b64encode(encode(".png", WIDE[0])).decode()
     image = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [data]}
     image["parameters"] = {"content_type": "base64"}
 
     def depth(form):
-        output = {"name": "depth", "parameters": {"format": form}}
-        answer = http.post("/v2/models/depth/infer", json={"inputs": [image], "outputs": [output]})
-        return answer.json()["outputs"][0]
+        asked = {"outputs": [{"name": "depth", "parameters": {"format": form}}]}
+        if where == "request":
+            asked = {"outputs": [{"name": "depth"}], "parameters": {"depth.format": form}}
+        return http.post("/v2/models/depth/infer", json={"inputs": [image]} | asked).json()["outputs"][0]
 
     file = depth("PNG")
     assert (file["datatype"], file["parameters"]["content_type"]) == ("BYTES", "base64")
