@@ -149,8 +149,15 @@ def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return run
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-@pytest.mark.parametrize("name", CASES)
+PAIRS = [
+    pytest.param(name, sharding, marks=[pytest.mark.slow] * ((place + n) % 2))
+    for place, name in enumerate(CASES)
+    for n, sharding in enumerate(("none", "fsdp"))
+]
+"""Each case sharded or not, and the other way round among the long checks."""
+
+
+@pytest.mark.parametrize(("name", "sharding"), PAIRS)
 def test_two_processes_equal_one(
     name: str, sharding: str, alone: Callable[[str], Path], images: Path, tmp_path: Path, repo_root: Path
 ) -> None:

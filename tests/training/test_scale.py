@@ -174,8 +174,15 @@ def test_prototypes_in_chunks_give_the_loss_and_gradients_of_all_at_once(monkeyp
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["smoke", "smoke_dinov2"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [
+        ("bf16", "smoke_dinov2"),
+        ("fp16", "smoke"),
+        pytest.param("bf16", "smoke", marks=pytest.mark.slow),
+        pytest.param("fp16", "smoke_dinov2", marks=pytest.mark.slow),
+    ],
+)
 def test_narrow_precisions_learn_about_the_same_and_resume_exactly(
     name: str, precision: str, images: Path, tmp_path: Path
 ) -> None:
