@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from server.http_protocol import HttpProtocol
 
 HEAD_S = 30.0
 """From a connection's first moment, or from a further request's first byte, to the end of its head; and for the rest of a request that was
@@ -15,8 +16,8 @@ KEEP_ALIVE_S = 75
 """Between requests: longer than the minute of most proxies, so that it is they who close, and not we while a request is on its way."""
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's protocol, which itself only minds connections that idle between requests."""
+class PatientProtocol(HttpProtocol):
+    """A protocol that minds more than connections which idle between requests, as uvicorn's does by itself."""
 
     head_s, reply_s = HEAD_S, BODY_S
     _giving_up: asyncio.TimerHandle | None = None

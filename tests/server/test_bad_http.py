@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import zlib
 
 import httpx
@@ -303,3 +304,40 @@ def test_a_recursion_of_the_servers_own_is_its_failure_and_logged(http, monkeypa
     answer = http.get("/v2")
     assert (answer.status_code, "its log has the details" in answer.text) == (500, True), answer.text
     assert [record.exc_info[0] for record in caplog.records if record.message == "internal error"] == [RecursionError]
+
+
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST /v2/models/backbone/infer HTTP/1.1\r\nHost: x\r\n"
+BROKEN = {
+    "no HTTP": (b"hello\r\n\r\n", "illegal request line"),
+    "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", "conflicting Content-Length headers"),
+    "a chunk without a size": (POST + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", "illegal chunk header"),
+}  # fmt: skip
+
+
+def replies(address, sent):
+    """All that comes back until the server closes the connection: the statuses, and the JSON of the last reply."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 10) as one:
+        one.sendall(sent)
+        said = b"".join(iter(lambda: one.recv(4096), b""))
+    heads = [part.split(b"\r\n")[0] for part in said.split(b"HTTP/1.1 ")[1:]]
+    return [int(head[:3]) for head in heads], said.rpartition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_http_is_refused_in_one_line_and_nothing_behind_it_is_answered(server, what):
+    sent, words = BROKEN[what]
+    statuses, body = replies(server.addresses.http, LIVE + sent + LIVE)
+    assert (statuses, words in json.loads(body)["error"]) == ([200, 400], True), body
+
+
+def test_what_breaks_after_its_answer_only_closes_the_connection(server, caplog):
+    """The reply has been given: there cannot be another."""
+    host, port = server.addresses.http.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 10) as one:
+        one.sendall(POST.replace(b"backbone", b"nothing") + b"Transfer-Encoding: chunked\r\n\r\n")
+        assert one.recv(4096)[9:12] == b"404"
+        one.sendall(b"x\r\n" + LIVE)
+        assert one.recv(4096) == b""
+    assert "Traceback" not in caplog.text

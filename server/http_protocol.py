@@ -1,0 +1,40 @@
+"""What the HTTP port does before the application sees a request: broken HTTP is refused in the words of all errors."""
+
+import json
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from data.errors import InputError
+from server.errors import message
+
+
+class _Connection(h11.Connection):
+    """h11's, which remembers what was wrong."""
+
+    problem = ""
+
+    def next_event(self) -> Any:
+        try:
+            return super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.problem = str(error)
+            raise
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's protocol, which refuses broken HTTP in plain text and without a reason."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn: _Connection = _Connection(h11.SERVER)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse, and read no more: where the next request begins is unknown. A reply that has begun is the last."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            reason = message(InputError(f"this is no HTTP request that can be answered: {self.conn.problem}"))
+            body = json.dumps({"error": reason}).encode()
+            head = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+            self.transport.write(head % len(body) + body)
+        self.transport.close()
