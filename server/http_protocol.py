@@ -1,4 +1,4 @@
-"""What the HTTP port does before the application sees a request: broken HTTP is refused in the words of all errors."""
+"""What the HTTP port does before the application sees a request: HTTP that is broken, or is a smuggler's, is refused like all errors."""
 
 import json
 from typing import Any
@@ -11,13 +11,16 @@ from server.errors import message
 
 
 class _Connection(h11.Connection):
-    """h11's, which remembers what was wrong."""
+    """h11's, which lets through what is read in one way only, and remembers what was wrong with the rest."""
 
     problem = ""
 
     def next_event(self) -> Any:
         try:
-            return super().next_event()
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                _check_length(event)
+            return event
         except h11.RemoteProtocolError as error:
             self.problem = str(error)
             raise
@@ -38,3 +41,10 @@ class HttpProtocol(H11Protocol):
             head = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
             self.transport.write(head % len(body) + body)
         self.transport.close()
+
+
+def _check_length(request: h11.Request) -> None:
+    """Raise RemoteProtocolError for two lengths: a proxy that counts by the other one sees another next request (RFC 9112, 6.3)."""
+    names = [name for name, _ in request.headers]
+    if b"transfer-encoding" in names and b"content-length" in names:
+        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding; send one of them")

@@ -311,6 +311,12 @@ POST = b"POST /v2/models/backbone/infer HTTP/1.1\r\nHost: x\r\n"
 BROKEN = {
     "no HTTP": (b"hello\r\n\r\n", "illegal request line"),
     "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", "conflicting Content-Length headers"),
+    "a length and chunks": (
+        POST + b"Content-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "both Content-Length and Transfer-Encoding",
+    ),
+    "chunks and a length, asked for the head alone": (
+        POST.replace(b"POST", b"HEAD") + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", "both Content-Length",
+    ),
     "a chunk without a size": (POST + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", "illegal chunk header"),
 }  # fmt: skip
 
