@@ -1,6 +1,7 @@
 """What the HTTP port does before the application sees a request: HTTP that is broken, or is a smuggler's, is refused like all errors."""
 
 import json
+import re
 from typing import Any
 
 import h11
@@ -8,6 +9,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data.errors import InputError
 from server.errors import message
+
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(.*)", re.IGNORECASE)
 
 
 class _Connection(h11.Connection):
@@ -20,6 +23,7 @@ class _Connection(h11.Connection):
             event = super().next_event()
             if isinstance(event, h11.Request):
                 _check_length(event)
+                return _in_origin_form(event)
             return event
         except h11.RemoteProtocolError as error:
             self.problem = str(error)
@@ -48,3 +52,17 @@ def _check_length(request: h11.Request) -> None:
     names = [name for name, _ in request.headers]
     if b"transfer-encoding" in names and b"content-length" in names:
         raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding; send one of them")
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """The request as if its target were a path and its host a header, where it is a whole URL, as proxies send (RFC 9112, 3.2.2).
+
+    All that looks at it sees the same path, whoever checks tokens too.
+    """
+    found = _ABSOLUTE.fullmatch(request.target)
+    if found is None:
+        return request
+    host, rest = found.groups()
+    headers = [(b"host", host), *(pair for pair in request.headers if pair[0] != b"host")]
+    target = rest if rest.startswith(b"/") else b"/" + rest
+    return h11.Request(method=request.method, target=target, headers=headers, http_version=request.http_version)

@@ -73,6 +73,20 @@ def test_writing_wants_the_scope_admin(guarded: Running) -> None:
         assert client.post("/v1/embeddings", files=file, headers=USE).status_code == 200
 
 
+def test_a_target_that_is_a_whole_url_wants_what_its_path_wants(guarded: Running) -> None:
+    with httpx.Client(base_url=guarded.addresses.http) as client:
+
+        def status(method: str, target: str, headers: dict[str, str] | None = None) -> int:
+            return client.request(method, "/", headers=headers, extensions={"target": target.encode()}).status_code
+
+        assert status("GET", "http://x/v2/health/live") == 200
+        for target in ("http://x/v2", "http://x//v2/health/live", "http://v2/health/live", "http:///v2/health/live"):
+            assert status("GET", target) == 401
+        assert status("GET", "http://x/v2", USE) == 200
+        assert status("DELETE", "http://x/v1/collections/nothing", USE) == 403
+        assert status("DELETE", "http://x/v1/collections/nothing", ADMIN) == 404
+
+
 def test_the_page_of_the_api_says_which_routes_want_a_token(guarded: Running, http: httpx.Client) -> None:
     """So that clients made of it have a place for one, and send it."""
     for _ in range(2):

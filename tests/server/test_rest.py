@@ -286,3 +286,16 @@ def test_a_label_of_any_length_can_be_searched_and_listed_and_an_empty_one_is_no
     for label, k in ((long, 1), ("", 2)):
         answer = http.post("/v1/collections/labels/search", params={"label": label, "k": k}, files=upload(png(0)))
         assert len(answer.json()["results"][0]["neighbours"]) == k
+
+
+@pytest.mark.parametrize("where", ["http://other", "https://other", "HTTP://other:99"])
+def test_the_target_of_a_request_may_be_a_whole_url(http, where):
+    """As some proxies send it (RFC 9112, section 3.2.2): its path and query count, and its host in the place of the header."""
+
+    def get(target):
+        return http.get("/", extensions={"target": target.encode()})
+
+    assert get(f"{where}/v2/health/live").json() == {"live": True}
+    assert len(get(f"{where}/v1/collections/samples/items?limit=2").json()["items"]) == 2
+    assert [get(where + rest).headers["location"] for rest in ("", "/", "?x=1")] == ["/docs"] * 3
+    assert get(f"{where}/docs/").headers["location"].lower() == f"http{where[where.index(':') :]}/docs"
