@@ -11,7 +11,7 @@ HEAD_S = 30.0
 """From a connection's first moment, or from a further request's first byte, to the end of its head; and for the rest of a request that was
 answered before it had come whole, as one without its token is."""
 BODY_S = 60.0
-"""Between two parts of a body, and for a client to take anything of a reply."""
+"""Between two parts of a body, and for a client to take what is there of its reply: no more than 320 KB, 5 KB a second."""
 KEEP_ALIVE_S = 75
 """Between requests: longer than the minute of most proxies, so that it is they who close, and not we while a request is on its way."""
 
@@ -35,8 +35,13 @@ class PatientProtocol(HttpProtocol):
         self._expect_head()
 
     def on_response_complete(self) -> None:
-        """A further head is due if some of it came along with the last request, or the rest of that request, which nobody reads."""
+        """A further head is due if some of it came along with the last request, or the rest of that request, which nobody reads.
+
+        Where this reply is the last, it is due to be taken.
+        """
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._expect_taking()
         if self.conn.trailing_data[0] or self.conn.their_state is h11.SEND_BODY:
             self._expect_head()
 
@@ -46,23 +51,30 @@ class PatientProtocol(HttpProtocol):
         self._taken()
         super().connection_lost(exc)
 
+    def timeout_keep_alive_handler(self) -> None:
+        """No further request has come."""
+        super().timeout_keep_alive_handler()
+        self._expect_taking()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is the last that is read."""
+        super().send_400_response(msg)
+        self._expect_taking()
+
     def pause_writing(self) -> None:
         """More of a reply is there than the client has taken."""
         super().pause_writing()
         self._expect_taking()
 
     def resume_writing(self) -> None:
-        """It has taken most of it."""
-        self._taken()
+        """It has taken most of it; at the end it must take all, or the connection would never close."""
+        if not self.transport.is_closing():
+            self._taken()
         super().resume_writing()
 
-    def _expect_taking(self, left: int | None = None) -> None:
-        """Look every so often whether the client takes anything: `left` bytes were there the last time."""
-        there = self.transport.get_write_buffer_size()
-        if there == left:
-            self.transport.abort()
-        else:
-            self._untaken = self.loop.call_later(self.reply_s, self._expect_taking, there)
+    def _expect_taking(self) -> None:
+        if self._untaken is None:
+            self._untaken = self.loop.call_later(self.reply_s, self.transport.abort)
 
     def _taken(self) -> None:
         if self._untaken is not None:
@@ -76,7 +88,11 @@ class PatientProtocol(HttpProtocol):
             self._stop_waiting()
         self._rest_due = rest_due
         if due and self._giving_up is None:
-            self._giving_up = self.loop.call_later(self.head_s, self.transport.close)
+            self._giving_up = self.loop.call_later(self.head_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self.transport.close()
+        self._expect_taking()
 
     def _stop_waiting(self) -> None:
         if self._giving_up is not None:

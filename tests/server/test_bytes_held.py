@@ -268,3 +268,51 @@ def test_a_client_that_takes_nothing_is_given_up(long_reply, monkeypatch, caplog
         assert len(stream.read()) < LONG
     another.close()
     assert "Traceback" not in caplog.text
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Connections of a server and of a client that hold little themselves, so that the server sees each byte that is taken."""
+
+    def connection_made(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        wide(self, transport)
+
+    def connect(address):
+        one = socket.socket()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        one.settimeout(30)
+        one.connect(address)
+        return one
+
+    wide = PatientProtocol.connection_made
+    monkeypatch.setattr(PatientProtocol, "connection_made", connection_made)
+    return connect
+
+
+def test_a_client_that_takes_a_reply_by_a_trickle_is_given_up_and_a_slow_one_is_not(long_reply, narrow, monkeypatch):
+    running, silent = long_reply
+    monkeypatch.setattr(PatientProtocol, "reply_s", 1.0)
+    with narrow(silent.getpeername()) as one:
+        one.sendall(b"GET /v1/collections/long/items HTTP/1.1\r\nHost: x\r\n\r\n")
+        began, taken = time.monotonic(), 0
+        while (slow_s := time.monotonic() - began) < 3:
+            taken += len(one.recv(4096)) if taken < 1e6 * slow_s else time.sleep(0.001) or 0
+        assert gauge(running, "dinoscope_body_bytes") > 2 * LONG, "it took a megabyte a second"
+        with contextlib.suppress(ConnectionResetError):
+            while time.monotonic() - began < 10 and one.recv(4096):
+                time.sleep(0.05)
+        assert time.monotonic() - began < 10
+    wait_for(lambda: gauge(running, "dinoscope_body_bytes") < 2 * LONG)
+
+
+def test_last_replies_that_their_client_does_not_take_keep_no_connection(gated, narrow, monkeypatch):
+    """Short ones, of which the server would hold more: a connection does not close before all is taken."""
+    running, _ = gated
+    monkeypatch.setattr(PatientProtocol, "reply_s", 0.5)
+    host, port = running.addresses.http.removeprefix("http://").split(":")
+    page, ask = len(httpx.get(f"{running.addresses.http}/docs").content), b"GET /docs HTTP/1.1\r\nHost: x\r\n"
+    with narrow((host, int(port))) as one, contextlib.suppress(ConnectionResetError):
+        one.sendall((ask + b"\r\n") * 19 + ask + b"Connection: close\r\n\r\n")
+        time.sleep(1.5)
+        assert len(b"".join(iter(lambda: one.recv(65_536), b""))) < 20 * page
