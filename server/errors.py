@@ -58,7 +58,7 @@ class Expired(ServerError):
 
 
 class TooSlow(ServerError):
-    """The client stopped sending in the middle of a request."""
+    """The client stopped sending in the middle of a request, or nearly so."""
 
 
 class Disconnected(ServerError):

@@ -32,6 +32,8 @@ MAX_FIELDS = 4096
 MIN_COMPRESSED_BYTES = 512
 REPLY_BYTES = 1 << 18
 """A larger reply goes out in parts of so many, each when its client has taken most of what was before it."""
+LEAST_BYTES = 1 << 17
+"""So much more of a body, or the rest of it, has to come each time that `Guard.body_s` has passed: 2 KB a second."""
 PART_BYTES, STEP_BYTES = 1 << 15, 1 << 20
 """A compressed body is read in parts of so many bytes, and unpacks to at most so many before they are counted."""
 
@@ -86,10 +88,11 @@ class Guard:
             nonlocal too_large, whole
             if not too_large:
                 try:
-                    async with asyncio.timeout(None if whole else self.body_s):
+                    async with asyncio.timeout_at(None if whole else body.due_s(self.body_s)):
                         message = await receive()
                 except TimeoutError as error:
-                    raise TooSlow(f"nothing more of the body came for {self.body_s:g} s; send it again") from error
+                    told = f"less than {LEAST_BYTES >> 10} KB of the body came in {self.body_s:g} s; send it again"
+                    raise TooSlow(told) from error
                 body.receive(len(message.get("body", b"")))
                 too_large = body.nbytes > self.max_bytes
                 if not (whole or too_large or message.get("more_body", False)):
@@ -114,6 +117,15 @@ class _Body:
     nbytes: int = 0
     untaken: int = 0
     working: bool = False
+    wanted: int = 0
+    wanted_s: float = 0.0
+
+    def due_s(self, body_s: float) -> float:
+        """When what is wanted next of it has to be there, in the loop's own time; a byte now and then wins none."""
+        if self.nbytes >= self.wanted:
+            self.wanted = self.nbytes + LEAST_BYTES
+            self.wanted_s = asyncio.get_running_loop().time() + body_s
+        return self.wanted_s
 
     def receive(self, part: int) -> None:
         """Count so many bytes more, until the request is answered. Raises Overloaded."""

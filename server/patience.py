@@ -11,7 +11,7 @@ HEAD_S = 30.0
 """From a connection's first moment, or from a further request's first byte, to the end of its head; and for the rest of a request that was
 answered before it had come whole, as one without its token is."""
 BODY_S = 60.0
-"""Between two parts of a body, and for a client to take what is there of its reply: no more than 320 KB, 5 KB a second."""
+"""For each 128 KB of a body to come, and for a client to take what is there of its reply: no more than 320 KB, 5 KB a second."""
 KEEP_ALIVE_S = 75
 """Between requests: longer than the minute of most proxies, so that it is they who close, and not we while a request is on its way."""
 

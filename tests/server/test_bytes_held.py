@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import select
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2_grpc
 
-from server import grpc_calls
+from server import grpc_calls, http_body
 from server.grpc_calls import Messages
 from server.http_body import Guard
 from server.patience import PatientProtocol
@@ -42,6 +43,24 @@ def test_a_client_that_stalls_is_let_go_of_and_one_that_waits_for_its_answer_is_
         assert not waits.done()
         runtime.gate.set()
         assert waits.result() < 1e-6
+
+
+def test_a_body_that_comes_by_a_trickle_is_given_up_and_a_slow_one_is_not(gated, monkeypatch):
+    running, _ = gated
+    monkeypatch.setattr(Guard, "body_s", 0.5)
+    monkeypatch.setattr(http_body, "LEAST_BYTES", 1 << 10)
+    host, port = running.addresses.http.removeprefix("http://").split(":")
+    head = b"POST /v2/models/backbone/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n"
+    for nbytes, status, told in ((500, b"400", b"not JSON"), (50, b"408", b"less than 1 KB of the body came in 0.5 s")):
+        with socket.create_connection((host, int(port)), 30) as one:
+            one.sendall(head)
+            for _ in range(10_000 // nbytes):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    one.sendall(b"{" * nbytes)
+                if select.select([one], [], [], 0.05)[0]:
+                    break
+            said = one.recv(4096)
+            assert (said[9:12], told in said) == (status, True), said
 
 
 def test_the_rest_of_a_request_that_is_answered_already_is_not_waited_for_without_end(gated, monkeypatch):
