@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import trustme
 
 from backbones.checkpoints import Manifest, save_backbone
 from backbones.heads import DepthHead, DepthHeadSpec, HeadManifest, save_head
@@ -117,6 +118,20 @@ def wire(server: Running, request: pytest.FixtureRequest) -> Iterator[TritonWire
     opened = open_wire(request.param, server.addresses)
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """PEM files of an authority, a server and a client."""
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name in ("127.0.0.1", "client@tests"):
+        pair = authority.issue_cert(name)
+        stem = "server" if name[0] == "1" else "client"
+        pair.private_key_pem.write_to_path(str(folder / f"{stem}.key"))
+        for number, part in enumerate(pair.cert_chain_pems):
+            part.write_to_path(str(folder / f"{stem}.pem"), append=number > 0)
+    return {path.name: path for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-import trustme
 from cryptography.hazmat.primitives import serialization
 from tritonclient.utils import InferenceServerException
 
@@ -231,20 +230,6 @@ def test_a_rate_holds_on_the_wire_for_each_client(network: Path, token_file: Pat
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert client.post("/v1/embeddings", files=file, headers=ADMIN).status_code == 200
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """PEM files of an authority, a server and a client."""
-    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    for name in ("127.0.0.1", "client@tests"):
-        pair = authority.issue_cert(name)
-        stem = "server" if name[0] == "1" else "client"
-        pair.private_key_pem.write_to_path(str(folder / f"{stem}.key"))
-        for number, part in enumerate(pair.cert_chain_pems):
-            part.write_to_path(str(folder / f"{stem}.pem"), append=number > 0)
-    return {path.name: path for path in folder.iterdir()}
 
 
 def test_tls_and_client_certificates_on_both_wires(network: Path, authority: dict[str, Path], tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
 """The files for Docker, systemd and Kubernetes name settings, ports and folders that there are. No engine of these runs here."""
 
 import configparser
+import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from server.config import ServerConfig
+from server.run import Running
 from server.settings import read_settings
+from tests.server.conftest import config_of
+from tests.server.gate import GatedRuntime
 
 DEPLOY = Path(__file__).parents[2] / "server" / "deploy"
 
@@ -40,6 +48,46 @@ def test_the_settings_of_the_image_are_settings() -> None:
     config = read_settings([], environment)
     assert config.models == Path("/models")
     config.check()
+
+
+def health(repo_root: Path, port: int, **environment: str) -> int:
+    """The exit status of the image's own check."""
+    (words,) = re.findall(r"^HEALTHCHECK .*CMD (.+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    program, *rest = json.loads(words)
+    assert program == "python"
+    environment |= {"PATH": os.environ["PATH"], "DINOSCOPE_HTTP_PORT": str(port)}
+    return subprocess.run([sys.executable, *rest], env=environment, cwd=repo_root, timeout=30, check=False).returncode
+
+
+@pytest.mark.parametrize("files", [(), ("tls_cert", "tls_key"), ("tls_cert", "tls_key", "tls_client_ca")])
+def test_the_images_check_finds_a_server_that_is_ready_with_and_without_tls(
+    files: tuple[str, ...], authority: dict[str, Path], repo_root: Path, tmp_path: Path
+) -> None:
+    """Whether the environment, which the check sees, asked for TLS, or a flag, which it does not."""
+    named = {"tls_cert": "server.pem", "tls_key": "server.key", "tls_client_ca": "ca.pem"}
+    given = {name: authority[named[name]] for name in files}
+    with Running(config_of(tmp_path, tmp_path / "state", **given), GatedRuntime().load) as running:
+        port = int(running.addresses.http.rpartition(":")[2])
+        assert health(repo_root, port) == 0
+        assert health(repo_root, port, **{f"DINOSCOPE_{name.upper()}": str(path) for name, path in given.items()}) == 0
+
+
+def test_the_images_check_fails_for_one_that_is_not_ready_and_where_there_is_none(
+    repo_root: Path, tmp_path: Path
+) -> None:
+    leaves = config_of(tmp_path, tmp_path / "state", drain_delay_s=3)
+    with Running(leaves, GatedRuntime().load) as running:
+        running.leave()
+        assert health(repo_root, int(running.addresses.http.rpartition(":")[2])) == 1
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        assert health(repo_root, silent.getsockname()[1]) == 1
+    assert health(repo_root, 1) == 1
+
+
+def test_the_images_check_asks_the_port_that_is_the_servers_default() -> None:
+    assert f'"{ServerConfig.http_port}"' in (DEPLOY.parent / "health.py").read_text()
 
 
 def test_the_unit_starts_the_server_and_waits_for_it_to_drain() -> None:
