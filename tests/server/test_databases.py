@@ -15,6 +15,7 @@ import pytest
 import server.databases
 import server.neighbours
 from data.errors import InputError
+from server.collection_items import Binding
 from server.collections import Collections
 from server.databases import open_database, open_postgres, open_sqlite
 from server.errors import Conflict, NotFound, StorageFailed
@@ -71,6 +72,18 @@ def test_servers_that_start_at_once_build_the_same_samples(database_url):
             assert list(pool.map(lambda store: store.replace("samples", new, "of these"), stores)) == [None] * 4
             assert stores[0].snapshot("samples").ids == tuple(map(str, range(50)))
     for store in stores:
+        store.close()
+
+
+def test_servers_of_two_networks_search_their_own_samples_and_list_those_made_last(database_url):
+    first, second = (Collections(open_postgres(database_url), one) for one in (BINDING, Binding("b" * 64, "{}", 4)))
+    for store, name in ((first, "old"), (second, "new")):
+        store.replace("samples", [item(1, 0, 0, 0, id=name)], "of these")
+        store.snapshot("samples")
+    assert (first.snapshot("samples").ids, second.snapshot("samples").ids) == (("old",), ("new",))
+    assert [[one.id for one in store.page("samples", 0, 10, None)] for store in (first, second)] == [["new"]] * 2
+    assert (first.source("samples"), second.source("samples")) == (None, "of these"), "who starts next makes them anew"
+    for store in (first, second):
         store.close()
 
 
