@@ -31,11 +31,13 @@ import numpy as np
 import orjson
 import tyro
 
+from benchmarks.reliability_messages import image_request
 from benchmarks.reliability_openapi import ask_by_the_page
 from benchmarks.reliability_requests import Answers, Clients, save_network
 from benchmarks.serving_targets import rss_mb
 from data.errors import CheckFailed, run_cli
 from exports.to_onnx import export_onnx
+from tests.server.http2 import TAKE_NOTHING, call
 
 Part = Literal["storm", "openapi", "reloads", "clients", "large", "disk", "sigterm"]
 PROBE_S = 1.0
@@ -192,7 +194,7 @@ def reloads(folder: Path, times: int = 50) -> None:
 
 
 def misbehaving(folder: Path, each: int = 300) -> None:
-    """Connections that never finish a request, clients that vanish, calls cancelled by the hundred; then a good request."""
+    """Connections that never finish a request or take no reply, clients that vanish, calls cancelled by the hundred; good requests."""
     with tiny_server(folder) as (process, at):
         answers = Answers(folder / "models")
         good = Clients(at, answers, 0, hostile=0.0)
@@ -201,6 +203,8 @@ def misbehaving(folder: Path, each: int = 300) -> None:
         grpc_port = at["grpc"].rpartition(":")[2]
         before, threads = rss_mb(process.pid), threads_of(process.pid)
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
+        asked = image_request("overview", answers.images[0]).SerializeToString()
+        unread = call("ModelInfer", asked, len(asked), TAKE_NOTHING)
         opened: list[socket.socket] = []
         kinds: tuple[tuple[str, int, bytes], ...] = (
             ("connections that say nothing", int(port), b""),
@@ -208,6 +212,7 @@ def misbehaving(folder: Path, each: int = 300) -> None:
             ("bodies that never come", int(port), head + b"x" * 100),
             ("gRPC connections that say nothing", int(grpc_port), b""),
             ("gRPC prefaces that stop half-way", int(grpc_port), b"PRI * HTTP/2.0"),
+            ("gRPC calls whose reply is not taken", int(grpc_port), unread),
         )
         for name, to, data in kinds:
             for _ in range(each):

@@ -21,9 +21,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a record is worth a line. gRPC's server takes it for an error, with a traceback, that a client left before it had its reply."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return not (record.name.startswith("grpc.") and kind is not None and kind.__name__ == "ExecuteBatchError")
+
+
 def configure_logs(level: str) -> None:
     """Send this server's and its libraries' records to stderr; libraries only from warnings on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    handler.addFilter(is_news)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("server").setLevel(level.upper())

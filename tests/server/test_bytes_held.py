@@ -22,6 +22,7 @@ from server.patience import PatientProtocol
 from server.run import Running
 from tests.server.conftest import config_of
 from tests.server.gate import GatedRuntime, ask, gauge, one_image, wait_for
+from tests.server.http2 import TAKE_NOTHING, frame, send_call
 from tests.server.images import png
 
 
@@ -147,32 +148,10 @@ def test_messages_of_grpc_count_among_the_bytes_and_are_not_read_while_those_fil
         stub.ModelInfer(one_image(), timeout=30)
 
 
-def frame(kind, flags, stream, data):
-    """Of HTTP/2 (RFC 9113, section 4.1)."""
-    return len(data).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + data
-
-
-def raw_call(address, method, message, nbytes, settings=b""):
-    """A connection with the head of a call and this much of its message, as no gRPC library leaves it."""
-    headers = {":method": "POST", ":scheme": "http", ":path": f"/inference.GRPCInferenceService/{method}"}
-    headers |= {":authority": "x", "content-type": "application/grpc", "te": "trailers"}
-    packed = b"".join(b"\0" + b"".join(bytes([len(one)]) + one.encode() for one in pair) for pair in headers.items())
-    host, port = address.split(":")
-    one = socket.create_connection((host, int(port)), 30)
-    one.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, settings) + frame(1, 4, 1, packed))
-    whole = len(message) == nbytes and method != "ModelStreamInfer"
-    one.sendall(frame(0, int(whole), 1, b"\0" + nbytes.to_bytes(4, "big") + message))
-    return one
-
-
 def begun_call(address):
     """One whose message does not come whole."""
-    one = raw_call(address, "ModelInfer", b"some", 1000)
+    one = send_call(address, "ModelInfer", b"some", 1000)
     return one, lambda: one.sendall(frame(0, 0, 1, b"x"))
-
-
-TAKE_NOTHING = (4).to_bytes(2, "big") + bytes(4)
-"""A setting of HTTP/2: the first window of each stream is empty, so that no reply may be sent."""
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
@@ -180,9 +159,9 @@ def test_a_reply_that_its_grpc_client_does_not_take_counts_until_the_client_is_g
     running, _ = gated
     monkeypatch.setattr(grpc_calls, "REPLY_BYTES", 50)  # of which a reply of the network has more
     sent = one_image().SerializeToString()
-    with raw_call(running.addresses.grpc, method, sent, len(sent), TAKE_NOTHING):
+    with send_call(running.addresses.grpc, method, sent, settings=TAKE_NOTHING):
         wait_for(lambda: gauge(running, "dinoscope_admitted_rows") == 0 and gauge(running, "dinoscope_body_bytes") > 50)
-        with raw_call(running.addresses.grpc, method, sent, len(sent), TAKE_NOTHING):
+        with send_call(running.addresses.grpc, method, sent, settings=TAKE_NOTHING):
             wait_for(lambda: gauge(running, "dinoscope_body_bytes") > 100)
         wait_for(lambda: gauge(running, "dinoscope_calls") == 1)
         assert 50 < gauge(running, "dinoscope_body_bytes") < 200

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from geventhttpclient.response import HTTPParseError
 
+from benchmarks.reliability_messages import image_request
 from data.errors import InputError
 from server.collections import Collections
 from server.errors import StorageFailed
@@ -23,6 +24,7 @@ from server.run import Running
 from server.samples import item_ids
 from tests.server.conftest import config_of
 from tests.server.gate import wait_for
+from tests.server.http2 import TAKE_NOTHING, send_call
 from tests.server.images import png
 from tests.server.wires import Refused, images, open_wire, refused
 
@@ -72,6 +74,13 @@ def test_what_was_acknowledged_survives_a_kill_and_work_survives_a_term(network,
         assert [one["id"] for one in found] == acknowledged == [f"b{n}" for n in range(5)]
         search = httpx.post(f"{at['http']}/v1/collections/birds/search?k=1", files={"file": png(3)}, timeout=60)
         assert search.json()["results"][0]["neighbours"][0]["id"] == "b3"
+
+        sent = image_request("embedding", png(0)).SerializeToString()
+        with send_call(
+            at["grpc"], "ModelInfer", sent, settings=TAKE_NOTHING
+        ):  # one that leaves before it took its reply
+            answered = 'nv_inference_request_success{model="embedding",version="1"} 1'
+            wait_for(lambda: answered in httpx.get(at["metrics"]).text)
 
         answered = []
 
