@@ -22,7 +22,7 @@ class JsonLines(logging.Formatter):
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a record is worth a line. gRPC's server takes it for an error, with a traceback, that a client left before it had its reply."""
+    """Whether a record is worth a line. That a client left before it had its reply is an error with a traceback for gRPC's server."""
     kind = record.exc_info[0] if record.exc_info else None
     return not (record.name.startswith("grpc.") and kind is not None and kind.__name__ == "ExecuteBatchError")
 
