@@ -178,7 +178,7 @@ class InferenceServicer(GRPCInferenceServiceServicer):
 
     def _drop(self, answer: "asyncio.Task[bytes]") -> None:
         """An answer of a stream was taken, or nobody wants it any more."""
-        if not answer.cancel() and not answer.cancelled():
+        if not answer.cancel() and not answer.cancelled() and answer.exception() is None:
             self.service.admission.forget(len(answer.result()))
 
     async def _stream_answer(self, request: Any, context: grpc.aio.ServicerContext) -> bytes:

@@ -96,9 +96,9 @@ def _request(
         outputs=[_text(output, "name") for output in outputs],
         parameters=parameters,
         formats={
-            name: form
+            _text(output, "name"): form
             for output in outputs
-            if (form := asked_form(name := _text(output, "name"), output.get("parameters", {})))
+            if (form := asked_form(_text(output, "name"), output.get("parameters", {})))
         },
         places={
             _text(output, "name"): place
